@@ -1,0 +1,1 @@
+"""Compress the vision models you already use."""

@@ -1,0 +1,41 @@
+"""Every error a user can cause. Each message says what was wrong, which value, and what to do next."""
+
+
+class ScapHubError(Exception):
+    """Base of all errors raised on purpose by scap_hub."""
+
+
+class ModelError(ScapHubError):
+    """A model name, config or module that cannot be loaded or captured."""
+
+
+class DataError(ScapHubError):
+    """A data set that cannot be read, or does not fit the model."""
+
+
+class PlanError(ScapHubError):
+    """A pruning plan that is malformed, unbalanced, or does not fit the model."""
+
+
+class TargetError(ScapHubError):
+    """A budget that cannot be reached, or contradictory targets."""
+
+
+class RecipeError(ScapHubError):
+    """A recipe with an unknown key or a wrong value."""
+
+
+class CalibrationError(ScapHubError):
+    """Calibration images that cannot be scored: too few, constant, NaN or Inf activations."""
+
+
+class TrainingError(ScapHubError):
+    """Fine-tuning that cannot go on, such as a loss that is not finite."""
+
+
+class CheckpointError(ScapHubError):
+    """A pruned checkpoint that is incomplete, foreign, or would overwrite something."""
+
+
+class VerificationError(ScapHubError):
+    """The pruned model's output differs from the masked model's."""
