@@ -47,7 +47,7 @@ def select(
             "threshold=0.6" every channel with at least that score, or a fraction for each named group.
         round_to: Channel counts are multiples of this; of half of it, a quarter and so on in groups with fewer than
             four such steps.
-        floor: Smallest fraction of a group's channels that stays, and never fewer than 4.
+        floor: Smallest fraction of a group's channels that stays, and never fewer than 4; 0 allows a single channel.
         scope: For "macs" and "params": "global" compares scores across groups, "uniform" keeps the same fraction of
             each.
 
@@ -135,7 +135,7 @@ class _Limits:
         quantum = max(1, self.round_to)
         while quantum > 1 and group.size < 4 * quantum:
             quantum //= 2
-        least = min(group.size, max(4, int(np.ceil(self.floor * group.size))))
+        least = min(group.size, max(4, int(np.ceil(self.floor * group.size)))) if self.floor else 1
         rounded = int(wanted / quantum + 0.5) * quantum
         if rounded < least:
             rounded = -(-least // quantum) * quantum

@@ -1,0 +1,44 @@
+"""Small networks and plans that several tests share."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from scap_hub.channels.groups import ChannelGroup
+from scap_hub.plan import PruningPlan
+from scap_hub.selection import select
+
+
+def random_plan(groups: list[ChannelGroup], seed: int, ratio: float | None = None) -> PruningPlan:
+    """Random scores; `ratio` of each prunable group, or a random fraction of each."""
+    rng = np.random.default_rng(seed)
+    scores = {group.name: torch.from_numpy(rng.random(group.size)) for group in groups if group.prunable}
+    fractions = {name: ratio or float(rng.uniform(0.2, 1.0)) for name in scores}
+    return select(groups, scores, fractions, round_to=1, floor=0.0)
+
+
+class Residual(nn.Module):
+    """Two stages with a residual, squeeze and excitation, a depthwise convolution and a classifier."""
+
+    def __init__(self, width: int = 8, classes: int = 5) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.bn = nn.BatchNorm2d(width)
+        self.expand = nn.Conv2d(width, 2 * width, 1)
+        self.bn_expand = nn.BatchNorm2d(2 * width)
+        self.depthwise = nn.Conv2d(2 * width, 2 * width, 3, padding=1, stride=2, groups=2 * width)
+        self.gate = nn.Conv2d(2 * width, 2 * width, 1)
+        self.project = nn.Conv2d(2 * width, width, 1, bias=False)
+        self.skip = nn.Conv2d(width, width, 1, stride=2)
+        self.act = nn.ReLU()
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        x = self.act(self.bn(self.stem(x)))
+        y = self.act(self.bn_expand(self.expand(x)))
+        y = self.act(self.depthwise(y))
+        y = y * torch.sigmoid(self.gate(y.mean((2, 3), keepdim=True)))
+        y = self.project(y) + self.skip(x)
+        return self.head(y.mean((2, 3)))

@@ -1,0 +1,140 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scap_hub.channels.groups import channel_groups
+from scap_hub.errors import PlanError
+from scap_hub.plan import PruningPlan, _length, _ranges, ranges
+from scap_hub.surgery import apply_plan
+from tests.nets import Residual, random_plan
+
+X = torch.randn(1, 3, 8, 8)
+
+
+@pytest.fixture
+def groups():
+    return channel_groups(Residual(), X)
+
+
+@given(st.sets(st.integers(0, 300), min_size=1))
+def test_ranges_hold_any_ascending_indices(indices):
+    text = ranges(sorted(indices))
+    assert [i for first, last in _ranges(text) for i in range(first, last + 1)] == sorted(indices)
+    assert _length("it", text, 301) == len(indices)
+
+
+def test_json_round_trip_is_the_same_plan(groups):
+    plan = random_plan(groups, 0)
+    again = PruningPlan.from_json(plan.to_json())
+    assert again == plan
+    for name in plan.groups:
+        assert again.kept(name) == plan.kept(name)
+
+
+def test_apply_leaves_the_model_untouched_and_sets_the_integers(groups):
+    model = Residual()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    keep = {group.name: range(0, group.size, 2) for group in groups if group.prunable}
+    small = apply_plan(model, PruningPlan.from_keep(groups, keep))
+    assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == {n: tuple(t.shape) for n, t in before.items()}
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert small.depthwise.groups == small.depthwise.in_channels == small.depthwise.out_channels == 8
+    assert small.bn.num_features == 4 and small.head.in_features == 4
+    assert torch.equal(small.expand.weight, model.expand.weight[::2, ::2])
+    assert small.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "keep, message",
+    [
+        ({"stm": [0]}, "did you mean 'stem'"),
+        ({"stem": []}, "would keep no channel"),
+        ({"stem": [0, 99]}, "goes beyond"),
+        ({"stem": [1, 1]}, "repeats one"),
+        ({"head": [0]}, "is an output of the model"),
+    ],
+)
+def test_wrong_keeps_are_refused(groups, keep, message):
+    with pytest.raises(PlanError, match=message):
+        PruningPlan.from_keep(groups, keep)
+
+
+def test_unbalanced_keep_is_refused():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 8, 1, groups=2), torch.nn.Conv2d(8, 2, 1))
+    groups = channel_groups(net, X)
+    assert groups[0].constraint
+    with pytest.raises(PlanError, match="unbalanced keep: 2 groups of conv2d in '1'"):
+        PruningPlan.from_keep(groups, {"0": [0, 1, 2]})
+    assert PruningPlan.from_keep(groups, {"0": [0, 2, 5, 7]}).kept("0") == [0, 2, 5, 7]
+
+
+def edited(plan, change):
+    document = json.loads(plan.to_json())
+    change(document)
+    return json.dumps(document)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: d.update(version=9), "upgrade scap_hub"),
+        (lambda d: d.update(code="import os"), "code"),
+        (lambda d: d["keeps"].__setitem__(0, "0-99999999999999"), "not ascending within"),
+        (lambda d: d["keeps"].__setitem__(0, "3,1"), "not ascending within"),
+        (lambda d: d["keeps"].__setitem__(0, "__import__"), "not a list of ranges"),
+        (lambda d: d["tensors"]["stem.weight"]["keep"].update({"7": 0}), "no dimension 7"),
+        (lambda d: d["tensors"]["stem.weight"]["keep"].update({"0": 999}), "is missing"),
+        (lambda d: d["attributes"]["stem"].update(out_channels="8; import os"), "attributes.stem.out_channels"),
+    ],
+)
+def test_malformed_plans_are_refused(groups, change, message):
+    with pytest.raises(PlanError, match=message):
+        PruningPlan.from_json(edited(random_plan(groups, 0, 0.5), change))
+
+
+def test_not_json_is_refused():
+    with pytest.raises(PlanError, match="not JSON"):
+        PruningPlan.from_json("{")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: d["attributes"]["stem"].update(forward=8), "no integer attribute 'forward'"),
+        (lambda d: d["attributes"].update(nowhere={"out_channels": 8}), "no module 'nowhere'"),
+        (lambda d: d["tensors"].update({"nowhere.weight": {"shape": [1], "keep": {}}}), "no tensor 'nowhere.weight'"),
+    ],
+)
+def test_plans_for_another_model_are_refused(groups, change, message):
+    plan = PruningPlan.from_json(edited(random_plan(groups, 0, 0.5), change))
+    with pytest.raises(PlanError, match=message):
+        apply_plan(Residual(), plan)
+
+
+def test_a_plan_does_not_fit_another_width(groups):
+    with pytest.raises(PlanError, match="was made for"):
+        apply_plan(Residual(width=16), random_plan(groups, 0, 0.5))
+
+
+def test_tied_weights_stay_tied():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (torch.nn.Linear(4, 4, bias=False) for _ in range(3))
+            self.first, self.out = torch.nn.Conv2d(3, 4, 1), torch.nn.Linear(4, 2)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.out(self.b(torch.relu(self.a(self.first(x).mean((2, 3))))))
+
+    from scap_hub.channels.oracle import randomize, verify
+
+    net = randomize(Tied())
+    groups = channel_groups(net, X)
+    plan = random_plan(groups, 0, 0.5)
+    small = apply_plan(net, plan)
+    assert small.a.weight is small.b.weight and small.a.weight.shape == (2, 2)
+    assert verify(net, plan, X) < 1e-12
