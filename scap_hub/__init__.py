@@ -1,1 +1,68 @@
-"""Compress the vision models you already use."""
+"""Compress the vision models you already use: structured pruning for timm and Hugging Face models with SCAP."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scap_hub.channels import ChannelGroup, channel_groups, verify
+    from scap_hub.criteria import Criterion, score
+    from scap_hub.errors import ScapHubError
+    from scap_hub.hub.checkpoint import load
+    from scap_hub.plan import PruningPlan
+    from scap_hub.pruning import prune
+    from scap_hub.recipe import Recipe
+    from scap_hub.report import Report
+    from scap_hub.result import Result
+    from scap_hub.selection import select
+    from scap_hub.surgery import apply_plan
+
+__version__ = "0.1.0"
+
+# Where each public name lives; imported when first asked for, because timm and transformers are slow to import.
+_HOMES = {
+    "ChannelGroup": "channels",
+    "Criterion": "criteria",
+    "PruningPlan": "plan",
+    "Recipe": "recipe",
+    "Report": "report",
+    "Result": "result",
+    "ScapHubError": "errors",
+    "apply_plan": "surgery",
+    "channel_groups": "channels",
+    "load": "hub.checkpoint",
+    "prune": "pruning",
+    "score": "criteria",
+    "select": "selection",
+    "verify": "channels",
+}
+
+__all__ = [
+    "ChannelGroup",
+    "Criterion",
+    "PruningPlan",
+    "Recipe",
+    "Report",
+    "Result",
+    "ScapHubError",
+    "apply_plan",
+    "channel_groups",
+    "load",
+    "prune",
+    "score",
+    "select",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

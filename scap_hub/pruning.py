@@ -1,0 +1,233 @@
+"""The pipeline: a model name in; a pruned, repaired, fine-tuned, measured model out."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import fnmatch
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scap_hub.adapters import LoadedModel, load_model
+from scap_hub.channels.groups import ChannelGroup, channel_groups
+from scap_hub.criteria import score
+from scap_hub.errors import DataError, RecipeError
+from scap_hub.hub.checkpoint import check_output
+from scap_hub.plan import PruningPlan
+from scap_hub.progress import track
+from scap_hub.recipe import DataSettings, Recipe, TargetSettings
+from scap_hub.repair import compensate, recalibrate
+from scap_hub.report import GroupReport, Measures, Report, measure
+from scap_hub.result import Result
+from scap_hub.selection import select
+from scap_hub.surgery import apply_plan
+from scap_hub.training.data import Data, load_data
+from scap_hub.training.distributed import accelerator, from_main
+from scap_hub.training.finetune import finetune
+
+CALIBRATION_SET = "timm/mini-imagenet"
+"""Small public set for models trained on ImageNet or a superset of it; used without its labels."""
+_IMAGENET_CLASSES = (1000, 1001, 11821, 21841, 21843)
+
+
+def prune(
+    model: str | Path | nn.Module | None = None,
+    dataset: Any = None,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    *,
+    output_dir: str | Path | None = None,
+    **overrides: Any,
+) -> Result:
+    """Makes a model smaller and faster: scores its channels, removes the least important, repairs, fine-tunes.
+
+    Args:
+        model: timm name, Hub id or folder, or an nn.Module (which is left untouched); the recipe's if left out.
+        dataset: "digits", Hub id, image folder, `datasets.Dataset(Dict)` or DataLoader; the recipe's if left out.
+            Without any, models trained on ImageNet use unlabelled images of timm/mini-imagenet.
+        recipe: Shipped name ("half-macs"), path, dict or `Recipe`.
+        output_dir: Where to save the result, absent or empty; checkpoints of the fine-tuning are kept beside it
+            until the end, so that the same call resumes.
+        **overrides: Recipe values that win: target="macs=0.5", criterion="scap", finetune_epochs=3, seed=0, ...
+
+    Raises:
+        ScapHubError: One of its subclasses, for anything wrong with the model, the data, the recipe or the target.
+    """
+    if isinstance(model, str | Path):
+        overrides["model_name"] = str(model)
+    if isinstance(dataset, str | Path):
+        overrides["data_dataset"] = str(dataset)
+    recipe = Recipe.resolve(recipe, **overrides)
+    if output_dir is not None:
+        check_output(output_dir)
+    stages = _Stages()
+
+    with stages("load"):
+        loaded, data = _load(model, dataset, recipe)
+        dense = loaded.module.to(accelerator().device).eval()
+        calibration = _shard(data)
+    with stages("measure dense"):
+        before = _measure(dense, loaded, data, recipe)
+
+    target = _step_target(recipe.target, recipe.schedule.steps)
+    teacher = dense if recipe.finetune.distillation.weight else None
+    small, kept, history = dense, {}, []
+    for step in range(recipe.schedule.steps):
+        with stages("channel groups"):
+            groups = _protected(channel_groups(small, _example(small, loaded)), recipe.protect)
+        with stages("scores"):
+            scores = score(small, calibration, recipe.criterion.name, groups=groups, **recipe.criterion.options)
+        if step == 0:
+            dense_groups, dense_scores = groups, scores
+        with stages("surgery"):
+            # Decided once: ranks may differ in the last bit of a score, never in the plan.
+            step_plan = from_main(lambda: _select(groups, scores, target, recipe.target))  # noqa: B023
+            larger, small = small, apply_plan(small, step_plan)
+            kept = _composed(kept, step_plan)
+        with stages("repair"):
+            if recipe.repair.least_squares:
+                compensate(larger, small, step_plan, calibration, recipe.repair.ridge)
+            if recipe.repair.batch_norm:
+                recalibrate(small, calibration)
+        with stages("fine-tuning"):
+            if recipe.finetune.epochs:
+                work = _work_folder(output_dir, step)
+                history += finetune(small, data, recipe.finetune, teacher, work, seed=recipe.seed)
+
+    with stages("measure pruned"):
+        after = _measure(small, loaded, data, recipe)
+    plan = PruningPlan.from_keep(dense_groups, kept)
+    report = Report(before, after, _group_reports(dense_groups, dense_scores, kept), stages.seconds, history,
+                    {group.name: group.pinned_because for group in dense_groups if group.pinned_because})  # fmt: skip
+    result = Result(small, plan, report, recipe, loaded)
+    if output_dir is not None:
+        from_main(lambda: result.save_pretrained(output_dir))
+        for step in range(recipe.schedule.steps):
+            shutil.rmtree(_work_folder(output_dir, step), ignore_errors=True)  # type: ignore[arg-type]
+    return result
+
+
+def _load(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data]:
+    """The model, then the data as the model wants it."""
+    settings = recipe.model
+    source = settings.name if model is None else model
+    if source is None:
+        raise RecipeError("no model; pass a name or a module, or set model.name in the recipe")
+    loaded = load_model(source, settings.pretrained, settings.num_classes, settings.input_size)
+    if loaded.module is model:
+        # The caller's module stays as it is, on its own device.
+        loaded = replace(loaded, module=copy.deepcopy(model))
+    choices, labelled = recipe.data, True
+    if dataset is None and choices.dataset is None:
+        choices, labelled = _public_images(loaded, choices), False
+    data = load_data(
+        dataset, loaded.preprocessing, choices, num_classes=loaded.num_classes, labelled=labelled, seed=recipe.seed
+    )
+    if data.labels and not loaded.labels and len(data.labels) == loaded.num_classes:
+        loaded = replace(loaded, labels=data.labels)
+    return loaded, data
+
+
+def _public_images(loaded: LoadedModel, settings: DataSettings) -> DataSettings:
+    """Data settings for a model that was given no data: images of what it was trained on."""
+    if loaded.num_classes not in _IMAGENET_CLASSES or loaded.preprocessing.input_size[0] != 3:
+        raise DataError(
+            f"{loaded.name} with {loaded.num_classes} classes was given no data set, and no public one is known to fit "
+            "it; pass dataset=..., unlabelled images like those that it was trained on suffice"
+        )
+    return settings.model_copy(update={"dataset": CALIBRATION_SET, "streaming": True})
+
+
+def _shard(data: Data) -> list[Tensor]:
+    """This rank's calibration images, kept for the whole run: every image is on exactly one rank."""
+    here = accelerator()
+    shards = [batch[0][here.process_index :: here.num_processes] for batch in track(data.calibration, "calibration images")]
+    return [images for images in shards if len(images)]
+
+
+def _measure(model: nn.Module, loaded: LoadedModel, data: Data, recipe: Recipe) -> Measures:
+    settings = recipe.evaluate
+    return measure(model, loaded.preprocessing.input_size, data, settings.batch_size, settings.latency)
+
+
+def _example(model: nn.Module, loaded: LoadedModel) -> Tensor:
+    parameter = next(model.parameters())
+    return torch.zeros(1, *loaded.preprocessing.input_size, device=parameter.device, dtype=parameter.dtype)
+
+
+def _protected(groups: list[ChannelGroup], patterns: Sequence[str]) -> list[ChannelGroup]:
+    """Pins the groups of which a producer's path matches a pattern."""
+    for pattern in patterns:
+        matching = [g for g in groups if any(fnmatch.fnmatchcase(path, pattern) for path in g.producers)]
+        if not matching:
+            raise RecipeError(f"protect: {pattern!r} matches no layer that computes channels; `scap-hub inspect` lists them")
+        reason = f"is protected by {pattern!r}"
+        groups = [
+            replace(group, prunable=False, pinned_because=group.pinned_because or reason) if group in matching else group
+            for group in groups
+        ]
+    return groups
+
+
+def _select(
+    groups: list[ChannelGroup], scores: dict[str, Tensor], target: str | dict[str, float], settings: TargetSettings
+) -> PruningPlan:
+    return select(groups, scores, target, settings.round_to, floor=settings.floor, scope=settings.scope)
+
+
+def _step_target(settings: TargetSettings, steps: int) -> str | dict[str, float]:
+    """What stays in each of equal steps: their product is the target."""
+    kind, value = settings.budget
+    if kind == "threshold":
+        if steps > 1:
+            raise RecipeError(f"threshold={value:g} and schedule.steps={steps} contradict each other; give a budget")
+        return f"threshold={value}"
+    if isinstance(value, Mapping):
+        return {name: fraction ** (1 / steps) for name, fraction in value.items()}
+    return f"{kind}={value ** (1 / steps)}"
+
+
+def _composed(kept: dict[str, list[int]], plan: PruningPlan) -> dict[str, list[int]]:
+    """What stays of the dense model's groups after one more step."""
+    after = dict(kept)
+    for name in plan.groups:
+        own = plan.kept(name)
+        after[name] = [kept[name][index] for index in own] if name in kept else own
+    return after
+
+
+def _group_reports(
+    groups: list[ChannelGroup], scores: dict[str, Tensor], kept: dict[str, list[int]]
+) -> dict[str, GroupReport]:
+    return {
+        group.name: GroupReport(group.size, kept.get(group.name, list(range(group.size))), scores[group.name].tolist())
+        for group in groups
+        if group.name in scores
+    }
+
+
+def _work_folder(output_dir: str | Path | None, step: int) -> Path | None:
+    """Where a step's fine-tuning keeps its checkpoints until the result is saved: beside it, hidden."""
+    if output_dir is None:
+        return None
+    output = Path(output_dir).expanduser()
+    return output.with_name(f".{output.name}.training{step}")
+
+
+class _Stages:
+    """Seconds by stage; a stage that runs again adds up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -1,0 +1,104 @@
+"""What a run measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from scap_hub.training.data import Data
+from scap_hub.training.evaluate import count, evaluate, latency_ms
+
+
+@dataclass(frozen=True)
+class Measures:
+    """One model's cost and quality.
+
+    Attributes:
+        macs: Multiply-accumulates for one image.
+        params: Parameters.
+        bytes: Bytes of parameters and buffers, as in model.safetensors.
+        top1: Accuracy, 0 to 1, on the test split, or the validation split where there is none; None without labels.
+        latency_ms: Median milliseconds of one forward pass at `evaluate.batch_size`; None if not asked for.
+    """
+
+    macs: int
+    params: int
+    bytes: int
+    top1: float | None
+    latency_ms: float | None
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What became of one channel group: its size, the channels that stay, and all channels' importances."""
+
+    size: int
+    kept: list[int]
+    scores: list[float]
+
+
+@dataclass
+class Report:
+    """Dense and pruned model side by side.
+
+    Attributes:
+        before: The dense model.
+        after: The pruned model.
+        groups: By name; scores are those of the last pruning step.
+        stages: Seconds by stage, in the order they ran.
+        history: One row an epoch of fine-tuning.
+        pinned: Groups that could not be pruned, with the reason.
+    """
+
+    before: Measures
+    after: Measures
+    groups: dict[str, GroupReport] = field(default_factory=dict)
+    stages: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    pinned: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON-able values."""
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """The table a person reads: quantity, dense, pruned, change."""
+        before, after = self.before, self.after
+        rows = [
+            ("MACs", f"{before.macs / 1e6:,.2f} M", f"{after.macs / 1e6:,.2f} M", _change(before.macs, after.macs)),
+            ("parameters", f"{before.params:,}", f"{after.params:,}", _change(before.params, after.params)),
+            ("size", f"{before.bytes / 1e6:,.2f} MB", f"{after.bytes / 1e6:,.2f} MB", _change(before.bytes, after.bytes)),
+        ]
+        if before.top1 is not None and after.top1 is not None:
+            points = f"{100 * (after.top1 - before.top1):+.2f} points"
+            rows.append(("top-1", f"{100 * before.top1:.2f} %", f"{100 * after.top1:.2f} %", points))
+        if before.latency_ms is not None and after.latency_ms is not None:
+            faster = f"{before.latency_ms / after.latency_ms:.2f}x faster"
+            rows.append(("latency", f"{before.latency_ms:.2f} ms", f"{after.latency_ms:.2f} ms", faster))
+        return rows
+
+
+def measure(
+    model: nn.Module, input_size: tuple[int, int, int], data: Data, batch_size: int = 1, latency: bool = True
+) -> Measures:
+    """Measures one model.
+
+    Args:
+        model: In eval mode.
+        input_size: (channels, height, width) in pixels.
+        data: Its test images are used, or its validation images where there are none.
+        batch_size: Images at once when latency is measured.
+        latency: Whether to measure it.
+    """
+    loader = data.test or data.validation
+    return Measures(
+        **count(model, input_size),
+        top1=evaluate(model, loader)["top1"] if loader is not None else None,
+        latency_ms=latency_ms(model, input_size, batch_size) if latency else None,
+    )
+
+
+def _change(before: int, after: int) -> str:
+    return f"{100 * (after / before - 1):+.1f} %"
