@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
+from scap_hub.channels.capture import capture
+from scap_hub.channels.rules import Trace
+from scap_hub.channels.space import Balance, ChannelSpace, solve
+from scap_hub.channels.taps import Tap, module_calls, tap
+from scap_hub.channels.trace import trace
 
-@dataclass(frozen=True, eq=False)
-class Tap:
-    """Where one producer of a group can be watched while the model runs.
-
-    Attributes:
-        module: Path of the convolution or linear layer; its input is the layer's input X,
-            (N, C, H, W) for a convolution, (N, ..., C) for a linear layer.
-        weight: Full name of its weight parameter; dim 0 are the output channels.
-        channel_of_row: (O,) int64; which of the group's channels each output row belongs to, -1 for none.
-        output: Path of the module whose output, after `post`, is the channels as the next layer
-            sees them: after the producer's own norm and activation.
-        post: Elementwise functions still to apply to that output, in order.
-        dim: The channel dimension of that output (1 for NCHW, -1 for channels-last).
-    """
-
-    module: str
-    weight: str
-    channel_of_row: np.ndarray
-    output: str
-    post: tuple[Callable[[Tensor], Tensor], ...]
-    dim: int
+__all__ = ["ChannelGroup", "Tap", "analyse", "channel_groups"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,15 +22,19 @@ class ChannelGroup:
     """Channels that are produced, carried and consumed by the same parameters.
 
     Attributes:
-        name: Module path of the first producer; stable across runs.
+        name: Module path of the first producer, stable across runs; "#2" and so on is added where one layer's
+            channels fall into several groups.
         size: Number of channels that can go one by one.
         producers: Module paths of the layers that compute the channels.
         consumers: Module paths of the layers that read them.
         members: (parameter or buffer name, dim) pairs that shrink with the group.
-        constraint: None, or what must stay balanced with what.
+        constraint: None, or what must stay balanced with what, maybe across groups.
         prunable: Whether any channel may go.
         pinned_because: Why not, if not.
-        taps: One per producer, in the order of `producers`.
+        taps: Where to watch each producer, in the order of `producers`; a layer that is not called as a module
+            has none.
+        channels: (size,) the channels' numbers in `space`.
+        space: The solved channels of the whole model, shared by its groups.
     """
 
     name: str
@@ -53,7 +42,157 @@ class ChannelGroup:
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
     members: tuple[tuple[str, int], ...]
-    constraint: object | None
+    constraint: tuple[Balance, ...] | None
     prunable: bool
     pinned_because: str | None
     taps: tuple[Tap, ...] = ()
+    channels: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64), repr=False)
+    space: ChannelSpace | None = field(default=None, repr=False)
+
+
+def channel_groups(model: nn.Module, inputs: tuple[Any, ...] | Tensor) -> list[ChannelGroup]:
+    """Finds every group of channels of a model, prunable or pinned.
+
+    Args:
+        model: Any module that `torch.export` can capture; left as it was.
+        inputs: Example positional arguments of its forward pass; a single tensor stands for one argument.
+
+    Returns:
+        Groups in the order in which the forward pass first computes them.
+
+    Raises:
+        ModelError: The model cannot be captured.
+    """
+    captured = capture(model, (inputs,) if isinstance(inputs, Tensor) else inputs)
+    found = trace(captured)
+    return analyse(found, *solve(captured, found, model))
+
+
+def analyse(found: Trace, space: ChannelSpace, channel_of: np.ndarray) -> list[ChannelGroup]:
+    """Groups the channels of a solved trace by the parameters that they touch."""
+    pinned = _pins(found, space, channel_of)
+    signature = _signatures(space, pinned)
+    rows = [channel_of[producer.ids] for producer in found.producers]
+    reads = [channel_of[consumer.ids] for consumer in found.consumers]
+
+    group_of = np.full(space.count, -1)
+    channels: list[list[int]] = []
+    index: dict[int, int] = {}
+    for produced in rows:
+        for channel in dict.fromkeys(produced.tolist()):
+            if group_of[channel] < 0:
+                number = index.setdefault(int(signature[channel]), len(channels))
+                if number == len(channels):
+                    channels.append([])
+                channels[number].append(channel)
+                group_of[channel] = number
+
+    producers = _touching(group_of, rows, len(channels))
+    consumers = _touching(group_of, reads, len(channels))
+    names = _names([_path(found.producers[touching[0]].weight) for touching in producers])
+    members = _members(space, group_of, len(channels))
+    calls = module_calls(found)
+    groups = []
+    for number, own in enumerate(channels):
+        numbers = np.array(own)
+        place = np.full(space.count, -1)
+        place[numbers] = np.arange(numbers.size)
+        reason = pinned.get(own[0]) or ("is a single channel" if numbers.size == 1 else None)
+        balances = tuple(
+            balance for balance in space.balances if any((place[block] >= 0).any() for block in balance.blocks)
+        )
+        taps = [tap(found, found.producers[i], place[rows[i]], calls) for i in producers[number]]
+        groups.append(
+            ChannelGroup(
+                name=names[number],
+                size=numbers.size,
+                producers=_paths([found.producers[i].weight for i in producers[number]]),
+                consumers=_paths([found.consumers[i].weight for i in consumers[number]]),
+                members=members[number],
+                constraint=balances or None,
+                prunable=reason is None,
+                pinned_because=reason,
+                taps=tuple(found_tap for found_tap in taps if found_tap is not None),
+                channels=numbers,
+                space=space,
+            )
+        )
+    return groups
+
+
+def _pins(found: Trace, space: ChannelSpace, channel_of: np.ndarray) -> dict[int, str]:
+    """Channels that must stay, with the first reason found."""
+    pinned: dict[int, str] = {}
+    for ids, reason in found.ledger.pins():
+        for channel in np.unique(channel_of[ids]).tolist():
+            pinned.setdefault(channel, reason)
+    read = np.zeros(space.count, dtype=bool)
+    for consumer in found.consumers:
+        read[channel_of[consumer.ids]] = True
+    made = np.zeros(space.count, dtype=bool)
+    for producer in found.producers:
+        made[channel_of[producer.ids]] = True
+    for channel in np.flatnonzero(~read).tolist():
+        pinned.setdefault(channel, "is read by no layer")
+    for channel in np.flatnonzero(~made).tolist():
+        pinned.setdefault(channel, "is computed by no layer")
+    # A block that cannot lose anything holds every block that it is balanced with.
+    spread = True
+    while spread:
+        spread = False
+        for balance in space.balances:
+            free = [[c for c in block.tolist() if c not in pinned] for block in balance.blocks]
+            if any(not block for block in free) and any(free):
+                spread = True
+                for channel in {c for block in free for c in block}:
+                    pinned[channel] = f"must stay balanced with channels that stay ({balance.reason})"
+    return pinned
+
+
+def _signatures(space: ChannelSpace, pinned: dict[int, str]) -> np.ndarray:
+    """(count,) a hash of the (tensor, dim) pairs that each channel touches, and of whether it is pinned."""
+    random = np.random.default_rng(0)
+    signature = np.zeros(space.count, dtype=np.uint64)
+    for _, ids in sorted(space.tensors.items()):
+        for layer in ids.layers:
+            signature[np.unique(layer)] += random.integers(1, 2**63, dtype=np.uint64)
+    signature[list(pinned)] ^= random.integers(1, 2**63, dtype=np.uint64)
+    return signature
+
+
+def _members(space: ChannelSpace, group_of: np.ndarray, count: int) -> list[tuple[tuple[str, int], ...]]:
+    members: list[list[tuple[str, int]]] = [[] for _ in range(count)]
+    for name, ids in space.tensors.items():
+        for layer in ids.layers:
+            dim = max(dim for dim, size in enumerate(layer.shape) if size > 1)
+            for number in np.unique(group_of[layer]).tolist():
+                if number >= 0:
+                    members[number].append((name, dim))
+    return [tuple(pairs) for pairs in members]
+
+
+def _touching(group_of: np.ndarray, arrays: list[np.ndarray], count: int) -> list[list[int]]:
+    """For each group the positions of the arrays that hold one of its channels."""
+    touching: list[list[int]] = [[] for _ in range(count)]
+    for position, array in enumerate(arrays):
+        for number in np.unique(group_of[array]).tolist():
+            if number >= 0:
+                touching[number].append(position)
+    return touching
+
+
+def _path(weight: str) -> str:
+    return weight.rpartition(".")[0]
+
+
+def _paths(weights: list[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_path(weight) for weight in weights))
+
+
+def _names(paths: list[str]) -> list[str]:
+    seen: dict[str, int] = {}
+    names = []
+    for path in paths:
+        seen[path] = seen.get(path, 0) + 1
+        names.append(path if seen[path] == 1 else f"{path}#{seen[path]}")
+    return names

@@ -1,0 +1,198 @@
+"""The masking oracle: a pruned model must compute what the dense one does with the pruned channels masked.
+
+Every removed parameter element is zeroed, as the plan says, and the dense graph is run as it was captured. Operators
+whose result depends on how many channels there are (norms, means) are run on the surviving channels alone. Nothing of
+the surgery is used, so a wrong index anywhere shows as a difference.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from scap_hub.channels.capture import capture, evaluating
+from scap_hub.channels.groups import analyse
+from scap_hub.channels.ids import Ids, support
+from scap_hub.channels.space import solve
+from scap_hub.channels.trace import bind, trace
+from scap_hub.errors import VerificationError
+from scap_hub.plan import PruningPlan
+from scap_hub.surgery import apply_plan
+
+TOLERANCE = 1e-9
+"""Largest relative difference in float64 that counts as equal; rounding gives 1e-15 to 1e-12."""
+
+_SURVIVORS = (
+    "layer_norm", "rms_norm", "group_norm", "batch_norm", "mean", "var", "std", "var_mean", "std_mean", "norm",
+    "linalg_vector_norm", "amax", "amin", "sum", "logsumexp", "matmul", "bmm", "mm", "einsum",
+    "scaled_dot_product_attention",
+)  # fmt: skip
+
+
+def verify(model: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...] | Tensor) -> float:
+    """Compares the pruned model with the masked one in float64.
+
+    Args:
+        model: The dense model; untouched.
+        plan: The plan to prove.
+        inputs: Positional arguments of its forward pass; a single tensor stands for one argument.
+
+    Returns:
+        Largest absolute difference over all outputs, relative to the largest output.
+
+    Raises:
+        VerificationError: The pruned model does not run, or its outputs differ by more than 1e-9.
+        PlanError: The plan does not fit the model.
+    """
+    arguments = _double((inputs,) if isinstance(inputs, Tensor) else inputs)
+    dense = copy.deepcopy(model).double().eval()
+    small = apply_plan(dense, plan)
+    with torch.no_grad(), evaluating(small):
+        try:
+            pruned = pytree.tree_leaves(small(*arguments))
+        except Exception as error:
+            raise VerificationError(f"the pruned model does not run: {type(error).__name__}: {error}") from error
+        masked = pytree.tree_leaves(masked_output(dense, plan, arguments))
+    worst = 0.0
+    for own, expected in zip(_tensors(pruned), _tensors(masked), strict=True):
+        if own.shape != expected.shape:
+            raise VerificationError(f"an output has shape {tuple(own.shape)} instead of {tuple(expected.shape)}")
+        scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+        worst = max(worst, float((own - expected).abs().max() / scale))
+    if not worst <= TOLERANCE:
+        raise VerificationError(
+            f"the pruned model differs from the masked one by {worst:.1e} (relative; allowed {TOLERANCE:.0e}): "
+            "the plan is wrong for this model, do not use it, and please report it"
+        )
+    return worst
+
+
+def masked_output(dense: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...]) -> Any:
+    """Output of the dense graph with everything that the plan removes masked; a flat list of its outputs."""
+    captured = capture(dense, inputs)
+    found = trace(captured)
+    space, channel_of = solve(captured, found, dense)
+    groups = {group.name: group for group in analyse(found, space, channel_of)}
+    keep = np.ones(space.count, dtype=bool)
+    for name, cut in plan.groups.items():
+        keep[np.delete(groups[name].channels, plan.indices(cut.keep))] = False
+    stays = keep[channel_of]
+    interpreter = _Masked(captured.graph, found.ids, stays)
+    values = []
+    leaves = iter([leaf for leaf in pytree.tree_leaves(inputs)])
+    for node in captured.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if node.name in captured.states:
+            name = captured.states[node.name]
+            values.append(_masked(captured.tensors[name].detach(), name, plan))
+        elif node.name in captured.constants:
+            values.append(captured.constants[node.name])
+        else:
+            values.append(next(leaves))
+    return interpreter.run(*values)
+
+
+class _Masked(fx.Interpreter):
+    """Runs the dense graph; operators that count channels see the survivors only."""
+
+    def __init__(self, graph: fx.Graph, ids: dict[fx.Node, Any], stays: np.ndarray) -> None:
+        super().__init__(fx.GraphModule(nn.Module(), graph))
+        self.ids = dict(zip((node.name for node in self.module.graph.nodes), (ids.get(n) for n in graph.nodes), strict=True))
+        self.stays = stays
+
+    def run_node(self, n: fx.Node) -> Any:
+        name = str(n.target).removeprefix("aten.").split(".")[0]
+        if n.op != "call_function" or name not in _SURVIVORS or not self._loses(n):
+            return super().run_node(n)
+        arguments = {
+            key: fx.map_arg(value, lambda node: self._compact(self.env[node], self.ids[node.name]))
+            for key, value in bind(n).items()
+        }
+        if "normalized_shape" in arguments:
+            arguments["normalized_shape"] = arguments["input"].shape[-len(arguments["normalized_shape"]) :]
+        result = n.target(**arguments)  # type: ignore[operator]
+        return pytree.tree_map(self._scatter, result, self.ids[n.name]) if isinstance(result, Tensor) else [
+            self._scatter(value, ids) for value, ids in zip(result, self.ids[n.name], strict=True)
+        ]
+
+    def _loses(self, n: fx.Node) -> bool:
+        return any(
+            not self.stays[layer].all()
+            for node in n.all_input_nodes
+            if isinstance(self.ids[node.name], Ids)
+            for layer in self.ids[node.name].layers
+        )
+
+    def _kept(self, ids: Ids) -> list[tuple[int, Tensor]]:
+        return [
+            (support(layer)[0], torch.from_numpy(np.flatnonzero(self.stays[layer.reshape(-1)])))
+            for layer in ids.layers
+            if len(support(layer)) == 1
+        ]
+
+    def _compact(self, value: Any, ids: Any) -> Any:
+        if isinstance(value, Tensor) and isinstance(ids, Ids):
+            for dim, kept in self._kept(ids):
+                value = value.index_select(dim, kept)
+        return value
+
+    def _scatter(self, value: Tensor, ids: Ids) -> Tensor:
+        for dim, kept in self._kept(ids):
+            full = list(value.shape)
+            full[dim] = ids.shape[dim]
+            value = value.new_zeros(full).index_copy(dim, kept, value)
+        return value
+
+
+def _masked(tensor: Tensor, name: str, plan: PruningPlan) -> Tensor:
+    """The dense tensor with the removed elements zeroed."""
+    cut = plan.tensors.get(name)
+    if cut is None:
+        return tensor.clone()
+    mask = torch.ones_like(tensor, dtype=torch.bool)
+    for dim, entry in cut.keep.items():
+        gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        gone[plan.indices(entry)] = False
+        mask.index_fill_(dim, gone.nonzero().flatten(), False)
+    if cut.blocks is not None:
+        for rows, entry in zip(mask.chunk(len(cut.blocks)), cut.blocks, strict=True):
+            gone = torch.ones(tensor.shape[1], dtype=torch.bool)
+            gone[plan.indices(entry)] = False
+            rows.index_fill_(1, gone.nonzero().flatten(), False)
+    return torch.where(mask, tensor, 0)
+
+
+def _double(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+
+
+def _tensors(values: list[Any]) -> list[Tensor]:
+    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every parameter and buffer a random value in place, so that no zero hides a fault; returns the model.
+
+    Default initialisation zeroes gammas and biases, and fresh norm statistics are all alike: an index swap among
+    equal numbers cannot be seen. Scales stay near 1 so that deep networks neither vanish nor overflow.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not tensor.is_floating_point():
+                continue
+            noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+            if name.endswith("running_var"):
+                tensor.copy_(0.5 + noise)
+            elif tensor.ndim < 2:
+                tensor.copy_((0.5 + noise) * torch.where(noise * 1000 % 2 < 1, 1.0, -1.0) if tensor.ndim else 0.5 + noise)
+            else:
+                fan_in = max(1, tensor[0].numel())
+                tensor.copy_((noise - 0.5) * 2 * (3 / fan_in) ** 0.5)
+    return model

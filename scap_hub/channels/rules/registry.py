@@ -1,0 +1,152 @@
+"""The table of rules and what a rule is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from scap_hub.channels.ids import Ids, Ledger
+
+
+@dataclass(frozen=True, eq=False)
+class Producer:
+    """A layer that computes channels: its weight's rows are theirs."""
+
+    node: fx.Node
+    weight: str
+    ids: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """A layer that reads channels through its weight."""
+
+    node: fx.Node
+    weight: str
+    ids: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Cost:
+    """MACs of one operator: `times` for each element of a tensor with these ids that stays."""
+
+    ids: Ids
+    times: int
+    weight: str | None
+
+
+@dataclass
+class Trace:
+    """Everything found on one walk over the graph, in the graph's order."""
+
+    ledger: Ledger = field(default_factory=Ledger)
+    producers: list[Producer] = field(default_factory=list)
+    consumers: list[Consumer] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    ids: dict[fx.Node, Any] = field(default_factory=dict)
+    states: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One operator call, its arguments bound to the names of its schema."""
+
+    node: fx.Node
+    trace: Trace
+    args: Mapping[str, Any]
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.trace.ledger
+
+    @property
+    def op(self) -> str:
+        return str(self.node.target).removeprefix("aten.")
+
+    @property
+    def place(self) -> str:
+        """The operator and the module that calls it, for reasons that a person reads."""
+        return f"{self.op.split('.')[0]} in {owner(self.node) or 'the model'!r}"
+
+    def __getitem__(self, name: str) -> Any:
+        return self.args[name]
+
+    def ids(self, name: str) -> Ids:
+        """Ids of a tensor argument."""
+        return self.trace.ids[self.args[name]]
+
+    def given(self, name: str) -> bool:
+        """Whether an optional tensor argument is present."""
+        return isinstance(self.args.get(name), fx.Node)
+
+    @property
+    def tensors(self) -> list[Ids]:
+        """Ids of every tensor argument, those in lists too."""
+        return [
+            ids
+            for node in self.node.all_input_nodes
+            for ids in flat(self.trace.ids[node])
+        ]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the output."""
+        return tuple(self.node.meta["val"].shape)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of several outputs."""
+        return [tuple(value.shape) for value in self.node.meta["val"]]
+
+    def state(self, name: str) -> str | None:
+        """The parameter or buffer that an argument is made from, through operators with one tensor input."""
+        node = self.args[name]
+        while isinstance(node, fx.Node):
+            if node.name in self.trace.states:
+                return self.trace.states[node.name]
+            if len(node.all_input_nodes) != 1:
+                return None
+            node = node.all_input_nodes[0]
+        return None
+
+    def dim(self, name: str = "dim", rank: int | None = None) -> int:
+        """A dimension argument, made non-negative."""
+        return self.args[name] % (rank or len(self.ids("self").shape))
+
+
+Rule = Callable[[Call], Any]
+_RULES: dict[str, Rule] = {}
+
+
+def rule(*ops: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for ATen operators; a name without overload covers all overloads and the in-place form."""
+
+    def register(function: Rule) -> Rule:
+        for op in ops:
+            _RULES[op] = function
+        return function
+
+    return register
+
+
+def rule_for(op: str) -> Rule | None:
+    """The rule of `op` ("conv2d.default"), None where there is none."""
+    name = op.split(".")[0]
+    return _RULES.get(op) or _RULES.get(name) or _RULES.get(name.removesuffix("_"))
+
+
+def flat(ids: Any) -> list[Ids]:
+    """The tensors' ids in one node's value, which may be one, a list, or nothing."""
+    if isinstance(ids, Ids):
+        return [ids]
+    return [item for item in ids or () if isinstance(item, Ids)]
+
+
+def owner(node: fx.Node) -> str:
+    """Path of the innermost module whose forward pass made this node."""
+    stack = node.meta.get("nn_module_stack")
+    return list(stack.values())[-1][0] if stack else ""

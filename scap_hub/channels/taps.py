@@ -1,0 +1,114 @@
+"""Where a producer's channels can be watched while the model runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx
+
+from scap_hub.channels.ids import Ids, support
+from scap_hub.channels.rules import Producer, Trace
+from scap_hub.channels.rules.registry import owner
+
+_NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
+_ACTIVATIONS = (
+    "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "hardsigmoid", "hardswish",
+    "hardtanh", "tanh", "softplus", "clamp", "dropout", "clone", "contiguous",
+)  # fmt: skip
+_LAYOUTS = ("permute", "transpose")
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """Where one producer of a group can be watched while the model runs.
+
+    Attributes:
+        module: Path of the convolution or linear layer; its input is the layer's input X,
+            (N, C, H, W) for a convolution, (N, ..., C) for a linear layer.
+        weight: Full name of its weight parameter; dim 0 are the output channels.
+        channel_of_row: (O,) int64; which of the group's channels each output row belongs to, -1 for none.
+        output: Path of the module whose output, after `post`, is the channels as the next layer
+            sees them: after the producer's own norm and activation.
+        post: Elementwise functions still to apply to that output, in order.
+        dim: The channel dimension of that output (1 for NCHW, -1 for channels-last).
+    """
+
+    module: str
+    weight: str
+    channel_of_row: np.ndarray
+    output: str
+    post: tuple[Callable[[Tensor], Tensor], ...]
+    dim: int
+
+
+def module_calls(found: Trace) -> Counter[str]:
+    """How often the forward pass calls each module."""
+    calls = {key: path for node in found.ids for key, (path, _) in node.meta.get("nn_module_stack", {}).items()}
+    return Counter(calls.values())
+
+
+def tap(found: Trace, producer: Producer, channel_of_row: np.ndarray, calls: Counter[str]) -> Tap | None:
+    """The furthest point after a producer, through its own norm and activation, that a hook can reach.
+
+    None for a weight that is used without calling the module that owns it.
+    """
+    path = producer.weight.rpartition(".")[0]
+    if owner(producer.node) != path:
+        return None
+    chain = _chain(producer.node)
+    reach = max(i for i, node in enumerate(chain) if i == 0 or (_leaves(node) and calls[owner(node)] == 1))
+    post = list(itertools.takewhile(lambda node: _name(node) in _ACTIVATIONS, chain[reach + 1 :]))
+    watched = found.ids[chain[reach]]
+    dim = next(dim for dim, ids in _lines(watched) if np.isin(ids, producer.ids).all())
+    return Tap(
+        path,
+        producer.weight,
+        channel_of_row,
+        owner(chain[reach]),
+        tuple(_applied(node) for node in post),
+        -1 if dim == len(watched.shape) - 1 else dim,
+    )
+
+
+def _chain(node: fx.Node) -> list[fx.Node]:
+    """The producer and the norm, activation and layout operators that alone follow it."""
+    chain = [node]
+    while len(chain[-1].users) == 1:
+        following = next(iter(chain[-1].users))
+        if _name(following) not in (*_NORMS, *_ACTIVATIONS, *_LAYOUTS):
+            break
+        chain.append(following)
+    return chain
+
+
+def _leaves(node: fx.Node) -> bool:
+    """Whether the node is the last of its module's call: whoever reads it stands outside of that module."""
+    path = owner(node)
+    return bool(path) and all(
+        path not in (outer for outer, _ in user.meta.get("nn_module_stack", {}).values()) for user in node.users
+    )
+
+
+def _lines(ids: Ids) -> Iterator[tuple[int, np.ndarray]]:
+    """The tracked dimensions of a tensor, each with its ids."""
+    for layer in ids.layers:
+        if len(support(layer)) == 1:
+            yield support(layer)[0], layer.reshape(-1)
+
+
+def _applied(node: fx.Node) -> Callable[[Tensor], Tensor]:
+    """The node's operator as a function of its first argument, never in place."""
+    target: Any = node.target
+    rest, options = node.args[1:], node.kwargs
+    if _name(node) + "_" == str(target).removeprefix("aten.").split(".")[0]:
+        return lambda x: target(x.clone(), *rest, **options)
+    return lambda x: target(x, *rest, **options)
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target).removeprefix("aten.").split(".")[0].removesuffix("_")

@@ -1,0 +1,103 @@
+"""Applies a PruningPlan to a model: a plain loop over tensors and attributes, the same for pruning and for loading."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from scap_hub.errors import PlanError
+from scap_hub.plan import PruningPlan, TensorCut
+
+
+def apply_plan(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Returns the smaller model; the given one is untouched.
+
+    Args:
+        model: The dense model that the plan was made for, or an untrained copy of it.
+        plan: What stays.
+
+    Raises:
+        PlanError: The model lacks a tensor or attribute that the plan names, or has it in another shape.
+    """
+    _check(model, plan)
+    small = copy.deepcopy(model)
+    done: dict[int, Tensor] = {}
+    for name, cut in plan.tensors.items():
+        owner, leaf = _resolve(small, name)
+        tensor = getattr(owner, leaf)
+        # Tied names share one tensor before, and must share one after.
+        if id(tensor) not in done:
+            done[id(tensor)] = _cut(tensor, cut, plan)
+        for module, own in _places(small, tensor):
+            table = module._parameters if own in module._parameters else module._buffers
+            table[own] = done[id(tensor)]  # type: ignore[assignment]
+    for path, values in plan.attributes.items():
+        module = small.get_submodule(path)
+        for attribute, value in values.items():
+            old = getattr(module, attribute)
+            setattr(module, attribute, type(old)(value))
+    return small
+
+
+def _check(model: nn.Module, plan: PruningPlan) -> None:
+    for name, cut in plan.tensors.items():
+        owner, leaf = _resolve(model, name)
+        tensor = owner._parameters.get(leaf, owner._buffers.get(leaf))
+        if tensor is None:
+            raise PlanError(f"the model has no tensor {name!r}; the plan was made for another model")
+        if tuple(tensor.shape) != cut.shape:
+            raise PlanError(
+                f"tensor {name!r} has shape {tuple(tensor.shape)}, the plan was made for {cut.shape}; "
+                "apply it to the dense model that it was made for"
+            )
+    for path, values in plan.attributes.items():
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            raise PlanError(f"the model has no module {path!r}; the plan was made for another model") from None
+        for attribute, value in values.items():
+            old = module.__dict__.get(attribute)
+            fits = isinstance(value, int) and type(old) is int or isinstance(value, list) and _integers(old, len(value))
+            if not fits:
+                raise PlanError(f"module {path!r} has no integer attribute {attribute!r} that could become {value!r}")
+
+
+def _integers(old: object, count: int) -> bool:
+    return isinstance(old, list | tuple) and len(old) == count and all(type(item) is int for item in old)
+
+
+def _resolve(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    try:
+        return model.get_submodule(path), leaf
+    except AttributeError:
+        raise PlanError(f"the model has no tensor {name!r}; the plan was made for another model") from None
+
+
+def _places(model: nn.Module, tensor: Tensor) -> list[tuple[nn.Module, str]]:
+    return [
+        (module, own)
+        for module in model.modules()
+        for table in (module._parameters, module._buffers)
+        for own, value in table.items()
+        if value is tensor
+    ]
+
+
+def _cut(tensor: Tensor, cut: TensorCut, plan: PruningPlan) -> Tensor:
+    kept = {dim: torch.tensor(plan.indices(entry), device=tensor.device) for dim, entry in cut.keep.items()}
+    small = tensor.detach()
+    if cut.blocks is not None:
+        small = _cut_blocks(small, [plan.indices(entry) for entry in cut.blocks])
+    for dim, indices in kept.items():
+        small = small.index_select(dim, indices)
+    small = small.clone(memory_format=torch.preserve_format)
+    return nn.Parameter(small, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else small
+
+
+def _cut_blocks(weight: Tensor, blocks: list[list[int]]) -> Tensor:
+    """Each block of rows keeps its own columns."""
+    parts = zip(weight.chunk(len(blocks)), blocks, strict=True)
+    return torch.cat([rows.index_select(1, torch.tensor(columns, device=rows.device)) for rows, columns in parts])
