@@ -171,6 +171,9 @@ def _config(module: Any, num_classes: int, input_size: tuple[int, int, int]) -> 
     cfg = filter_pretrained_cfg(module.pretrained_cfg, remove_source=True)
     for obsolete in ("state_dict", "label_offset", "label_names", "label_descriptions"):
         cfg.pop(obsolete, None)
+    if tuple(cfg["input_size"]) != input_size:
+        for other in ("test_input_size", "test_pool_size", "test_crop_pct", "pool_size"):
+            cfg.pop(other, None)
     # Whatever the weights' first format was, what we save is timm's.
     cfg |= {"num_classes": num_classes, "input_size": input_size, "custom_load": False}
     document = {

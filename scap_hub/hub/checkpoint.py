@@ -29,6 +29,7 @@ CONFIG = "config.json"
 PLAN = "pruning_plan.json"
 RECIPE = "recipe.yaml"
 IMAGE_PROCESSOR = "preprocessor_config.json"
+_PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def check_output(folder: str | Path) -> Path:
@@ -76,9 +77,11 @@ def save_checkpoint(
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        save_tensors(model, str(partial / WEIGHTS), metadata={"format": "pt"})
         for name, text in {**documents, **(extra_files or {})}.items():
             (partial / name).write_text(text, encoding="utf-8")
+        save_tensors(model, str(partial / WEIGHTS), metadata={"format": "pt"})
+        # safetensors writes files that only their owner can read.
+        (partial / WEIGHTS).chmod((partial / CONFIG).stat().st_mode)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
@@ -120,12 +123,9 @@ def load(
         )
     config = _read_config(folder)
     plan = PruningPlan.from_json(_read(folder, PLAN))
-    library = config["scap"].get("library")
-    dense = rebuild(library, _dense_config(library, config)) if model is None else model
+    dense = _rebuild(config) if model is None else model
     small = apply_plan(dense, plan)
-    for name, dtype in config["scap"].get("buffer_dtypes", {}).items():
-        _cast(small, name, getattr(torch, dtype))
-    _load_weights(small, folder / WEIGHTS)
+    _load_tensors(small, folder / WEIGHTS, config["scap"].get("buffer_dtypes", {}))
     return small.eval()
 
 
@@ -138,14 +138,12 @@ def _config(loaded: LoadedModel, model: nn.Module) -> dict[str, Any]:
         "license": loaded.license,
         "preprocessing": asdict(loaded.preprocessing),
     }
-    # Tensors outside the state dict are rebuilt, so only their dtype has to be told.
+    # Buffers outside the state dict are rebuilt, so only their precision has to be told.
     saved = model.state_dict().keys()
-    dtypes = {name: buffer.dtype for name, buffer in model.named_buffers() if name not in saved}
-    scap["buffer_dtypes"] = {
-        name: str(dtype).removeprefix("torch.")
-        for name, dtype in dtypes.items()
-        if dtype.is_floating_point and dtype != torch.float32
-    }
+    precisions = {dtype: name for name, dtype in _PRECISIONS.items()}
+    rebuilt = {name: buffer.dtype for name, buffer in model.named_buffers() if name not in saved}
+    if dtypes := {name: precisions[dtype] for name, dtype in rebuilt.items() if dtype in precisions}:
+        scap["buffer_dtypes"] = dtypes
     config = loaded.config
     if loaded.library == "timm":
         return {
@@ -157,12 +155,75 @@ def _config(loaded: LoadedModel, model: nn.Module) -> dict[str, Any]:
             "scap": scap,
         }
     if loaded.library == "transformers":
-        labels = loaded.labels or []
-        return {
-            **config,
-            **({"id2label": dict(enumerate(labels))} if labels else {}),
-            **({"label2id": {label: index for index, label in enumerate(labels)}} if labels else {}),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "scap": scap,
-        }
+        names = {}
+        if loaded.labels:
+            id2label = dict(enumerate(loaded.labels))
+            names = {"id2label": id2label, "label2id": {label: index for index, label in id2label.items()}}
+        return {**config, **names, "dtype": str(model.dtype).removeprefix("torch."), "scap": scap}
     return {"scap": {**scap, "num_classes": loaded.num_classes, "labels": loaded.labels, **config}}
+
+
+def _dump(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=2) + "\n"
+
+
+def _read(folder: Path, name: str) -> str:
+    try:
+        return (folder / name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{folder} is no complete pruned checkpoint: cannot read {name} ({type(error).__name__}); save it again"
+        ) from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(_read(folder, CONFIG))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG} is not JSON ({error}): save the checkpoint again") from None
+    scap = config.get("scap") if isinstance(config, dict) else None
+    if not isinstance(scap, dict):
+        raise CheckpointError(
+            f"{folder / CONFIG} has no 'scap' entry: not a pruned model; load it with its own library"
+        )
+    if scap.get("version") != FORMAT:
+        raise CheckpointError(
+            f"{folder} has layout version {scap.get('version')!r}, this scap_hub reads {FORMAT}: upgrade scap_hub"
+        )
+    return config
+
+
+def _rebuild(config: dict[str, Any]) -> nn.Module:
+    """The untrained dense model."""
+    library = config["scap"].get("library")
+    if library == "module":
+        return rebuild(library, config["scap"])
+    dense = {key: value for key, value in config.items() if key != "scap"}
+    if library == "timm":
+        try:
+            arguments = dict(dense["model_args"])
+            labels = {"label_names": dense["label_names"]} if "label_names" in dense else {}
+            dense |= {"architecture": arguments.pop("base"), "model_args": arguments}
+            dense["pretrained_cfg"] = dense["pretrained_cfg"] | labels
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"config.json lacks what it takes to rebuild a timm model: {error!r}") from None
+    elif library != "transformers":
+        raise CheckpointError(f"config.json names the unknown library {library!r}: upgrade scap_hub")
+    return rebuild(library, dense)
+
+
+def _load_tensors(model: nn.Module, path: Path, buffer_dtypes: Mapping[str, str]) -> None:
+    """Loads weights strictly, in the precision in which they were saved."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    try:
+        for name, dtype in buffer_dtypes.items():
+            tensors[name].data = tensors[name].data.to(_PRECISIONS[dtype])
+        with safe_open(path, "pt") as file:
+            for name in file.keys() & tensors.keys():
+                tensors[name].data = tensors[name].data.to(file.get_tensor(name).dtype)
+        load_tensors(model, path, strict=True)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {one_line(error)}") from None
+    except (RuntimeError, KeyError) as error:
+        problems = " ".join(str(error).split()).partition(": ")[2][:300]
+        raise CheckpointError(f"{path} does not fit the rebuilt model: {problems}") from None
