@@ -131,16 +131,16 @@ def _image_processor(source: str) -> dict[str, Any] | None:
 def _preprocessing(processor: dict[str, Any], channels: int) -> Preprocessing:
     size, crop = processor.get("size") or {}, processor.get("crop_size") or {}
     shortest = size.get("shortest_edge")
-    crop_pct = processor.get("crop_pct") or 1.0
     if processor.get("do_center_crop") and crop:
         height, width = crop["height"], crop["width"]
-        crop_pct = height / (shortest or size.get("height", height))
+        crop_pct, crop_mode = height / (shortest or size.get("height", height)), "center"
     elif shortest:
         height = width = shortest
-        if shortest >= 384:  # transformers' ConvNext processor squashes large images instead of cropping
-            crop_pct = 1.0
+        # transformers' ConvNext processor crops small images and squashes large ones.
+        crop_pct, crop_mode = (processor.get("crop_pct") or 1.0, "center") if shortest < 384 else (1.0, "squash")
     else:
         height, width = size.get("height", 224), size.get("width", 224)
+        crop_pct, crop_mode = 1.0, "squash"
     preprocessing = default_preprocessing((channels, height, width))
     return replace(
         preprocessing,
@@ -148,7 +148,7 @@ def _preprocessing(processor: dict[str, Any], channels: int) -> Preprocessing:
         std=tuple(processor.get("image_std") or preprocessing.std),
         interpolation=_INTERPOLATION.get(processor.get("resample", 3), "bicubic"),
         crop_pct=crop_pct,
-        crop_mode="center" if crop_pct < 1 or processor.get("do_center_crop") else "squash",
+        crop_mode=crop_mode,
     )
 
 
@@ -159,5 +159,5 @@ def _resized(processor: dict[str, Any], preprocessing: Preprocessing) -> dict[st
         edge = round(height / preprocessing.crop_pct)
         return processor | {"size": {"shortest_edge": edge}, "crop_size": {"height": height, "width": width}}
     if "shortest_edge" in (processor.get("size") or {}):
-        return processor | {"size": {"shortest_edge": height}}
+        return processor | {"size": {"shortest_edge": height}, "crop_pct": preprocessing.crop_pct}
     return processor | {"size": {"height": height, "width": width}}
