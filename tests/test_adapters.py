@@ -6,6 +6,7 @@ import time
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
 from transformers import (
@@ -206,10 +207,53 @@ def test_unknown_names(name, message):
         load_model(name)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "owner/some-model", "hf-hub:owner/some-model@main"])
-def test_no_network_fails_at_once(name, monkeypatch, tmp_path):
+def cache(repo_id, root):
+    """An empty snapshot of a repo in a Hub cache."""
+    repo = root / f"models--{repo_id.replace('/', '--')}"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    return snapshot
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_cached_timm_weights_need_no_network(offline):
+    module = timm.create_model("resnet18").eval()
+    save_file(module.state_dict(), cache("timm/resnet18.a1_in1k", offline) / "model.safetensors")
+    loaded = load_model("resnet18")
+    assert (loaded.base_model, loaded.license) == ("timm/resnet18.a1_in1k", "apache-2.0")
+    assert torch.equal(loaded.module.fc.weight, module.fc.weight)
+    assert str(offline) not in json.dumps(loaded.config)
+    small = load_model("resnet18.a1_in1k", num_classes=3).module
+    assert torch.equal(small.conv1.weight, module.conv1.weight)
+    assert small.fc.out_features == 3
+
+
+@pytest.mark.parametrize("source", ["me/mine", "hf-hub:me/mine"])
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_cached_repos_need_no_network(source, library, offline):
+    snapshot = cache("me/mine", offline)
+    (snapshot / "README.md").write_text("---\nlicense: mit\n---\n")
+    with pytest.raises(ModelError, match="no weights for 'me/mine'"):
+        load_model(source)
+    if library == "timm":
+        save_for_hf(timm.create_model("test_resnet"), snapshot, safe_serialization=True)
+    else:
+        tiny_resnet().save_pretrained(snapshot)
+    loaded = load_model(source)
+    assert (loaded.library, loaded.base_model, loaded.license) == (library, "me/mine", "mit")
+    assert load_model(source, pretrained=False).base_model is None
+
+
+@pytest.mark.parametrize("name", ["resnet18", "owner/some-model", "hf-hub:owner/some-model@main"])
+def test_no_network_fails_at_once(name, offline):
     start = time.perf_counter()
     with pytest.raises(ModelError, match=r"cannot reach the Hub.*pretrained=False") as caught:
         load_model(name)
