@@ -1,0 +1,82 @@
+"""Files of a Hub repo, from the network or the local cache, with one clear error when neither has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from scap_hub.errors import ModelError, ScapHubError
+
+NO_NETWORK = "connect, give a local folder, or pass pretrained=False"
+
+
+def fetch(
+    repo_id: str,
+    patterns: Sequence[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    advice: str,
+    error: type[ScapHubError],
+) -> Path:
+    """Downloads a model repo's files that match the patterns, or finds them in the local cache.
+
+    Args:
+        repo_id: "owner/name".
+        patterns: Shell patterns of file names; a pattern that matches nothing is no error.
+        revision: Branch, tag or commit.
+        token: Hub token; None uses the stored one.
+        advice: What the user can do without a network; ends the error message.
+        error: What to raise.
+
+    Returns:
+        The snapshot's folder.
+    """
+    try:
+        # One quick question first: the download itself repeats a refused connection for 23 s a file.
+        HfApi(token=token).model_info(repo_id, revision=revision, timeout=10)
+        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(patterns)))
+    except GatedRepoError:
+        raise error(f"{repo_id!r} is gated: accept its terms on its Hub page, then run `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise error(f"the Hub has no model {repo_id!r}, or it is private: check the name, or `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise error(f"{repo_id!r} has no revision {revision!r} on the Hub: check its branches and tags") from None
+    except HFValidationError:
+        raise error(f"{repo_id!r} is neither a local folder nor a Hub id such as 'owner/name'") from None
+    except (HTTPError, OSError):
+        pass
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise error(f"cannot reach the Hub for {repo_id!r}, and it is not in the local cache: {advice}") from None
+
+
+def fetch_dense(repo_id: str, pretrained: bool, revision: str | None = None) -> Path:
+    """Downloads what it takes to build a dense model: the config, and the weights if asked for.
+
+    Raises:
+        ModelError: No such repo, no network, or no weights.
+    """
+    documents = ("config.json", "preprocessor_config.json", "README.md")
+    options: dict[str, Any] = {"revision": revision, "advice": NO_NETWORK, "error": ModelError}
+    if not pretrained:
+        return fetch(repo_id, documents, **options)
+    folder = fetch(repo_id, (*documents, "model*.safetensors*"), **options)
+    if not any(folder.glob("*.safetensors")):
+        # Old repos; timm and transformers read these with the weights-only unpickler.
+        folder = fetch(repo_id, (*documents, "pytorch_model*.bin*"), **options)
+    if not any((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
+        raise ModelError(f"no weights for {repo_id!r}, neither on the Hub nor in the local cache: {NO_NETWORK}")
+    return folder

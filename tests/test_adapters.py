@@ -1,0 +1,307 @@
+"""Loading models by name, from folders, and as modules."""
+
+import json
+import time
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from torch import nn
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ConvNextImageProcessor,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    MobileNetV2ImageProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessor,
+)
+
+from scap_hub.adapters import load_model, logits, rebuild
+from scap_hub.adapters.base import first_difference
+from scap_hub.errors import ModelError
+
+
+def tiny_resnet(**options):
+    return ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", **options)
+    )
+
+
+TRANSFORMERS = {
+    "resnet": tiny_resnet,
+    "convnext": lambda: ConvNextForImageClassification(
+        ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1])
+    ),
+    "mobilenet_v2": lambda: MobileNetV2ForImageClassification(MobileNetV2Config(depth_multiplier=0.25, num_labels=5)),
+}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "convnext_atto"])
+def test_timm_name_gives_a_model_that_its_config_rebuilds(name):
+    loaded = load_model(name, pretrained=False, num_classes=7)
+    assert (loaded.library, loaded.name, loaded.num_classes) == ("timm", name, 7)
+    assert not loaded.module.training
+    copy = rebuild("timm", json.loads(json.dumps(loaded.config)))
+    copy.load_state_dict(loaded.module.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(copy.eval()(images), loaded.module(images))
+
+
+def test_timm_preprocessing_is_the_tag_s():
+    cfg = timm.get_pretrained_cfg("resnet18.a1_in1k")
+    preprocessing = load_model("resnet18.a1_in1k", pretrained=False).preprocessing
+    assert preprocessing.input_size == cfg.input_size
+    assert (preprocessing.mean, preprocessing.std) == (cfg.mean, cfg.std)
+    assert (preprocessing.interpolation, preprocessing.crop_pct) == (cfg.interpolation, cfg.crop_pct)
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet18", (1, 32, 48)), ("vit_tiny_patch16_224", (1, 64, 64))])
+def test_input_size_shapes_the_timm_model(name, size):
+    loaded = load_model(name, pretrained=False, num_classes=3, input_size=size)
+    assert loaded.preprocessing.input_size == size
+    assert len(loaded.preprocessing.mean) == 1
+    assert loaded.module(torch.zeros(1, *size)).shape == (1, 3)
+    assert rebuild("timm", loaded.config)(torch.zeros(1, *size)).shape == (1, 3)
+
+
+def test_timm_folder_with_weights_and_labels(tmp_path):
+    module = timm.create_model("test_resnet", num_classes=3).eval()
+    save_for_hf(module, tmp_path, model_config={"label_names": ["a", "b", "c"]}, safe_serialization=True)
+    images = torch.randn(1, 3, 32, 32)
+    for source in (str(tmp_path), tmp_path, f"local-dir:{tmp_path}"):
+        loaded = load_model(source)
+        assert (loaded.library, loaded.name, loaded.labels) == ("timm", "test_resnet", ["a", "b", "c"])
+        with torch.no_grad():
+            assert torch.equal(loaded.module(images), module(images))
+    assert load_model(tmp_path, num_classes=5).module(images).shape == (1, 5)
+    assert load_model(tmp_path, num_classes=5).labels is None
+    assert str(tmp_path) not in json.dumps(loaded.config)
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_transformers_folder_and_module(kind, tmp_path):
+    module = TRANSFORMERS[kind]().eval()
+    module.save_pretrained(tmp_path)
+    images = torch.randn(1, 3, 64, 64)
+    for source in (tmp_path, module):
+        loaded = load_model(source)
+        assert (loaded.library, loaded.name) == ("transformers", type(module).__name__)
+        assert loaded.num_classes == module.config.num_labels
+        copy = rebuild("transformers", json.loads(json.dumps(loaded.config))).eval()
+        copy.load_state_dict(loaded.module.state_dict())
+        with torch.no_grad():
+            # Not the loaded module itself: transformers maps the file, and unaligned weights round differently.
+            assert torch.equal(logits(copy(images)), logits(module(images)))
+
+
+def test_transformers_new_head_keeps_the_body(tmp_path):
+    module = tiny_resnet(id2label={0: "cat", 1: "dog"})
+    module.save_pretrained(tmp_path)
+    assert load_model(tmp_path).labels == ["cat", "dog"]
+    loaded = load_model(tmp_path, labels=["x", "y", "z"])
+    assert (loaded.num_classes, loaded.labels) == (3, ["x", "y", "z"])
+    assert logits(loaded.module(torch.zeros(1, 3, 32, 32))).shape == (1, 3)
+    assert torch.equal(loaded.module.resnet.embedder.embedder.convolution.weight,
+                       module.resnet.embedder.embedder.convolution.weight)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("processor", "size", "crop_pct", "crop_mode"),
+    [
+        (ConvNextImageProcessor(size={"shortest_edge": 224}, crop_pct=0.875), 224, 0.875, "center"),
+        (ConvNextImageProcessor(size={"shortest_edge": 384}), 384, 1.0, "squash"),
+        (MobileNetV2ImageProcessor(), 224, 224 / 256, "center"),
+        (ViTImageProcessor(size={"height": 96, "width": 96}), 96, 1.0, "squash"),
+    ],
+)
+def test_transformers_preprocessing_is_the_image_processor_s(processor, size, crop_pct, crop_mode, tmp_path):
+    tiny_resnet().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.preprocessing.input_size == (3, size, size)
+    assert (loaded.preprocessing.crop_pct, loaded.preprocessing.crop_mode) == (crop_pct, crop_mode)
+    assert loaded.preprocessing.mean == tuple(processor.image_mean)
+    assert loaded.image_processor["image_processor_type"] == type(processor).__name__
+
+    smaller = load_model(tmp_path, input_size=(3, 64, 64))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(smaller.image_processor))
+    again = load_model(tmp_path).preprocessing
+    assert again.input_size == smaller.preprocessing.input_size == (3, 64, 64)
+    assert again.crop_pct == pytest.approx(crop_pct, abs=0.01)  # a whole number of pixels
+
+
+def test_timm_modules_are_recognised():
+    built = timm.create_model("test_resnet", num_classes=4, act_layer="silu")
+    assert load_model(built).library == "timm"
+    direct = timm.models.resnet18(num_classes=4)  # an entrypoint, not create_model
+    assert load_model(direct).library == "timm"
+    new_head = timm.create_model("test_resnet")
+    new_head.fc = nn.Linear(new_head.num_features, 6)
+    loaded = load_model(new_head)
+    assert (loaded.library, loaded.num_classes) == ("timm", 6)
+    assert first_difference(rebuild("timm", loaded.config), new_head) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "layer"),
+    [
+        (lambda m: setattr(m, "maxpool", nn.Identity()), "maxpool"),  # no tensor tells
+        (lambda m: setattr(m.conv1, "stride", (1, 1)), "conv1"),
+        (lambda m: setattr(m, "fc", nn.Sequential(nn.Linear(512, 8), nn.Linear(8, 6))), "fc"),
+    ],
+)
+def test_changed_timm_module_is_the_user_s_own(change, layer):
+    module = timm.create_model("resnet18", num_classes=6)
+    change(module)
+    with pytest.warns(UserWarning, match=f"'{layer}.*model=<the dense model>"):
+        loaded = load_model(module, input_size=(3, 64, 64))
+    assert (loaded.library, loaded.num_classes) == ("module", 6)
+    with pytest.raises(ModelError, match=f"{layer}.*model=dense"):
+        rebuild(loaded.library, loaded.config)
+
+
+def test_argument_that_json_cannot_hold_is_the_user_s_own():
+    with pytest.warns(UserWarning, match="SiLU|silu"):
+        assert load_model(timm.create_model("test_resnet", act_layer=nn.SiLU)).library == "module"
+
+
+def test_changed_transformers_module_is_the_user_s_own():
+    module = tiny_resnet()
+    module.classifier[1] = nn.Linear(16, 9)
+    with pytest.warns(UserWarning, match=r"classifier\.1"):
+        loaded = load_model(module)
+    assert (loaded.library, loaded.num_classes) == ("module", 9)
+
+
+def test_plain_module():
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    loaded = load_model(module, labels=["a", "b", "c"])
+    assert (loaded.library, loaded.num_classes, loaded.labels) == ("module", 3, ["a", "b", "c"])
+    assert loaded.preprocessing.input_size == (1, 224, 224)
+    with pytest.raises(ModelError, match="3 classes, not 2"):
+        load_model(module, num_classes=2)
+    with pytest.raises(ModelError, match="set input_size"):
+        load_model(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))
+    with pytest.raises(ModelError, match="not logits"):
+        load_model(nn.Conv2d(3, 4, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet81", "unknown model 'resnet81'.*resnet18"),
+        ("resnet18.a1_in2k", "no weights 'a1_in2k'.*a1_in1k"),
+        ("local-dir:/no/such/folder", "no folder"),
+        ("./no-such-folder", "neither a local folder nor a Hub id"),
+        ("owner/name/extra", "neither a local folder nor a Hub id"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ModelError, match=message):
+        load_model(name)
+
+
+def cache(repo_id, root):
+    """An empty snapshot of a repo in a Hub cache."""
+    repo = root / f"models--{repo_id.replace('/', '--')}"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    return snapshot
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_cached_timm_weights_need_no_network(offline):
+    module = timm.create_model("resnet18").eval()
+    save_file(module.state_dict(), cache("timm/resnet18.a1_in1k", offline) / "model.safetensors")
+    loaded = load_model("resnet18")
+    assert (loaded.base_model, loaded.license) == ("timm/resnet18.a1_in1k", "apache-2.0")
+    assert torch.equal(loaded.module.fc.weight, module.fc.weight)
+    assert str(offline) not in json.dumps(loaded.config)
+    small = load_model("resnet18.a1_in1k", num_classes=3).module
+    assert torch.equal(small.conv1.weight, module.conv1.weight)
+    assert small.fc.out_features == 3
+
+
+@pytest.mark.parametrize("source", ["me/mine", "hf-hub:me/mine"])
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_cached_repos_need_no_network(source, library, offline):
+    snapshot = cache("me/mine", offline)
+    (snapshot / "README.md").write_text("---\nlicense: mit\n---\n")
+    with pytest.raises(ModelError, match="no weights for 'me/mine'"):
+        load_model(source)
+    if library == "timm":
+        save_for_hf(timm.create_model("test_resnet"), snapshot, safe_serialization=True)
+    else:
+        tiny_resnet().save_pretrained(snapshot)
+    loaded = load_model(source)
+    assert (loaded.library, loaded.base_model, loaded.license) == (library, "me/mine", "mit")
+    assert load_model(source, pretrained=False).base_model is None
+
+
+@pytest.mark.parametrize("name", ["resnet18", "owner/some-model", "hf-hub:owner/some-model@main"])
+def test_no_network_fails_at_once(name, offline):
+    start = time.perf_counter()
+    with pytest.raises(ModelError, match=r"cannot reach the Hub.*pretrained=False") as caught:
+        load_model(name)
+    assert time.perf_counter() - start < 2
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "no config.json"),
+        ("{", "is no JSON"),
+        ('{"scap": {}}', "already pruned"),
+        ('{"architecture": "resnet81"}', "unknown model 'resnet81'"),
+        ('{"model_type": "no-such-type"}', "transformers cannot load"),
+        ('{"model_type": "bert"}', "transformers cannot load"),
+        ('{"model_type": "x", "auto_map": {"AutoConfig": "evil.Config"}}', "transformers cannot load"),
+    ],
+)
+def test_bad_folders(config, message, tmp_path):
+    (tmp_path / "evil.py").write_text("raise SystemExit('code from a folder ran')")
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("library", "config", "message"),
+    [
+        ("timm", {"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": {}}, "model_args"),
+        (
+            "timm",
+            {
+                "architecture": "resnet18",
+                "num_classes": 3,
+                "pretrained_cfg": {},
+                "model_args": {"checkpoint_path": "x"},
+            },
+            "would open files",
+        ),
+        ("timm", {"architecture": "no", "num_classes": 3, "pretrained_cfg": {}, "model_args": {}}, "Unknown model"),
+        ("transformers", {"model_type": "resnet"}, "architectures"),
+        ("transformers", {"model_type": "resnet", "architectures": ["os"]}, "no model 'os'"),
+        ("transformers", {"model_type": "nope", "architectures": ["ResNetForImageClassification"]}, "cannot build"),
+    ],
+)
+def test_bad_configs_do_not_rebuild(library, config, message):
+    with pytest.raises(ModelError, match=message):
+        rebuild(library, config)

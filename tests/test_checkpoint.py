@@ -1,0 +1,295 @@
+"""Saving pruned models, and loading them back exactly."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_adapters import TRANSFORMERS, tiny_resnet
+from torch import nn
+from transformers import MobileNetV2ImageProcessor
+
+from scap_hub.adapters import load_model, logits
+from scap_hub.channels.groups import channel_groups
+from scap_hub.errors import CheckpointError, ModelError, PlanError, ScapHubError
+from scap_hub.hub.card import model_card
+from scap_hub.hub.checkpoint import check_output, load, save_checkpoint
+from scap_hub.plan import PruningPlan
+from scap_hub.surgery import apply_plan
+
+SIZE = (3, 64, 64)
+
+
+def pruned(model, share=0.5, **options):
+    """(pruned model, loaded, plan), with random weights and random channels gone."""
+    loaded = load_model(model, pretrained=False, input_size=SIZE, **options)
+    for tensor in loaded.module.state_dict().values():
+        if tensor.ndim < 2 and tensor.is_floating_point():  # norms, whose initial values hide mistakes
+            tensor.uniform_(0.5, 1.5)
+    groups = channel_groups(loaded.module, torch.zeros(1, *SIZE))
+    generator = torch.Generator().manual_seed(0)
+    keep = {
+        group.name: torch.randperm(group.size, generator=generator)[: max(1, int(share * group.size))].tolist()
+        for group in groups
+        if group.prunable and group.constraint is None
+    }
+    plan = PruningPlan.from_keep(groups, keep)
+    return apply_plan(loaded.module, plan).eval(), loaded, plan
+
+
+def run(model):
+    images = torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return logits(model(images.to(next(model.parameters()).dtype)))
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    return pruned("test_resnet", num_classes=4, labels=["a", "b", "c", "d"])
+
+
+@pytest.fixture
+def folder(resnet, tmp_path):
+    return save_checkpoint(tmp_path / "out", *resnet, recipe_yaml="target: macs=0.5\n")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "convnext_atto"])
+def test_timm_round_trip_is_exact(name, tmp_path):
+    small, loaded, plan = pruned(name, num_classes=5)
+    again = load(save_checkpoint(tmp_path / "out", small, loaded, plan))
+    assert not again.training
+    assert type(again) is type(small)
+    assert torch.equal(run(again), run(small))
+    assert sum(p.numel() for p in again.parameters()) < 0.6 * sum(p.numel() for p in loaded.module.parameters())
+    assert again.num_features == small.num_features
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_transformers_round_trip_is_exact(kind, tmp_path):
+    small, loaded, plan = pruned(TRANSFORMERS[kind]())
+    again = load(save_checkpoint(tmp_path / "out", small, loaded, plan))
+    assert torch.equal(run(again), run(small))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == kind
+    assert config["architectures"] == [type(small).__name__]
+    assert "scap" in config
+
+
+def test_fresh_processes_agree_to_the_last_bit(resnet, folder, tmp_path):
+    code = (
+        "import sys, torch; from scap_hub.hub.checkpoint import load;"
+        "images = torch.load(sys.argv[2]);"
+        "torch.save(load(sys.argv[1])(images).detach(), sys.argv[3])"
+    )
+    images, output = tmp_path / "images.pt", tmp_path / "logits.pt"
+    torch.save(torch.randn(2, *SIZE), images)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code, folder, images, output], check=True, env=environment)
+    with torch.no_grad():
+        assert torch.equal(torch.load(output), resnet[0](torch.load(images)))
+
+
+def test_plain_module_needs_its_owner(tmp_path):
+    def build():
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(8, 3),
+        )  # fmt: skip
+
+    small, loaded, plan = pruned(build())
+    out = save_checkpoint(tmp_path / "out", small, loaded, plan)
+    assert json.loads((out / "config.json").read_text()).keys() == {"scap"}
+    dense = build()
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    assert torch.equal(run(load(out, model=dense)), run(small))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
+    with pytest.raises(ModelError, match="model=dense"):
+        load(out)
+    with pytest.raises(PlanError):
+        load(out, model=nn.Sequential(nn.Conv2d(3, 6, 3)))
+
+
+def test_buffers_outside_the_state_dict(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3)
+            self.register_buffer("scale", torch.arange(8.0).view(8, 1, 1) + 0.1, persistent=False)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head((self.stem(x) * self.scale).mean((2, 3)))
+
+    small, loaded, plan = pruned(Scaled())
+    assert small.scale.shape == (4, 1, 1)
+    again = load(save_checkpoint(tmp_path / "out", small.bfloat16(), loaded, plan), model=Scaled())
+    assert torch.equal(again.scale, small.scale)
+    assert torch.equal(run(again), run(small))
+
+
+def test_shared_tensors_stay_shared(tmp_path):
+    def build():
+        tied = nn.Conv2d(8, 8, 3, padding=1)
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), tied, nn.Conv2d(8, 8, 3), head)
+        model[4].weight = tied.weight
+        return model
+
+    loaded = load_model(build(), input_size=SIZE)
+    plan = PruningPlan.from_keep(channel_groups(loaded.module, torch.zeros(1, *SIZE)), {"0": [0, 3, 6]})
+    small = apply_plan(loaded.module, plan).eval()
+    again = load(save_checkpoint(tmp_path / "out", small, loaded, plan), model=build())
+    assert again[3].weight is again[4].weight
+    assert torch.equal(run(again), run(small))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("model", ["resnetblur18", "transformers"])
+def test_dtype_is_kept(dtype, model, tmp_path):
+    small, loaded, plan = pruned(tiny_resnet() if model == "transformers" else model)
+    out = save_checkpoint(tmp_path / "out", small.to(dtype), loaded, plan)
+    again = load(out)
+    for (name, ours), theirs in zip(small.named_buffers(), again.buffers(), strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+    for (name, ours), theirs in zip(small.named_parameters(), again.parameters(), strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+
+
+def test_channels_last_weights_are_saved(resnet, tmp_path):
+    small, loaded, plan = resnet
+    expected = run(small)
+    other = apply_plan(loaded.module, plan)
+    other.load_state_dict(small.state_dict())
+    out = save_checkpoint(tmp_path / "out", other.to(memory_format=torch.channels_last), loaded, plan)
+    assert torch.equal(run(load(out)), expected)
+
+
+def test_folder_layout(resnet, folder):
+    small, _, plan = resnet
+    assert {path.name for path in folder.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "pruning_plan.json",
+        "recipe.yaml",
+    }
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == set(small.state_dict())
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == "scap_pruned"
+    assert config["model_args"]["base"] == "test_resnet"
+    assert "num_classes" not in config["model_args"]  # transformers' timm wrapper passes it itself
+    assert config["num_classes"] == 4
+    assert config["num_features"] == small.num_features
+    assert config["label_names"] == ["a", "b", "c", "d"]
+    timm.models.PretrainedCfg(**config["pretrained_cfg"])  # refuses unknown keys
+    assert PruningPlan.from_json((folder / "pruning_plan.json").read_text()) == plan
+    assert load(folder).pretrained_cfg["label_names"] == ["a", "b", "c", "d"]
+
+
+def test_transformers_labels_and_image_processor(tmp_path):
+    tiny_resnet().save_pretrained(tmp_path / "dense")
+    MobileNetV2ImageProcessor().save_pretrained(tmp_path / "dense")
+    small, loaded, plan = pruned(tmp_path / "dense", labels=["x", "y", "z"])
+    out = save_checkpoint(tmp_path / "out", small, loaded, plan)
+    processor = json.loads((out / "preprocessor_config.json").read_text())
+    assert processor["crop_size"] == {"height": 64, "width": 64}
+    assert load(out).config.id2label == {0: "x", 1: "y", 2: "z"}
+
+
+def test_existing_output_is_not_touched(resnet, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="not empty"):
+        save_checkpoint(tmp_path / "out", *resnet)
+    with pytest.raises(CheckpointError, match="not empty"):
+        check_output(tmp_path / "out" / "mine.txt")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+    (tmp_path / "empty").mkdir()
+    save_checkpoint(tmp_path / "empty", *resnet)
+    assert (tmp_path / "empty" / "config.json").is_file()
+
+
+def test_failed_save_leaves_nothing(resnet, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("scap_hub.hub.checkpoint.save_tensors", fail)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_checkpoint(tmp_path / "out", *resnet)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot write"):
+        save_checkpoint(tmp_path / "file" / "out", *resnet)
+
+
+def edit(path, **changes):
+    document = json.loads(path.read_text())
+    document["scap"] |= changes
+    path.write_text(json.dumps(document))
+
+
+def edit_weights(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+        (lambda f: (f / "config.json").write_text('{"architecture": "resnet18"}'), "not a pruned model"),
+        (lambda f: edit(f / "config.json", version=99), "upgrade scap_hub"),
+        (lambda f: edit(f / "config.json", library="mystery"), "mystery"),
+        (lambda f: edit(f / "config.json", library="transformers"), "architectures"),
+        (lambda f: edit(f / "config.json", buffer_dtypes={"conv1.weight": "load"}), "does not fit"),
+        (lambda f: (f / "pruning_plan.json").unlink(), "pruning_plan.json"),
+        (lambda f: (f / "pruning_plan.json").write_text("[]"), "plan"),
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04pickle"), "cannot read"),
+        (lambda f: edit_weights(f / "model.safetensors", lambda t: t.pop("fc.bias")), "fc.bias"),
+        (lambda f: edit_weights(f / "model.safetensors", lambda t: t.update(extra=torch.ones(1))), "extra"),
+        (lambda f: edit_weights(f / "model.safetensors", lambda t: t.update({"fc.bias": torch.ones(9)})), "fc.bias"),
+    ],
+)
+def test_damaged_checkpoints(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ScapHubError, match=message) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["owner/pruned", "no-such-folder", "/no/such/folder"])
+def test_missing_checkpoint(name, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="local folder"):
+        load(name)
+
+
+@pytest.mark.parametrize("base_model", [None, "timm/resnet18.a1_in1k"])
+def test_card(resnet, base_model):
+    _, loaded, plan = resnet
+    loaded.base_model, loaded.license = base_model, base_model and "apache-2.0"
+    measurements = {"dense": {"macs": 2e9, "top1": 0.9, "latency_ms": None}, "pruned": {"macs": 1e9, "top1": 0.895}}
+    text = model_card(loaded, plan, measurements, "target: macs=0.5\n", repo_id="me/small")
+    card = ModelCard(text)
+    assert (card.data.library_name, card.data.pipeline_tag) == ("timm", "image-classification")
+    assert (card.data.base_model, card.data.license) == (base_model, loaded.license)
+    assert "| MACs | 2.000 G | 1.000 G | 0.50 |" in text
+    assert "| Top-1 accuracy | 90.00% | 89.50% |" in text
+    assert "Latency" not in text
+    assert 'scap_hub.load("me/small")' in text
+    assert "target: macs=0.5" in text
+    for name, cut in plan.groups.items():
+        assert f"| `{name}` | {cut.size} | {len(plan.kept(name))} |" in text
+    assert "$" not in text
