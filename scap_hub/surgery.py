@@ -23,16 +23,12 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """
     _check(model, plan)
     small = copy.deepcopy(model)
-    done: dict[int, Tensor] = {}
-    for name, cut in plan.tensors.items():
-        owner, leaf = _resolve(small, name)
-        tensor = getattr(owner, leaf)
-        # Tied names share one tensor before, and must share one after.
-        if id(tensor) not in done:
-            done[id(tensor)] = _cut(tensor, cut, plan)
-        for module, own in _places(small, tensor):
-            table = module._parameters if own in module._parameters else module._buffers
-            table[own] = done[id(tensor)]  # type: ignore[assignment]
+    # Tied names share one tensor before, and must share one after.
+    cuts = {id(tensor): (tensor, cut) for tensor, cut in ((_tensor(small, name), cut) for name, cut in plan.tensors.items())}
+    smaller = {key: _cut(tensor, cut, plan) for key, (tensor, cut) in cuts.items()}
+    for module in small.modules():
+        for table in (module._parameters, module._buffers):
+            table.update({own: smaller[id(tensor)] for own, tensor in table.items() if id(tensor) in smaller})  # type: ignore[arg-type]
     for path, values in plan.attributes.items():
         module = small.get_submodule(path)
         for attribute, value in values.items():
@@ -43,10 +39,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
 def _check(model: nn.Module, plan: PruningPlan) -> None:
     for name, cut in plan.tensors.items():
-        owner, leaf = _resolve(model, name)
-        tensor = owner._parameters.get(leaf, owner._buffers.get(leaf))
-        if tensor is None:
-            raise PlanError(f"the model has no tensor {name!r}; the plan was made for another model")
+        tensor = _tensor(model, name)
         if tuple(tensor.shape) != cut.shape:
             raise PlanError(
                 f"tensor {name!r} has shape {tuple(tensor.shape)}, the plan was made for {cut.shape}; "
@@ -68,22 +61,16 @@ def _integers(old: object, count: int) -> bool:
     return isinstance(old, list | tuple) and len(old) == count and all(type(item) is int for item in old)
 
 
-def _resolve(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def _tensor(model: nn.Module, name: str) -> Tensor:
     path, _, leaf = name.rpartition(".")
     try:
-        return model.get_submodule(path), leaf
+        module = model.get_submodule(path)
     except AttributeError:
-        raise PlanError(f"the model has no tensor {name!r}; the plan was made for another model") from None
-
-
-def _places(model: nn.Module, tensor: Tensor) -> list[tuple[nn.Module, str]]:
-    return [
-        (module, own)
-        for module in model.modules()
-        for table in (module._parameters, module._buffers)
-        for own, value in table.items()
-        if value is tensor
-    ]
+        module = nn.Module()
+    tensor = module._parameters.get(leaf, module._buffers.get(leaf))
+    if tensor is None:
+        raise PlanError(f"the model has no tensor {name!r}; the plan was made for another model")
+    return tensor
 
 
 def _cut(tensor: Tensor, cut: TensorCut, plan: PruningPlan) -> Tensor:
