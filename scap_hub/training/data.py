@@ -136,7 +136,8 @@ def _as_splits(source: Any) -> dict[str, Any]:
     if isinstance(source, Mapping) and source:
         return dict(source)
     raise DataError(
-        f"a data set is a name, a folder, a datasets.Dataset or DatasetDict, or a DataLoader, not {type(source).__name__}"
+        "a data set is a name, a folder, a datasets.Dataset or DatasetDict, or a DataLoader, "
+        f"not {type(source).__name__}"
     )
 
 
