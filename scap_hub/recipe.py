@@ -237,7 +237,7 @@ class Recipe(_Block):
         for name, value in overrides.items():
             if name not in paths:
                 raise RecipeError(f"unknown option {name!r}{_hint(name, paths)}")
-            _set(merged, paths[name], value)
+            merged = _merge(cls, merged, _as_change(paths[name], value))
         return _validate(merged, None, "options")
 
 
@@ -298,11 +298,12 @@ def _line(text: str, path: tuple[str, ...]) -> int | None:
 
 def _paths(block: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Paths of all blocks and keys of a recipe."""
-    for name, field in block.model_fields.items():
+    for name in block.model_fields:
         path = (*above, name)
         yield path
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _paths(field.annotation, path)
+        inner = _block_of(block, name)
+        if inner:
+            yield from _paths(inner, path)
 
 
 def _hint(wrong: str, valid: Mapping[str, tuple[str, ...]]) -> str:
@@ -326,11 +327,10 @@ def _parse_budget(text: str) -> dict[str, Any]:
     raise ValueError(f"target {text!r} is not one of {', '.join(f'{kind}=FRACTION' for kind in BUDGETS)}")
 
 
-def _set(document: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    """Sets one override; dicts merge into blocks, a new budget removes the old one."""
-    *above, key = path
+def _as_change(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """One override as a nested dict; shorthands are written out."""
     if path == ("criterion",) and isinstance(value, str):
-        value = {"name": value, "options": {}}
+        value = {"name": value}
     if path == ("target",):
         try:
             value = _parse_budget(value) if isinstance(value, str) else value
@@ -338,11 +338,24 @@ def _set(document: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
             raise RecipeError(str(error)) from None
         if isinstance(value, Mapping) and value and not set(value) & set(TargetSettings.model_fields):
             value = {"ratio": dict(value)}
-    if path[0] == "target" and (key in BUDGETS or (isinstance(value, Mapping) and set(value) & set(BUDGETS))):
-        for budget in BUDGETS:
-            document["target"][budget] = None
-    block = document
-    for part in above:
-        block = block[part]
-    is_block = path in {("finetune", "distillation")} or (len(path) == 1 and isinstance(block[key], dict))
-    block[key] = {**block[key], **value} if is_block and isinstance(value, Mapping) else value
+    for key in reversed(path):
+        value = {key: value}
+    return value
+
+
+def _merge(block: type[BaseModel], old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Replaces the keys that are given, block by block."""
+    merged = dict(old)
+    if block is TargetSettings and set(new) & set(BUDGETS):
+        merged |= dict.fromkeys(BUDGETS)
+    if block is CriterionSettings and "name" in new:
+        merged["options"] = {}
+    for key, value in new.items():
+        inner = _block_of(block, key)
+        merged[key] = _merge(inner, old[key], value) if inner and isinstance(value, Mapping) else value
+    return merged
+
+
+def _block_of(block: type[BaseModel], key: str) -> type[BaseModel] | None:
+    annotation = block.model_fields[key].annotation if key in block.model_fields else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

@@ -130,7 +130,7 @@ def test_mistakes_in_a_file_name_the_line(tmp_path, text, message):
 
 
 def test_missing_file_is_named():
-    with pytest.raises(RecipeError, match="recipe 'nowhere.yaml' cannot be read"):
+    with pytest.raises(RecipeError, match=r"recipe 'nowhere\.yaml' cannot be read"):
         Recipe.from_yaml(Path("nowhere.yaml"))
 
 

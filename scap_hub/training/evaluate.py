@@ -44,7 +44,7 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: str = "no") -> dic
     # Correct, loss, images: sums, so that ranks may have unequal numbers of batches.
     sums = torch.zeros(3, dtype=torch.float64 if here.device.type != "mps" else torch.float32, device=here.device)
     with _eval_mode(model):
-        for batch in track(shard(loader), "evaluating"):
+        for batch in track(shard(loader), "evaluating", delay=1):
             if len(batch) < 2:
                 raise DataError("accuracy needs labels, and these images have none")
             images, labels = batch
