@@ -12,12 +12,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from scap_hub.adapters.base import Preprocessing
 from scap_hub.errors import DataError
-from scap_hub.recipe import DataSettings
+from scap_hub.recipe import DataSettings, FinetuneSettings
 from scap_hub.training.data import load_data
+from scap_hub.training.finetune import finetune
 
 GREY = Preprocessing((1, 8, 8), (0.5,), (0.5,))
 COLOUR = Preprocessing((3, 16, 16), (0.5,) * 3, (0.5,) * 3)
 NAMES = ["cat", "dog"]
+
+
+def net():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 2))
 
 
 def pictures(count=20, mode="RGB", size=(20, 24)):
@@ -174,12 +179,27 @@ def test_hidden_labels_are_no_labels():
     assert data.test is None and data.validation is not None
 
 
-def test_streams(tmp_path):
+def test_streams(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     path = str(parquet_folder(tmp_path / "data"))
     data = load_data(path, COLOUR, DataSettings(streaming=True, batch_size=4, calibration_images=7, workers=0))
     assert [len(batch[1]) for batch in data.train] == [4] * 5
     assert [len(batch[1]) for batch in data.validation] == [4, 2]
     assert len(data.calibration.dataset) == 7 and data.labels == NAMES
+    with pytest.raises(DataError, match=r"stream of unknown length: .*\[train\] does not say how many images it has"):
+        finetune(net(), data, FinetuneSettings(epochs=1))
+
+
+def test_a_stream_that_says_its_length_can_be_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    path = parquet_folder(tmp_path / "data")
+    splits = "".join(
+        f"  - name: {name}\n    num_examples: {count}\n" for name, count in {"train": 20, "validation": 6}.items()
+    )
+    (path / "README.md").write_text(f"---\ndataset_info:\n  splits:\n{splits}---\n")
+    data = load_data(str(path), COLOUR, DataSettings(streaming=True, batch_size=4, calibration_images=7, workers=0))
+    history = finetune(net(), data, FinetuneSettings(epochs=2))
+    assert len(data.train) == 5 and history[-1]["epoch"] == 2 and "top1" in history[-1]
 
 
 def test_loaders_are_used_as_they_are():

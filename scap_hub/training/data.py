@@ -170,7 +170,8 @@ def _from_splits(
     held_out: _Source | Subset | None = reader.read(splits[validation], validation) if validation else None
     training: _Source | Subset = whole
     if isinstance(whole, _Stream):
-        sample = whole.first(settings.calibration_images, seed)
+        training = whole.shuffled(seed)
+        sample = training.first(settings.calibration_images)
         calibration: Dataset = sample
     else:
         # The split does not depend on the seed, so that runs with several seeds can be compared.
@@ -364,8 +365,11 @@ class _Images(Dataset):
         column = self.rows[indices][self.reader.image]
         return torch.stack([self.reader.pixels({self.reader.image: image}, self.where) for image in column])
 
+    def __getitem__(self, index: int) -> Batch:
+        return tuple(column[0] for column in self.__getitems__([index]))
+
     def __getitems__(self, indices: list[int]) -> Batch:
-        """A whole batch: (N, C, H, W) uint8 and, if known, (N,) int64."""
+        """A whole batch, which torch's loaders ask for: (N, C, H, W) uint8 and, if known, (N,) int64."""
         if self.cache is None:
             images = self._decode(indices)
         else:
@@ -387,13 +391,15 @@ class _Stream(IterableDataset):
     def labelled(self) -> bool:
         return self.label is not None
 
-    def first(self, count: int, seed: int) -> _Images:
-        """Keeps the first images, of a shuffled buffer, in memory."""
+    def shuffled(self, seed: int) -> _Stream:
+        return _Stream(self.rows.shuffle(seed=seed, buffer_size=1000), self.where, self.label, self.reader)
+
+    def first(self, count: int) -> _Images:
+        """Keeps the first images in memory."""
         import datasets
 
-        rows = list(self.rows.shuffle(seed=seed, buffer_size=4 * count).take(count))
-        kept = datasets.Dataset.from_list(rows, features=self.rows.features)
-        return _Images(kept, self.where, self.label, self.reader)
+        rows = datasets.Dataset.from_list(list(self.rows.take(count)), features=_features(self.rows))
+        return _Images(rows, self.where, self.label, self.reader)
 
     def set_epoch(self, epoch: int) -> None:
         self.rows.set_epoch(epoch)
@@ -401,7 +407,7 @@ class _Stream(IterableDataset):
     def __len__(self) -> int:
         known = (self.rows.info.splits or {}).get(str(self.rows.split))
         if known is None or not known.num_examples:
-            raise TypeError(f"nobody knows how many images {self.where} has")
+            raise TypeError(f"{self.where} does not say how many images it has")
         return known.num_examples
 
     def __iter__(self) -> Iterator[Batch]:
