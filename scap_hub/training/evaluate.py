@@ -1,0 +1,125 @@
+"""What a model costs and how well it does."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from scap_hub.adapters.base import logits
+from scap_hub.errors import DataError
+from scap_hub.progress import track
+from scap_hub.training.distributed import accelerator, shard
+
+WARM_UP, MIN_RUNS, MAX_RUNS, MIN_SECONDS = 3, 10, 200, 0.5
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: DataLoader, precision: str = "no") -> dict[str, float]:
+    """Accuracy on labelled images; the same on every rank, whatever the number of ranks.
+
+    Args:
+        model: Moved to this rank's device, evaluated in eval mode, left in the mode it was in.
+        loader: Batches of (images, labels).
+        precision: "bf16" for autocast, or "no".
+
+    Returns:
+        top1: Share of images classified correctly, 0..1.
+        loss: Mean cross-entropy in nats.
+        images: How many there were.
+
+    Raises:
+        DataError: The batches have no labels, or there are none.
+    """
+    here = accelerator()
+    model.to(here.device)
+    # Correct, loss, images: sums, so that ranks may have unequal numbers of batches.
+    sums = torch.zeros(3, dtype=torch.float64 if here.device.type != "mps" else torch.float32, device=here.device)
+    with _eval_mode(model):
+        for batch in track(shard(loader), "evaluating", delay=1):
+            if len(batch) < 2:
+                raise DataError("accuracy needs labels, and these images have none")
+            images, labels = batch
+            with autocast(precision):
+                output = logits(model(images)).float()
+            sums[0] += (output.argmax(1) == labels).sum()
+            sums[1] += F.cross_entropy(output, labels, reduction="sum")
+            sums[2] += len(labels)
+    correct, loss, count = here.reduce(sums).tolist()
+    if not count:
+        raise DataError("accuracy needs at least one image")
+    return {"top1": correct / count, "loss": loss / count, "images": int(count)}
+
+
+def autocast(precision: str) -> torch.autocast:
+    """The autocast context of a recipe's precision, on this rank's device."""
+    return torch.autocast(accelerator().device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@torch.no_grad()
+def latency_ms(model: nn.Module, input_size: tuple[int, int, int], batch_size: int = 1) -> float:
+    """Median time of a forward pass in milliseconds, where the model is, with the threads torch has.
+
+    Args:
+        model: The model.
+        input_size: (channels, height, width) in pixels.
+        batch_size: Images at once.
+    """
+    first = next(model.parameters())
+    images = torch.randn(batch_size, *input_size, dtype=first.dtype, device=first.device)
+    times: list[float] = []
+    with _eval_mode(model):
+        # The first calls choose kernels and fill caches.
+        for call in range(WARM_UP + MAX_RUNS):
+            start = time.perf_counter()
+            model(images)
+            if first.device.type != "cpu":
+                torch.accelerator.synchronize(first.device)
+            if call >= WARM_UP:
+                times.append(time.perf_counter() - start)
+            if len(times) >= MIN_RUNS and sum(times) > MIN_SECONDS:
+                break
+    return statistics.median(times) * 1e3
+
+
+@torch.no_grad()
+def count(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
+    """What the model costs, without running it.
+
+    Args:
+        model: The model.
+        input_size: (channels, height, width) in pixels.
+
+    Returns:
+        macs: Multiply-accumulate operations of one image, in convolutions and matrix products.
+        params: Numbers that training changes.
+        bytes: Size of parameters and buffers.
+    """
+    first = next(model.parameters())
+    with _eval_mode(model), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, *input_size, dtype=first.dtype, device=first.device))
+    tensors = [*model.parameters(), *model.buffers()]
+    return {
+        "macs": counter.get_total_flops() // 2,
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+    }
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

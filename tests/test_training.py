@@ -1,0 +1,253 @@
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from scap_hub.adapters.base import Preprocessing
+from scap_hub.errors import DataError, TrainingError
+from scap_hub.recipe import DataSettings, FinetuneSettings
+from scap_hub.training.data import load_data
+from scap_hub.training.evaluate import count, evaluate, latency_ms
+from scap_hub.training.finetune import finetune
+from tests.nets import tiny_net
+
+GREY = Preprocessing((1, 8, 8), (0.5,), (0.5,))
+QUICK = FinetuneSettings(epochs=3, learning_rate=0.01)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits", GREY, num_classes=10)
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_tiny_net_learns_the_digits(digits):
+    model = tiny_net()
+    history = finetune(model, digits, FinetuneSettings(epochs=6, learning_rate=0.01))
+    assert not model.training
+    assert [row["epoch"] for row in history] == list(range(7))
+    assert history[0]["top1"] < 0.3 and history[-1]["loss"] < history[1]["loss"]
+    assert evaluate(model, digits.test)["top1"] > 0.9
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "sgd", "learning_rate": 0.1, "schedule": "onecycle", "warmup": 0.3},
+        {"ema": 0.99, "label_smoothing": 0.1},
+        {"mixup": 0.2, "gradient_accumulation": 2, "warmup": 0.0},
+        {"precision": "bf16", "channels_last": True},
+    ],
+)
+def test_options_train_too(digits, options):
+    model = tiny_net()
+    finetune(model, digits, FinetuneSettings(**{"epochs": 5, "learning_rate": 0.01, **options}))
+    assert evaluate(model, digits.test)["top1"] > 0.85
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
+def test_the_learning_rate_rises_and_falls(digits):
+    rates = [row["learning_rate"] for row in finetune(tiny_net(), digits, QUICK)[1:]]
+    assert QUICK.learning_rate > rates[0] > rates[1] > rates[2]
+    assert rates[2] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def teacher(digits):
+    model = tiny_net(1)
+    finetune(model, digits, FinetuneSettings(epochs=6, learning_rate=0.01))
+    return model
+
+
+def test_distillation_needs_no_labels(digits, teacher):
+    unlabelled = load_data("digits", GREY, labelled=False)
+    assert unlabelled.validation is None
+    student, before = tiny_net(), copy.deepcopy(teacher.state_dict())
+    with pytest.raises(DataError, match="these images have no labels"):
+        finetune(student, unlabelled, QUICK)
+    finetune(student, unlabelled, FinetuneSettings(epochs=5, learning_rate=0.01), teacher=teacher)
+    assert evaluate(student, digits.test)["top1"] > 0.85
+    assert same(teacher.state_dict(), before)
+
+
+def test_pure_distillation_ignores_labels(teacher):
+    settings = FinetuneSettings(epochs=1, distillation={"weight": 1.0})
+    images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    trained = []
+    for label in (0, 7):
+        model = tiny_net()
+        loader = DataLoader(TensorDataset(images, torch.full((64,), label)), batch_size=32)
+        finetune(model, load_data(loader, GREY), settings, teacher=teacher)
+        trained.append(model.state_dict())
+    assert same(*trained) and not same(trained[0], tiny_net().state_dict())
+
+
+def test_the_best_weights_are_kept_the_ones_it_came_with_included(digits, teacher):
+    model = copy.deepcopy(teacher)
+    history = finetune(model, digits, FinetuneSettings(epochs=2, optimizer="sgd", learning_rate=5.0, warmup=0.0))
+    assert max(row["top1"] for row in history[1:]) < history[0]["top1"]
+    assert same(model.state_dict(), teacher.state_dict())
+
+
+def test_patience_stops_early(digits, teacher):
+    settings = FinetuneSettings(epochs=9, optimizer="sgd", learning_rate=5.0, warmup=0.0, patience=2)
+    assert len(finetune(copy.deepcopy(teacher), digits, settings)) == 3
+
+
+def test_no_epochs_change_nothing(digits):
+    model = tiny_net()
+    assert [row["epoch"] for row in finetune(model, digits, FinetuneSettings(epochs=0))] == [0]
+    assert same(model.state_dict(), tiny_net().state_dict())
+
+
+class _Interrupting(nn.Module):
+    """A teacher that stops the run at its n-th batch, as a lost machine would."""
+
+    def __init__(self, teacher, after):
+        super().__init__()
+        self.teacher, self.left = teacher, after
+
+    def forward(self, images):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self.teacher(images)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_interrupted_run_resumes_exactly(tmp_path, teacher, workers):
+    data = load_data("digits", GREY, DataSettings(batch_size=128, workers=workers))
+    settings = FinetuneSettings(epochs=4, learning_rate=0.01, ema=0.9, mixup=0.2, optimizer="adamw")
+    whole = tiny_net()
+    history = finetune(whole, data, settings, teacher=teacher, output_dir=tmp_path / "whole", seed=3)
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tiny_net(), data, settings, _Interrupting(teacher, 25), tmp_path / "cut", seed=3)
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["checkpoint-00002"]
+    torch.manual_seed(99)
+    resumed = tiny_net(5)
+    continued = finetune(resumed, data, settings, teacher=teacher, output_dir=tmp_path / "cut", seed=3)
+    assert same(resumed.state_dict(), whole.state_dict())
+    for row, expected in zip(continued, history, strict=True):
+        assert {**row, "seconds": 0} == {**expected, "seconds": 0}
+
+    finished = tiny_net(6)
+    finetune(finished, data, settings, teacher=teacher, output_dir=tmp_path / "cut", seed=3)
+    assert same(finished.state_dict(), whole.state_dict())
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, digits):
+    finetune(tiny_net(), digits, FinetuneSettings(epochs=1), output_dir=tmp_path)
+    model = tiny_net()
+    with pytest.raises(TrainingError, match=r"checkpoint-00001' is of a run with another epochs, seed; delete it"):
+        finetune(model, digits, FinetuneSettings(epochs=2), output_dir=tmp_path, seed=1)
+    assert same(model.state_dict(), tiny_net().state_dict())
+    (tmp_path / "checkpoint-00001" / "model.safetensors").unlink()
+    with pytest.raises(TrainingError, match=r"cannot resume from .*checkpoint-00001"):
+        finetune(model, digits, FinetuneSettings(epochs=1), output_dir=tmp_path)
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_restores_the_weights():
+    images = torch.rand(64, 1, 8, 8)
+    images[40] = float("nan")
+    data = load_data(DataLoader(TensorDataset(images, torch.zeros(64).long()), batch_size=8), GREY)
+    model = tiny_net()
+    with pytest.raises(TrainingError) as error:
+        finetune(model, data, FinetuneSettings(epochs=1, learning_rate=0.125))
+    assert str(error.value) == (
+        "the loss is not finite at step 6 of epoch 1; the weights of epoch 0 are restored; "
+        "lower finetune.learning_rate (now 0.125) or check the images"
+    )
+    assert same(model.state_dict(), tiny_net().state_dict()) and not model.training
+
+
+def test_the_same_seed_repeats_a_run(digits):
+    first, second, other = tiny_net(), tiny_net(), tiny_net()
+    for model, seed in ((first, 0), (second, 0), (other, 1)):
+        finetune(model, digits, FinetuneSettings(epochs=1), seed=seed)
+    assert same(first.state_dict(), second.state_dict())
+    assert not same(first.state_dict(), other.state_dict())
+
+
+def test_transformers_models_train_and_count():
+    config = ResNetConfig(
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=10
+    )
+    model = ResNetForImageClassification(config)
+    data = load_data("digits", Preprocessing((1, 16, 16), (0.5,), (0.5,)), num_classes=10)
+    history = finetune(model, data, FinetuneSettings(epochs=1))
+    assert history[-1]["validation_loss"] < history[0]["validation_loss"]
+    assert count(model, (1, 16, 16))["macs"] > 0
+
+
+def test_evaluation_is_exact_and_leaves_the_mode(digits):
+    model = tiny_net().train()
+    model[1].eval()
+    result = evaluate(model, digits.test)
+    assert model.training and not model[1].training
+    images, labels = (torch.cat(column) for column in zip(*digits.test, strict=True))
+    output = model.eval()(images)
+    assert result["images"] == 360
+    assert result["top1"] == pytest.approx((output.argmax(1) == labels).double().mean().item())
+    assert result["loss"] == pytest.approx(nn.functional.cross_entropy(output, labels).item(), rel=1e-5)
+    with pytest.raises(DataError, match="accuracy needs labels"):
+        evaluate(model, load_data("digits", GREY, labelled=False).calibration)
+
+
+def test_costs_match_hand_counts():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten(), nn.LazyLinear(5)
+    )
+    model(torch.zeros(2, 3, 6, 6))
+    cost = count(model, (3, 6, 6))
+    assert cost["macs"] == 36 * 8 * 27 + 16 * 8 * 9 + 128 * 5
+    assert cost["params"] == 8 * 28 + 16 + 8 * 10 + 129 * 5
+    assert cost["bytes"] == 4 * (cost["params"] + 16) + 8
+    assert model.training
+    assert count(timm.create_model("resnet18"), (3, 224, 224))["macs"] == pytest.approx(1.814e9, rel=1e-3)
+
+
+def test_latency_grows_with_the_batch():
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
+    assert 0 < latency_ms(model, (3, 32, 32)) < latency_ms(model, (3, 32, 32), batch_size=16)
+
+
+def test_two_ranks_train_alike_and_see_each_image_once(tmp_path, digits):
+    root = Path(__file__).parents[1]
+    ran = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+            *("-m", "tests.ranks", str(tmp_path)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert (first["ranks"], first["wrapped"]) == (2, "Sequential")
+    assert (first["from_main"], second["from_main"]) == (0, 0)
+    assert sorted(first["seen"] + second["seen"]) == list(range(70)) and second["seen"]
+    assert sorted(first["mixed"] + second["mixed"]) == list(range(70))
+
+    alone = evaluate(tiny_net(), digits.test)
+    assert first["before"] == second["before"] == pytest.approx(alone)
+    assert first["after"] == second["after"] and first["after"]["top1"] > 0.85
+    for left, right in zip(first["history"], second["history"], strict=True):
+        assert {**left, "seconds": 0} == {**right, "seconds": 0}
+    assert same(first["state"], second["state"])
+    assert same(first["state"], first["resumed"]) and same(second["state"], second["resumed"])
+    assert first["error"] == second["error"] and "not finite at step 1 of epoch 1" in first["error"]
