@@ -1,0 +1,22 @@
+"""Progress bars, and the one switch that silences them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
+
+T = TypeVar("T")
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Silences (or restores) every progress bar of the process."""
+    global _quiet
+    _quiet = quiet
+
+
+def track(items: Iterable[T], description: str, total: int | None = None, **options: Any) -> tqdm[T]:
+    """Iterates with a progress bar that shows the time left."""
+    return tqdm(items, desc=description, total=total, disable=_quiet, leave=False, dynamic_ncols=True, **options)
