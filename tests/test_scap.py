@@ -81,7 +81,7 @@ def test_an_upsampled_output_agrees():
 @pytest.mark.parametrize("hidden", [0, 5])
 def test_factorised_autoencoder_is_the_materialised_one_with_the_same_weights(hidden):
     torch.manual_seed(0)
-    x, y = torch.randn(6, 4, 9, 8, dtype=torch.float64), torch.randn(6, 12, 5, 4, dtype=torch.float64)
+    x, y = torch.randn(6, 4, 9, 8, dtype=torch.float64), torch.randn(6, 12, 9, 8, dtype=torch.float64)
     field = normalise(spectrum(x, (9, 8), 5), spectrum(y, (9, 8), 5), balance=True)
     full = scap_reference.samples(x, y, bins=5, balance=True)
     r, size = 3, field.x.shape[1] + field.y.shape[2]
@@ -320,8 +320,8 @@ state.destroy_process_group()
 def test_two_processes_give_the_scores_of_one(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     here = Path(__file__).parent
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parent)}
     subprocess.run(
         [*command, tmp_path / "script.py", here, tmp_path], check=True, env=environment, timeout=120, cwd=here.parent
     )

@@ -76,9 +76,9 @@ def residual(samples: Field, latent: int, generator: torch.Generator) -> Autoenc
     """
     linear = pca(samples, latent)
     r = linear.encoder.shape[1]
+    if (linear.cosine(samples) > 1 - 1e-9).all():
+        return linear  # nothing is left to restore, and Adam would blow up rounding
     live = (samples.scale > 0).any(0).nonzero()[:, 0]
-    if r == 0:
-        return linear
     weight = torch.randn(HIDDEN * r, r, generator=generator, dtype=torch.float64).to(linear.encoder) / r**0.5
     bias = torch.zeros_like(weight[:, 0])
     extra = torch.zeros_like(linear.decoder).repeat(1, HIDDEN)
