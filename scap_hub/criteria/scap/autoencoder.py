@@ -10,9 +10,9 @@ from torch import Tensor
 from scap_hub.criteria.scap.field import Field
 
 HIDDEN = 2  # nonlinear features per latent dimension
-STEPS = 40
-SAMPLES = 8192  # per training step
-LEARNING_RATE = 3e-3
+STEPS = 60
+SAMPLES = 2048  # per training step
+LEARNING_RATE = 1e-2
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,8 @@ def _gather(spectra: Spectra | None) -> Spectra:
         return spectra
     shards = gather_object([spectra and (spectra[0].cpu(), spectra[1].cpu())])
     held = [shard for shard in shards if shard is not None]
-    return torch.cat([x for x, _ in held]), torch.cat([y for _, y in held])
+    device = PartialState().device
+    return torch.cat([x for x, _ in held]).to(device), torch.cat([y for _, y in held]).to(device)
 
 
 def _sized(batches: Iterable[Any]) -> Collection[Any]:
