@@ -1,0 +1,50 @@
+"""Importance criteria: how much a model would miss each channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from scap_hub.channels.groups import ChannelGroup
+from scap_hub.criteria import base
+from scap_hub.criteria.base import Criterion
+from scap_hub.criteria.magnitude import L1
+from scap_hub.criteria.random import Random
+from scap_hub.criteria.scap import Scap
+from scap_hub.errors import RecipeError
+
+__all__ = ["L1", "Criterion", "Random", "Scap", "score"]
+
+
+def score(
+    model: nn.Module,
+    batches: Iterable[Any],
+    criterion: str | Criterion = "scap",
+    *,
+    groups: Sequence[ChannelGroup],
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Scores the channels of a model's prunable groups; the higher the importance, the rather it is kept.
+
+    Args:
+        model: The dense model; unchanged on return.
+        batches: Calibration batches: image tensors (N, C, H, W), tuples that start with one, or dicts with
+            "pixel_values". Where several processes run, each gives its own shard and gets the scores of all.
+        criterion: Name of a registered criterion, or a `Criterion`.
+        groups: The model's channel groups; those that cannot be pruned are passed over.
+        **options: Of the criterion, where it is given by name.
+
+    Returns:
+        {group.name: (group.size,) importances}, float64 on the CPU.
+
+    Raises:
+        RecipeError: Unknown criterion, or an option it does not have or accept.
+        CalibrationError: Images that cannot be scored.
+    """
+    if isinstance(criterion, str):
+        criterion = base.criterion(criterion, options)
+    elif options:
+        raise RecipeError(f"options {', '.join(options)} beside a ready criterion; set them when you build it")
+    return criterion.score(model, [group for group in groups if group.prunable], batches)

@@ -1,17 +1,18 @@
-"""One interface for every importance criterion, and the registry of their names."""
+"""One interface for every importance criterion, the registry of their names, and the fusion of layers."""
 
 from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup
-from scap_hub.errors import RecipeError
+from scap_hub.errors import ModelError, RecipeError
 
 _CRITERIA: dict[str, type[Criterion]] = {}
 
@@ -34,31 +35,85 @@ class Criterion(ABC):
         """Returns {group.name: (group.size,) float tensor of importances} for the given groups.
 
         Args:
-            model: The dense model, in eval mode, unchanged on return.
+            model: The dense model, unchanged on return.
             groups: Prunable groups of that model.
             batches: Calibration batches; this rank's shard when several processes run.
         """
+
+
+def known(kind: str, name: str, names: Iterable[str]) -> str:
+    """Returns `name` if it is one of `names`.
+
+    Raises:
+        RecipeError: It is not; the message offers the nearest one.
+    """
+    names = sorted(names)
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})")
+    return name
 
 
 def criterion(name: str, options: Mapping[str, Any] | None = None) -> Criterion:
     """Builds a registered criterion by name.
 
     Raises:
-        RecipeError: Unknown name or option.
+        RecipeError: Unknown name or option, or a value out of range.
     """
-    if name not in _CRITERIA:
-        near = difflib.get_close_matches(name, _CRITERIA, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RecipeError(f"unknown criterion {name!r}{hint} (known: {', '.join(sorted(_CRITERIA))})")
     try:
-        return _CRITERIA[name](**(options or {}))
+        return _CRITERIA[known("criterion", name, _CRITERIA)](**(options or {}))
     except TypeError as error:
         raise RecipeError(f"criterion {name!r}: {error}") from None
 
 
-def fuse_rows(rows: Tensor, channel_of_row: Tensor, size: int) -> Tensor:
-    """Mean importance of the producer's rows that make up each channel of a group; (size,)."""
-    held = channel_of_row >= 0
-    index = channel_of_row[held]
-    total = torch.zeros(size, dtype=rows.dtype).index_add_(0, index, rows[held])
-    return total / torch.bincount(index, minlength=size).clamp(min=1)
+def rank(values: Tensor) -> Tensor:
+    """Mid-ranks over the layer as quantiles in (0, 1), mean 1/2; differences below 1e-7 are ties."""
+    return torch.from_numpy((rankdata(values.round(decimals=7).numpy()) - 0.5) / len(values))
+
+
+def minmax(values: Tensor) -> Tensor:
+    """The layer's smallest value becomes 0, its largest 1; a constant layer is 0."""
+    spread = values - values.min()
+    return spread / spread.max().clamp(min=torch.finfo(values.dtype).tiny)
+
+
+def mean(values: Tensor) -> Tensor:
+    """Values relative to the layer's mean; a layer of zeros stays 0."""
+    return values / values.mean().clamp(min=torch.finfo(values.dtype).tiny)
+
+
+NORMALISATIONS: dict[str, Callable[[Tensor], Tensor]] = {"rank": rank, "minmax": minmax, "mean": mean}
+
+
+def fuse(group: ChannelGroup, rows: Sequence[Tensor], normalise: Callable[[Tensor], Tensor]) -> Tensor:
+    """Importances of a group's channels from those of its producers' output rows.
+
+    A channel's value in a layer is the mean over its rows; values are normalised over the layer's channels, then
+    averaged over the layers that compute the channel.
+
+    Args:
+        group: The group.
+        rows: For each of `group.taps`, a value for each of its weight's rows, (O,); rows of no channel are not read.
+        normalise: Maps the values of one layer's channels to values that are comparable between layers.
+
+    Returns:
+        (group.size,) float64 on the CPU.
+
+    Raises:
+        ModelError: The group has a channel that none of its taps computes.
+    """
+    total = torch.zeros(group.size, dtype=torch.float64)
+    layers = torch.zeros(group.size, dtype=torch.float64)
+    for tap, values in zip(group.taps, rows, strict=True):
+        channel = torch.as_tensor(tap.channel_of_row)
+        held = channel >= 0
+        present, index, count = channel[held].unique(return_inverse=True, return_counts=True)
+        sums = torch.zeros(len(present), dtype=torch.float64)
+        sums.index_add_(0, index, values.detach().to("cpu", torch.float64)[held])
+        total[present] += normalise(sums / count)
+        layers[present] += 1
+    if not layers.all():
+        orphan = int(layers.argmin())
+        raise ModelError(f"group {group.name!r}: no producer to watch for channel {orphan}; protect this group")
+    return total / layers

@@ -1,0 +1,77 @@
+"""Low-pass spectra of feature maps.
+
+The spectrum of the complex field Z = X + i (1 ⊗ Y) is FFT(X) + i (1 ⊗ FFT(Y)), so the fields are never built. X and Y
+are real: their FFTs hold every coefficient twice, at f and, conjugated, at -f. The discrete Hartley transform
+T = Re F - Im F holds it once, in real numbers, and the change of basis is unitary wherever the kept bins come in pairs
+±f. Lengths and inner products, which is all that follows depends on, are those of the FFT; memory is half.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scap_hub.errors import ModelError
+
+
+def hartley(size: int, bins: int, source: int) -> Tensor:
+    """Orthonormal Hartley rows of the lowest frequencies of a signal that is resized before it is transformed.
+
+    Args:
+        size: Length to which the signal is resized.
+        bins: Frequencies to keep, an odd number (0, ±1, ±2, ...); all of them where `size` is smaller.
+        source: Length of the signal as given. The resize is linear with `align_corners=False`, as in `F.interpolate`.
+
+    Returns:
+        (min(bins, size), source) float64.
+    """
+    kept = min(bins, size)
+    frequency = torch.fft.fftfreq(kept, 1 / kept, dtype=torch.float64)
+    angle = 2 * math.pi / size * torch.outer(frequency, torch.arange(size, dtype=torch.float64))
+    rows = (angle.cos() + angle.sin()) / math.sqrt(size)
+    if source == size:
+        return rows
+    resize = F.interpolate(torch.eye(source, dtype=torch.float64)[None], size, mode="linear", align_corners=False)[0]
+    return rows @ resize.T
+
+
+def spectrum(maps: Tensor, grid: Sequence[int], bins: int) -> Tensor:
+    """Spectra of maps on a grid: the lowest `bins` frequencies of each axis, T_1 X T_2ᵀ for an image.
+
+    Args:
+        maps: (N, C, *axes), any floating type.
+        grid: Lengths to which the axes are resized first, linearly.
+        bins: Frequencies to keep on each axis.
+
+    Returns:
+        (N, C, P), float64 for float64 maps, else float32; P is the product of min(bins, length) over the grid.
+    """
+    maps = maps.to(torch.float64 if maps.dtype == torch.float64 else torch.float32)
+    for axis in reversed(range(2, maps.ndim)):
+        rows = hartley(grid[axis - 2], bins, maps.shape[axis]).to(maps)
+        maps = torch.tensordot(maps, rows, dims=([axis], [1]))
+    return maps.flatten(2) if maps.ndim > 2 else maps[..., None]
+
+
+def onto(maps: Tensor, grid: Sequence[int]) -> Tensor:
+    """Maps with as many axes as the grid: tokens (N, C, T) take the grid's proportions and back.
+
+    Tokens in front of the image's own (class, registers) are dropped.
+
+    Raises:
+        ModelError: Too few tokens for any grid of these proportions.
+    """
+    if maps.ndim - 2 == len(grid):
+        return maps
+    maps = maps.reshape(*maps.shape[:2], -1)
+    ratio = (maps.shape[2] / math.prod(grid)) ** (1 / max(len(grid), 1))
+    shape = [max(round(size * ratio), 1) for size in grid]
+    if math.prod(shape) > maps.shape[2]:
+        raise ModelError(
+            f"{maps.shape[2]} tokens do not fit a grid of {tuple(grid)}; protect the layer that makes them"
+        )
+    return maps[:, :, maps.shape[2] - math.prod(shape) :].reshape(*maps.shape[:2], *shape)

@@ -1,0 +1,146 @@
+"""Watching a model: the input and the output of chosen layers, batch by batch, without keeping either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from scap_hub.channels.groups import Tap
+from scap_hub.errors import CalibrationError, ModelError
+from scap_hub.progress import track
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def images_of(batch: Any) -> Tensor:
+    """The images in a batch: the tensor itself, the first item of a tuple or list, or `batch["pixel_values"]`.
+
+    Raises:
+        CalibrationError: The batch holds no image tensor in any of these places.
+    """
+    images = batch
+    if isinstance(batch, (tuple, list)) and batch:
+        images = batch[0]
+    elif hasattr(batch, "keys"):
+        images = batch.get("pixel_values")
+    if not isinstance(images, Tensor) or not images.ndim:
+        raise CalibrationError(
+            f"no images in a calibration batch of type {type(batch).__name__}; "
+            "give a tensor, a tuple that starts with one, or a dict with 'pixel_values'"
+        )
+    return images
+
+
+def watch(
+    model: nn.Module,
+    taps: Sequence[Tap],
+    batches: Iterable[Any],
+    read_input: Callable[[Tap, Tensor], A],
+    read_output: Callable[[Tap, A, Tensor], B],
+    description: str = "calibrating",
+) -> Iterator[list[B]]:
+    """Runs the model over the batches in eval mode without gradients and reads each tap's input and output.
+
+    Both readers run inside the forward pass, so what they return should be small; a layer's activations are not kept.
+    Of a layer that runs several times in one forward pass the last run counts, and of its `output` module the first
+    run after that: an activation module that several layers share is read where this layer uses it.
+
+    Args:
+        model: The model; hooks are removed and training modes restored at the end.
+        taps: What to watch.
+        batches: Image tensors, tuples or lists whose first item is one, or dicts with "pixel_values". They are moved to
+            the device and floating type of the model.
+        read_input: Called with a tap and its layer's input X, channels first: (N, C, *axes).
+        read_output: Called with a tap, what `read_input` returned and the channels as the next layer sees them,
+            (N, O, *axes), where O is the number of rows of the tap's weight.
+        description: Of the progress bar.
+
+    Yields:
+        For each batch, the value of `read_output` for each tap.
+
+    Raises:
+        CalibrationError: NaN or Inf in a watched tensor, or fewer than 2 images over all processes.
+        ModelError: A tap that does not run, or whose output does not fit its weight.
+    """
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    inputs: dict[int, A] = {}
+    outputs: dict[int, B] = {}
+    finite: list[tuple[str, Tensor]] = []  # in the order of execution, so that the first culprit is named
+    count = 0  # images in the current batch
+
+    def input_hook(i: int, tap: Tap, dim: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            finite.append((f"input of layer {tap.module!r}", x.sum(dtype=torch.float32).isfinite()))
+            inputs[i] = read_input(tap, _channels_first(x, dim, count, tap.module))
+            outputs.pop(i, None)
+
+        return hook
+
+    def output_hook(i: int, tap: Tap, rows: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+            if i not in inputs or i in outputs:
+                return
+            y = result if isinstance(result, Tensor) else result[0]
+            for function in tap.post:
+                # A clone, because an activation may work in place and the model still needs its tensor.
+                y = function(y.clone())
+            finite.append((f"output of layer {tap.module!r}", y.sum(dtype=torch.float32).isfinite()))
+            y = _channels_first(y, tap.dim, count, tap.output)
+            if y.shape[1] != rows:
+                raise ModelError(
+                    f"{tap.output!r} gives {y.shape[1]} channels, but layer {tap.module!r} has {rows}; "
+                    "protect this layer, or watch it elsewhere"
+                )
+            outputs[i] = read_output(tap, inputs[i], y)
+
+        return hook
+
+    modes = [(module, module.training) for module in model.modules()]
+    handles = []
+    seen = 0
+    try:
+        model.eval()
+        for i, tap in enumerate(taps):
+            weight = model.get_parameter(tap.weight)
+            before = input_hook(i, tap, -1 if weight.ndim == 2 else 1)
+            handles.append(model.get_submodule(tap.module).register_forward_pre_hook(before, with_kwargs=True))
+            after = output_hook(i, tap, len(tap.channel_of_row))
+            handles.append(model.get_submodule(tap.output).register_forward_hook(after))
+        for number, batch in enumerate(track(batches, description)):
+            images = images_of(batch).to(parameter.device, parameter.dtype)
+            count = len(images)
+            seen += count
+            with torch.no_grad():
+                model(images)
+            if finite and not torch.stack([flag for _, flag in finite]).all():
+                place = next(name for name, flag in finite if not flag)
+                raise CalibrationError(f"NaN or Inf in the {place}, batch {number}; check the images and the weights")
+            for i, tap in enumerate(taps):
+                if i not in outputs:
+                    raise ModelError(f"layer {tap.module!r} or its output {tap.output!r} does not run; protect it")
+            yield [outputs[i] for i in range(len(taps))]
+            for store in (inputs, outputs, finite):
+                store.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    total = sum(gather_object([seen]))
+    if total < 2:
+        raise CalibrationError(f"{total} calibration image(s); at least 2 are needed, 128 or more are advised")
+
+
+def _channels_first(maps: Tensor, dim: int, images: int, layer: str) -> Tensor:
+    """(N, C, *axes) from a tensor with its channels at `dim`; windows folded into the batch become an axis."""
+    if maps.shape[0] != images:
+        if maps.shape[0] % images:
+            raise ModelError(f"{layer!r} sees {maps.shape[0]} items for {images} images; protect this layer")
+        maps, dim = maps.unflatten(0, (images, -1)), dim + 1 if dim > 0 else dim
+    return maps.movedim(dim, 1)
