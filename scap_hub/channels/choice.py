@@ -16,7 +16,7 @@ from scap_hub.channels.group import ChannelGroup
 from scap_hub.channels.space import Balance
 from scap_hub.errors import TargetError
 
-_SOLVER_SECONDS = 20.0
+_SOLVER_SECONDS = 5.0
 
 
 class Chooser:
@@ -105,7 +105,7 @@ def _solve(
         constraints=LinearConstraint(csr_matrix(matrix), right, right),
         integrality=np.concatenate([np.ones(x + len(balances)), np.zeros(2 * many)]),
         bounds=Bounds(0, np.concatenate([np.ones(x), np.full(width - x, np.inf)])),
-        options={"time_limit": _SOLVER_SECONDS, "mip_rel_gap": 1e-4},
+        options={"time_limit": _SOLVER_SECONDS, "mip_rel_gap": 1e-3},
     )
     if answer.x is None:
         raise TargetError(
