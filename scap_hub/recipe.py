@@ -104,6 +104,11 @@ class TargetSettings(_Block):
                 return {**value, "macs": 0.5}
         return value
 
+    @property
+    def budget(self) -> tuple[str, float | dict[str, float]]:
+        """The one that is given: its name and value."""
+        return next((kind, getattr(self, kind)) for kind in BUDGETS if getattr(self, kind) is not None)
+
 
 class RepairSettings(_Block):
     least_squares: bool = True

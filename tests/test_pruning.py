@@ -1,0 +1,201 @@
+"""The pipeline through its one call."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import transformers as hf
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import scap_hub
+from scap_hub import errors
+from tests.nets import Residual
+from tests.test_zoo import MODELS
+
+QUICK = {
+    "data": {"calibration_images": 8, "batch_size": 8},
+    "criterion": {"name": "scap", "options": {"autoencoder": "pca"}},
+    "finetune": {"epochs": 1},
+    "evaluate": {"latency": False},
+}
+
+
+def images(count=16, channels=3, size=64, classes=5):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(count, channels, size, size, generator=generator)
+    return DataLoader(TensorDataset(pixels, torch.arange(count) % classes), batch_size=8)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_model_goes_through_and_comes_back(name, tmp_path):
+    model = MODELS[name]()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    result = scap_hub.prune(
+        model, images(), QUICK, model_input_size=(3, 64, 64), target="macs=0.5", output_dir=tmp_path / "out"
+    )
+    report = result.report
+    assert 0.45 < report.after.macs / report.before.macs <= 0.5
+    assert report.after.params < report.before.params and report.after.bytes < report.before.bytes
+    assert set(report.groups) == {group.name for group in scap_hub.channel_groups(model, images().dataset[0][0][None]) if group.prunable}
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items()), "the given model is untouched"
+    dense = model if name == "module" else None
+    again = scap_hub.load(tmp_path / "out", model=dense)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        one, two = (getattr(net(x), "logits", net(x)) for net in (result.model, again))
+    assert torch.equal(one, two)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "model.safetensors", "config.json", "pruning_plan.json", "recipe.yaml", "report.json", "README.md",
+    }  # fmt: skip
+    assert not list(tmp_path.glob(".*")), "nothing is left beside the output"
+
+
+def test_saved_recipe_repeats_the_run(tmp_path):
+    net = Residual(width=16)
+    first = scap_hub.prune(net, images(), QUICK, model_input_size=(3, 64, 64), output_dir=tmp_path / "a", seed=3)
+    again = scap_hub.prune(net, images(), tmp_path / "a" / "recipe.yaml")
+    assert again.plan == first.plan
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("criterion", ["scap", "l1", "random"])
+def test_criteria_and_iterative_schedule(criterion):
+    net = Residual(width=32)
+    result = scap_hub.prune(
+        net, images(), QUICK, criterion=criterion, schedule_steps=2, target="macs=0.4", round_to=1, finetune_epochs=0,
+        model_input_size=(3, 32, 32), data_batch_size=8,
+    )  # fmt: skip
+    assert 0.35 < result.report.after.macs / result.report.before.macs <= 0.41
+    small = scap_hub.apply_plan(net, result.plan)
+    assert [tuple(p.shape) for p in small.parameters()] == [tuple(p.shape) for p in result.model.parameters()]
+
+
+def test_protected_layers_stay_whole():
+    result = scap_hub.prune(
+        Residual(width=16), images(), QUICK, protect=["expand"], finetune_epochs=0, model_input_size=(3, 64, 64)
+    )
+    assert "expand" not in result.plan.groups and result.plan.groups
+    assert result.report.pinned["expand"] == "is protected by 'expand'"
+
+
+def test_unlabelled_images_suffice_with_a_teacher():
+    pixels = DataLoader(TensorDataset(torch.randn(16, 3, 32, 32)), batch_size=8)
+    result = scap_hub.prune(Residual(width=16), pixels, QUICK, model_input_size=(3, 32, 32))
+    assert result.report.after.top1 is None and len(result.report.history) == 2
+
+
+class Nothing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.only = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return self.only(x).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (dict(model="resnet81", dataset="digits"), errors.ModelError, "resnet18"),
+        (dict(model="resnet50"), errors.ModelError, "resnet50"),
+        (dict(model=timm.create_model("test_resnet", num_classes=1000)), errors.DataError, "timm/mini-imagenet"),
+        (dict(model=Residual()), errors.DataError, "was given no data set"),
+        (dict(), errors.RecipeError, "no model"),
+        (dict(model=Nothing(), dataset=images(classes=4)), errors.TargetError, "nothing can be pruned"),
+        (dict(model=Residual(), dataset=images(classes=7)), errors.DataError, "outside the classifier's range 0..4"),
+        (dict(model=Residual(), dataset=images(), target="macs=0.0001"), errors.TargetError, "cannot be reached"),
+        (dict(model=Residual(), dataset=images(), protect=["xyz"]), errors.RecipeError, "matches no layer"),
+        (dict(model=Residual(), dataset=images(), criterion="scpa"), errors.RecipeError, "did you mean 'scap'"),
+        (dict(model=Residual(), dataset=images(), target="threshold=0.6", schedule_steps=2), errors.RecipeError, "contradict"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line_and_leaves_nothing(arguments, error, message, tmp_path):
+    if "model" in arguments and isinstance(arguments["model"], nn.Module):
+        arguments = arguments | {"model_input_size": (3, 64, 64)}
+    with pytest.raises(error, match=message) as caught:
+        scap_hub.prune(**{"recipe": QUICK, "output_dir": tmp_path / "out", **arguments})
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_output_is_refused_before_any_work(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(errors.CheckpointError, match="not empty"):
+        scap_hub.prune("no-such-model", "no-such-data", output_dir=tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+TWO_RANKS = """
+import sys, torch, scap_hub
+from tests.nets import Residual
+from tests.test_pruning import QUICK, images
+torch.manual_seed(0)
+result = scap_hub.prune(Residual(width=16), images(36), QUICK, model_input_size=(3, 64, 64), round_to=1, data_calibration_images=13)
+from accelerate import PartialState
+state = PartialState()
+assert state.num_processes == int(sys.argv[2])
+torch.save({"plan": result.plan.to_json(), "weights": result.model.state_dict()}, f"{sys.argv[1]}/{sys.argv[2]}-{state.process_index}.pt")
+state.destroy_process_group()
+"""
+
+
+def test_two_ranks_agree_with_one_on_the_plan_and_with_each_other_on_the_weights(tmp_path):
+    (tmp_path / "job.py").write_text(TWO_RANKS)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    for ranks in ("1", "2"):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
+        subprocess.run([*launch, tmp_path / "job.py", tmp_path, ranks], check=True, env=environment, timeout=300)
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert one["plan"] == first["plan"] == second["plan"]
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name]), name
+    assert any(not torch.equal(weight, first["weights"][name]) for name, weight in one["weights"].items())
+
+
+def cli(*arguments, **environment):
+    command = [sys.executable, "-m", "scap_hub", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=300)
+
+
+def test_command_line_prunes_and_reports_json(tmp_path):
+    run = cli(
+        "prune", "test_resnet", "--data", "digits", "--target", "macs=0.6", "--out", str(tmp_path / "out"), "--json", "--quiet",
+        "--set", "model_pretrained=false", "--set", "model_num_classes=10", "--set", "finetune_epochs=0",
+        "--set", "model_input_size=[3, 32, 32]", "--set", "evaluate_latency=false", "--set", "criterion=l1",
+        "--set", "data_calibration_images=16",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert report["after"]["macs"] <= 0.6 * report["before"]["macs"]
+    assert scap_hub.load(tmp_path / "out")(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_command_line_errors_are_one_line_and_exit_code_2(tmp_path):
+    run = cli("prune", "resnet81", "--data", "digits", "--out", str(tmp_path / "out"))
+    assert run.returncode == 2 and run.stderr.startswith("scap-hub: ") and run.stderr.count("\n") == 1
+    assert "resnet18" in run.stderr and not list(tmp_path.iterdir())
+    usage = cli("prune", "--no-such-option")
+    assert usage.returncode == 2
+
+
+def test_command_line_inspects_and_verifies():
+    groups = json.loads(cli("inspect", "test_resnet", "--untrained", "--json").stdout)
+    assert sum(group["macs"] for group in groups) == pytest.approx(1, abs=0.02)
+    assert [group["pinned_because"] for group in groups][-1] == "is an output of the model"
+    errors_ = json.loads(cli("verify", "test_resnet", "--json").stdout)
+    assert len(errors_) == 2 and all(error < 1e-9 for error in errors_.values())
+
+
+def test_transformers_model_by_folder(tmp_path):
+    config = hf.ResNetConfig(depths=[1, 1], hidden_sizes=[16, 32], embedding_size=16, num_labels=5, layer_type="basic")
+    hf.ResNetForImageClassification(config).save_pretrained(tmp_path / "dense")
+    result = scap_hub.prune(str(tmp_path / "dense"), images(), QUICK, model_input_size=(3, 64, 64), output_dir=tmp_path / "out")
+    again = scap_hub.load(tmp_path / "out")
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(x).logits, result.model(x).logits)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "resnet"

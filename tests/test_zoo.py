@@ -1,0 +1,65 @@
+"""Real architectures of both zoos: pruned equals masked, at uniform and at random ratios."""
+
+import pytest
+import timm
+import torch
+import transformers as hf
+
+from scap_hub import PruningPlan, apply_plan, channel_groups, verify
+from scap_hub.channels.oracle import randomize
+from tests.nets import Residual, random_plan
+
+TIMM = ["resnet18", "vgg16_bn", "mobilenetv2_100", "convnext_atto", "densenet121", "regnety_002"]
+TRANSFORMERS = {
+    "resnet": lambda: hf.ResNetForImageClassification(
+        hf.ResNetConfig(depths=[2, 2, 2, 2], layer_type="basic", hidden_sizes=[64, 128, 256, 512], num_labels=10)
+    ),
+    "convnext": lambda: hf.ConvNextForImageClassification(hf.ConvNextConfig(hidden_sizes=[48, 96, 192, 384])),
+    "mobilenet_v2": lambda: hf.MobileNetV2ForImageClassification(hf.MobileNetV2Config()),
+}
+MODELS = {
+    **{name: lambda name=name: timm.create_model(name) for name in TIMM},
+    **TRANSFORMERS,
+    "module": lambda: Residual(width=16),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pruned_equals_masked(name):
+    model = randomize(MODELS[name]())
+    x = torch.randn(1, 3, 64, 64)
+    groups = channel_groups(model, x)
+    for ratio in (0.5, None):
+        plan = PruningPlan.from_json(random_plan(groups, seed=1, ratio=ratio).to_json())
+        assert len(plan.groups) == sum(group.prunable for group in groups)
+        assert verify(model, plan, x) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "regnety_002", "convnext"])
+def test_only_the_classifier_stays_whole(name):
+    model = MODELS[name]()
+    pinned = [group for group in channel_groups(model, torch.randn(1, 3, 64, 64)) if not group.prunable]
+    assert len(pinned) == 1
+    assert pinned[0].pinned_because == "is an output of the model"
+
+
+def test_group_names_are_module_paths_and_stable():
+    model = timm.create_model("regnety_002")
+    one, two = (channel_groups(model, torch.randn(n, 3, 64, 64)) for n in (1, 2))
+    assert [group.name for group in one] == [group.name for group in two]
+    for group in one:
+        assert model.get_submodule(group.name) is not None
+        assert all(model.get_submodule(path) is not None for path in (*group.producers, *group.consumers))
+        assert dict(group.members), "every group says what shrinks"
+
+
+def test_pruned_model_can_be_trained_and_pruned_again():
+    model = randomize(timm.create_model("regnety_002", num_classes=4))
+    x = torch.randn(2, 3, 64, 64)
+    small = apply_plan(model, random_plan(channel_groups(model, x), seed=0, ratio=0.5)).train()
+    small(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+    small.eval()
+    plan = random_plan(channel_groups(small, x), seed=1, ratio=0.5)
+    assert verify(small, plan, x) < 1e-9
+    assert sum(p.numel() for p in apply_plan(small, plan).parameters()) < sum(p.numel() for p in small.parameters())
