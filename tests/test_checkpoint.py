@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_adapters import TRANSFORMERS, tiny_resnet
+from tests.test_adapters import TRANSFORMERS, tiny_resnet
 from torch import nn
 from transformers import MobileNetV2ImageProcessor
 
@@ -67,7 +67,9 @@ def test_timm_round_trip_is_exact(name, tmp_path):
     assert type(again) is type(small)
     assert torch.equal(run(again), run(small))
     assert sum(p.numel() for p in again.parameters()) < 0.6 * sum(p.numel() for p in loaded.module.parameters())
-    assert again.num_features == small.num_features
+    assert again.num_features == again.get_classifier().in_features  # what a new head is built with
+    again.reset_classifier(3)
+    assert run(again).shape == (2, 3)
 
 
 @pytest.mark.parametrize("kind", TRANSFORMERS)
@@ -175,6 +177,7 @@ def test_folder_layout(resnet, folder):
     assert {path.name for path in folder.iterdir()} == {
         "model.safetensors",
         "config.json",
+        "modeling_scap.py",
         "pruning_plan.json",
         "recipe.yaml",
     }
@@ -187,7 +190,7 @@ def test_folder_layout(resnet, folder):
     assert config["model_args"]["base"] == "test_resnet"
     assert "num_classes" not in config["model_args"]  # transformers' timm wrapper passes it itself
     assert config["num_classes"] == 4
-    assert config["num_features"] == small.num_features
+    assert config["num_features"] == small.get_classifier().in_features
     assert config["label_names"] == ["a", "b", "c", "d"]
     timm.models.PretrainedCfg(**config["pretrained_cfg"])  # refuses unknown keys
     assert PruningPlan.from_json((folder / "pruning_plan.json").read_text()) == plan
@@ -221,7 +224,7 @@ def test_failed_save_leaves_nothing(resnet, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("scap_hub.hub.checkpoint.save_tensors", fail)
+    monkeypatch.setattr("scap_hub.hub.checkpoint.save_torch_model", fail)
     with pytest.raises(CheckpointError, match="No space left"):
         save_checkpoint(tmp_path / "out", *resnet)
     assert not list(tmp_path.iterdir())
@@ -234,6 +237,10 @@ def edit(path, **changes):
     document = json.loads(path.read_text())
     document["scap"] |= changes
     path.write_text(json.dumps(document))
+
+
+def other_plan():
+    return PruningPlan(keeps=["0"], groups={}, tensors={"fc.weight": {"shape": [4, 96], "keep": {1: 0}}}).to_json()
 
 
 def edit_weights(path, change):
@@ -252,7 +259,7 @@ def edit_weights(path, change):
         (lambda f: edit(f / "config.json", library="mystery"), "mystery"),
         (lambda f: edit(f / "config.json", library="transformers"), "architectures"),
         (lambda f: edit(f / "config.json", buffer_dtypes={"conv1.weight": "load"}), "does not fit"),
-        (lambda f: (f / "pruning_plan.json").unlink(), "pruning_plan.json"),
+        (lambda f: (f / "pruning_plan.json").write_text(other_plan()), "different models"),
         (lambda f: (f / "pruning_plan.json").write_text("[]"), "plan"),
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04pickle"), "cannot read"),
