@@ -1,9 +1,9 @@
 """A Hugging Face Hub on localhost, for tests: the standard library only, run as its own process.
 
 `python tests/hub_server.py` prints {"endpoint": ..., "storage": ...} and serves until its stdin closes. Git storage and
-LFS storage are two origins, as on the real Hub. `POST /_control {"fail": [{"match": "/commit/", "action": "500"}]}` makes
-the next matching request fail (actions: "500", "429", "412", "drop"; "times" and "method" optional); `GET /_log` lists
-the requests so far with whether each carried a token.
+LFS storage are two origins, as on the real Hub. `POST /_control {"fail": [{"match": "/commit/", "action": "500"}]}`
+makes the next matching request fail (actions: "500", "429", "412", "drop"; "times" and "method" optional); `GET /_log`
+lists the requests so far with whether each carried a token.
 """
 
 from __future__ import annotations
@@ -213,8 +213,8 @@ class Api(Handler):
                 self.answer(self.hub.log)
             case ["api", "whoami-v2"]:
                 user = self.user(required=True)
-                self.answer({"type": "user", "name": user["name"], "orgs": [],
-                             "auth": {"type": "access_token", "accessToken": {"displayName": "t", "role": user["role"]}}})  # fmt: skip
+                auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": user["role"]}}
+                self.answer({"type": "user", "name": user["name"], "orgs": [], "auth": auth})
             case ["api", "validate-yaml"]:
                 self.validate_yaml()
             case ["api", "repos", "create"]:

@@ -11,7 +11,6 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.test_adapters import TRANSFORMERS, tiny_resnet
 from torch import nn
 from transformers import MobileNetV2ImageProcessor
 
@@ -22,6 +21,7 @@ from scap_hub.hub.card import model_card
 from scap_hub.hub.checkpoint import check_output, load, save_checkpoint
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
+from tests.test_adapters import TRANSFORMERS, tiny_resnet
 
 SIZE = (3, 64, 64)
 

@@ -86,9 +86,8 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         for name, text in {**documents, **(extra_files or {})}.items():
             (partial / name).write_text(text, encoding="utf-8")
-        # timm reads one file only.
-        whole = {} if loaded.library == "transformers" else {"max_shard_size": 2**63}
-        save_torch_model(model, partial, **{"max_shard_size": SHARD, **whole}, metadata={"format": "pt"})
+        shard_size = SHARD if loaded.library == "transformers" else 2**63  # timm reads one file only
+        save_torch_model(model, partial, max_shard_size=shard_size, metadata={"format": "pt"})
         for weights in partial.glob("*.safetensors"):
             # safetensors writes files that only their owner can read.
             weights.chmod((partial / CONFIG).stat().st_mode)
@@ -162,7 +161,7 @@ def _config(loaded: LoadedModel, model: Any, plan: PruningPlan) -> dict[str, Any
     if dtypes := {name: precisions[dtype] for name, dtype in rebuilt.items() if dtype in precisions}:
         scap["buffer_dtypes"] = dtypes
     config = loaded.config
-    cut = cut_of(plan, loaded.module, loaded.library)
+    cut = cut_of(plan, loaded, model)
     if loaded.library == "timm":
         return {
             **config,
