@@ -4,7 +4,6 @@ The zoo builds the dense model, `shrink` narrows its tensors to the sizes that c
 load as usual. scap_hub imports this very file; transformers runs the repository's copy if `trust_remote_code=True`.
 """
 
-import dataclasses
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -88,10 +87,11 @@ def scap_pruned(
     """Entry point for timm: `base`, cut to size; features always come through timm's FeatureGetterNet."""
     timm = import_module("timm.models")
     if pretrained_cfg:
-        cfg = dataclasses.replace(pretrained_cfg, **(pretrained_cfg_overlay or {}))
-        # Left to itself, timm falls back on pickle files.
-        local = {"source": "file", "file": str(Path(cfg.file or "") / WEIGHTS)} if cfg.source == "local-dir" else {}
-        arguments["pretrained_cfg"] = cfg = dataclasses.replace(cfg, hf_hub_filename=WEIGHTS, **local)
+        known = pretrained_cfg if isinstance(pretrained_cfg, dict) else vars(pretrained_cfg)
+        known = {**known, **(pretrained_cfg_overlay or {}), "hf_hub_filename": WEIGHTS}  # else timm accepts pickle
+        if known.get("source") == "local-dir":
+            known |= {"source": "file", "file": str(Path(known["file"]) / WEIGHTS)}
+        arguments["pretrained_cfg"] = cfg = timm.PretrainedCfg(**known)
     in_chans = arguments.get("in_chans", 3)
 
     def finish(model: Any, num_classes: int) -> Any:
