@@ -17,7 +17,7 @@ from transformers import MobileNetV2ImageProcessor
 from scap_hub.adapters import load_model, logits
 from scap_hub.channels.groups import channel_groups
 from scap_hub.errors import CheckpointError, ModelError, PlanError, ScapHubError
-from scap_hub.hub.card import model_card
+from scap_hub.hub.card import Measured, model_card
 from scap_hub.hub.checkpoint import check_output, load, save_checkpoint
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
@@ -287,15 +287,15 @@ def test_missing_checkpoint(name, monkeypatch, tmp_path):
 def test_card(resnet, base_model):
     _, loaded, plan = resnet
     loaded.base_model, loaded.license = base_model, base_model and "apache-2.0"
-    measurements = {"dense": {"macs": 2e9, "top1": 0.9, "latency_ms": None}, "pruned": {"macs": 1e9, "top1": 0.895}}
-    text = model_card(loaded, plan, measurements, "target: macs=0.5\n", repo_id="me/small")
+    measured = Measured({"macs": 2e9, "top1": 0.9, "latency_ms": None}, {"macs": 1e9, "top1": 0.895}, "digits")
+    text = model_card(loaded, plan, measured, "target: macs=0.5\n")
     card = ModelCard(text)
     assert (card.data.library_name, card.data.pipeline_tag) == ("timm", "image-classification")
     assert (card.data.base_model, card.data.license) == (base_model, loaded.license)
     assert "| MACs | 2.000 G | 1.000 G | 0.50 |" in text
-    assert "| Top-1 accuracy | 90.00% | 89.50% |" in text
+    assert "| Top-1 accuracy (digits) | 90.00% | 89.50% |" in text
     assert "Latency" not in text
-    assert 'scap_hub.load("me/small")' in text
+    assert 'scap_hub.load("path/to/this/folder")' in text
     assert "target: macs=0.5" in text
     for name, cut in plan.groups.items():
         assert f"| `{name}` | {cut.size} | {len(plan.kept(name))} |" in text

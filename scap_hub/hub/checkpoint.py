@@ -55,7 +55,8 @@ def save_checkpoint(
     loaded: LoadedModel,
     plan: PruningPlan,
     recipe_yaml: str | None = None,
-    extra_files: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
+    plain: dict[str, Any] | None = None,
 ) -> Path:
     """Writes a pruned model: all of the folder, or nothing.
 
@@ -65,7 +66,8 @@ def save_checkpoint(
         loaded: The dense model that it was made from.
         plan: What was removed.
         recipe_yaml: The recipe of the run.
-        extra_files: More text files by name, such as README.md.
+        extra_files: More files by name, such as README.md.
+        plain: Config that builds the pruned model with nothing of ours, from `plain_config`.
 
     Returns:
         The folder.
@@ -74,8 +76,8 @@ def save_checkpoint(
         CheckpointError: The folder holds something, or cannot be written.
     """
     folder = check_output(folder)
-    documents = {CONFIG: _dump(_config(loaded, model, plan)), PLAN: plan.to_json()}
-    if loaded.library != "module":
+    documents = {CONFIG: _dump(_config(loaded, model, plan, plain)), PLAN: plan.to_json()}
+    if loaded.library != "module" and plain is None:
         documents[CODE] = Path(modeling_scap.__file__).read_text(encoding="utf-8")
     if recipe_yaml is not None:
         documents[RECIPE] = recipe_yaml
@@ -84,8 +86,8 @@ def save_checkpoint(
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        for name, text in {**documents, **(extra_files or {})}.items():
-            (partial / name).write_text(text, encoding="utf-8")
+        for name, content in {**documents, **(extra_files or {})}.items():
+            (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
         shard_size = SHARD if loaded.library == "transformers" else 2**63  # timm reads one file only
         save_torch_model(model, partial, max_shard_size=shard_size, metadata={"format": "pt"})
         for weights in partial.glob("*.safetensors"):
@@ -134,7 +136,7 @@ def load(
     # Everything is compared on tensors without memory first: a foreign file may claim any size.
     skeleton = _skeleton(config, model)
     cut = _cut(config)
-    if (folder / PLAN).is_file():
+    if (folder / PLAN).is_file() and not _is_uniform(config):
         _check_plan(skeleton, PruningPlan.from_json(_read(folder, PLAN)), cut)
     _shrink(skeleton, cut)
     files = _weight_files(folder)
@@ -145,7 +147,9 @@ def load(
     return small.eval()
 
 
-def _config(loaded: LoadedModel, model: Any, plan: PruningPlan) -> dict[str, Any]:
+def _config(
+    loaded: LoadedModel, model: nn.Module, plan: PruningPlan, plain: dict[str, Any] | None = None
+) -> dict[str, Any]:
     scap: dict[str, Any] = {
         "version": FORMAT,
         "library": loaded.library,
@@ -160,27 +164,25 @@ def _config(loaded: LoadedModel, model: Any, plan: PruningPlan) -> dict[str, Any
     rebuilt = {name: buffer.dtype for name, buffer in model.named_buffers() if name not in saved}
     if dtypes := {name: precisions[dtype] for name, dtype in rebuilt.items() if dtype in precisions}:
         scap["buffer_dtypes"] = dtypes
-    config = loaded.config
+    config = dict(plain or loaded.config)
+    if loaded.library == "timm" and loaded.labels:
+        config["label_names"] = loaded.labels
+    if loaded.library == "transformers":
+        config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+        if loaded.labels:
+            config["id2label"] = dict(enumerate(loaded.labels))
+            config["label2id"] = {label: index for index, label in enumerate(loaded.labels)}
+    if plain:
+        return {**config, "scap": {**scap, "layout": "uniform"}}
     cut = cut_of(plan, loaded, model)
     if loaded.library == "timm":
-        return {
-            **config,
-            "architecture": "scap_pruned",
-            # timm and its wrapper in transformers hand nothing but these on.
-            "model_args": {"base": config["architecture"], **config["model_args"], "cut": cut},
-            "num_features": cut["attributes"].get("", {}).get("num_features", model.num_features),
-            "auto_map": _auto_map("TimmWrapperForImageClassification"),
-            **({"label_names": loaded.labels} if loaded.labels else {}),
-            "scap": scap,
-        }
+        # timm and its wrapper in transformers hand nothing but `model_args` on.
+        config["model_args"] = {"base": config["architecture"], **config["model_args"], "cut": cut}
+        config["architecture"] = "scap_pruned"
+        config["num_features"] = cut["attributes"].get("", {}).get("num_features", config["num_features"])
+        return {**config, "auto_map": _auto_map("TimmWrapperForImageClassification"), "scap": scap}
     if loaded.library == "transformers":
-        names = {}
-        if loaded.labels:
-            id2label = dict(enumerate(loaded.labels))
-            names = {"id2label": id2label, "label2id": {label: index for index, label in id2label.items()}}
-        dtype = str(model.dtype).removeprefix("torch.")
-        auto_map = _auto_map(config["architectures"][0])
-        return {**config, **names, "dtype": dtype, "auto_map": auto_map, "scap": {**scap, "cut": cut}}
+        return {**config, "auto_map": _auto_map(config["architectures"][0]), "scap": {**scap, "cut": cut}}
     return {"scap": {**scap, "num_classes": loaded.num_classes, "labels": loaded.labels, "cut": cut, **config}}
 
 
@@ -221,8 +223,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _is_uniform(config: dict[str, Any]) -> bool:
+    """Whether the zoo itself builds the pruned model."""
+    return config["scap"].get("layout") == "uniform"
+
+
 def _cut(config: dict[str, Any]) -> dict[str, Any]:
     """The sizes that pruning left."""
+    if _is_uniform(config):
+        return {"version": modeling_scap.VERSION, "shapes": {}, "attributes": {}}
     holder = config.get("model_args") if config["scap"].get("library") == "timm" else config["scap"]
     if not isinstance(holder, dict) or "cut" not in holder:
         raise CheckpointError("config.json lacks the sizes of the pruned model ('cut'): save the checkpoint again")
@@ -249,7 +258,9 @@ def _rebuild(config: dict[str, Any]) -> nn.Module:
             arguments.pop("cut", None)
             arguments.pop("num_classes", None)
             labels = {"label_names": dense["label_names"]} if "label_names" in dense else {}
-            dense |= {"architecture": arguments.pop("base"), "model_args": arguments}
+            if not _is_uniform(config):
+                dense["architecture"] = arguments.pop("base")
+            dense["model_args"] = arguments
             dense["pretrained_cfg"] = dense["pretrained_cfg"] | labels
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"config.json lacks what it takes to rebuild a timm model: {error!r}") from None
