@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -73,7 +73,7 @@ def push_to_hub(
     except HFValidationError as error:
         raise PublishError(f"{repo_id!r} is no Hub id: {one_line(error)}") from None
     api = HfApi(token=token)
-    push = _Push(api, repo_id, revision, create_pr, commit_message or f"Add {repo_id.rpartition('/')[2]}")
+    push = _Push(api, repo_id, revision, create_pr, commit_message or "Upload pruned model with scap_hub")
     try:
         _writer(api)
         push.repo_id = _again(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
@@ -141,6 +141,8 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
 
 def _writer(api: HfApi) -> None:
     """Asks early who pushes, before anything is sent."""
+    if api.token is False or (api.token or get_token()) is None:
+        raise LocalTokenNotFoundError
     token = _again(api.whoami).get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":
         raise PublishError("this Hub token may only read: make one that may write at huggingface.co/settings/tokens")
