@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def titles(api, repo):
 
 
 def readme(api, repo, tmp_path):
-    return open(api.hf_hub_download(repo, "README.md", cache_dir=tmp_path / "readme"), encoding="utf-8").read()
+    return Path(api.hf_hub_download(repo, "README.md", cache_dir=tmp_path / "readme")).read_text(encoding="utf-8")
 
 
 def test_one_commit_with_everything_and_nothing_else(hub, api, folder, repo, tmp_path, resnet):
@@ -96,7 +97,7 @@ def test_one_commit_with_everything_and_nothing_else(hub, api, folder, repo, tmp
 def test_private_repositories_stay_private(api, folder, repo, hub):
     push_to_hub(folder, repo, private=True, token="hf_write")
     assert api.model_info(repo).private
-    with pytest.raises(Exception, match="not found|401|404"):
+    with pytest.raises(Exception, match=r"not found|401|404"):
         HfApi(endpoint=hub.endpoint, token="hf_other").model_info(repo)
     with pytest.raises(PublishError, match="may not write"):
         push_to_hub(folder, repo, token="hf_other")
@@ -225,5 +226,5 @@ def test_code_references_to_another_repository_are_made_our_own(api, folder, rep
     (tmp_path / "config.json").write_text(json.dumps(config))
     push_to_hub(tmp_path, repo, token="hf_write")
     assert names(api, repo) == {"config.json", "model.safetensors", "modeling_scap.py", "README.md"}
-    pushed = json.loads(open(api.hf_hub_download(repo, "config.json")).read())
+    pushed = json.loads(Path(api.hf_hub_download(repo, "config.json")).read_text())
     assert pushed["auto_map"] == {"AutoModelForImageClassification": "modeling_scap.TimmWrapperForImageClassification"}

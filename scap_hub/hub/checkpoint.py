@@ -122,16 +122,7 @@ def load(
         ModelError: The dense model cannot be rebuilt.
         PlanError: The plan is malformed or made for another model.
     """
-    folder = Path(folder_or_repo_id).expanduser()
-    if not folder.is_dir():
-        folder = fetch(
-            str(folder_or_repo_id),
-            (CONFIG, PLAN, "model*.safetensors*"),
-            revision=revision,
-            token=token,
-            advice="connect, or give a local folder",
-            error=CheckpointError,
-        )
+    folder = _local(folder_or_repo_id, revision, token)
     config = _read_config(folder)
     # Everything is compared on tensors without memory first: a foreign file may claim any size.
     skeleton = _skeleton(config, model)
@@ -145,6 +136,36 @@ def load(
     _shrink(small, cut)
     _load_tensors(small, files, config["scap"].get("buffer_dtypes", {}))
     return small.eval()
+
+
+def input_size(folder_or_repo_id: str | Path) -> tuple[int, int, int]:
+    """(channels, height, width) that a pruned model was made for.
+
+    Raises:
+        CheckpointError: Not a pruned checkpoint, or one that was saved again without that entry.
+    """
+    config = _read_config(_local(folder_or_repo_id))
+    preprocessing = config["scap"].get("preprocessing") or config.get("pretrained_cfg")
+    try:
+        channels, height, width = preprocessing["input_size"]
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{CONFIG} of {folder_or_repo_id} does not say the input size: save it again") from None
+    return channels, height, width
+
+
+def _local(folder_or_repo_id: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The folder itself, or the downloaded one."""
+    folder = Path(folder_or_repo_id).expanduser()
+    if folder.is_dir():
+        return folder
+    return fetch(
+        str(folder_or_repo_id),
+        (CONFIG, PLAN, "model*.safetensors*"),
+        revision=revision,
+        token=token,
+        advice="connect, or give a local folder",
+        error=CheckpointError,
+    )
 
 
 def _config(

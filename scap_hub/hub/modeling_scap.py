@@ -88,7 +88,8 @@ def scap_pruned(
     timm = import_module("timm.models")
     if pretrained_cfg:
         known = pretrained_cfg if isinstance(pretrained_cfg, dict) else vars(pretrained_cfg)
-        known = {**known, **(pretrained_cfg_overlay or {}), "hf_hub_filename": WEIGHTS}  # else timm accepts pickle
+        known = {**known, **(pretrained_cfg_overlay or {}), "architecture": "scap_pruned"}
+        known["hf_hub_filename"] = WEIGHTS  # left to itself, timm falls back on pickle files
         if known.get("source") == "local-dir":
             known |= {"source": "file", "file": str(Path(known["file"]) / WEIGHTS)}
         arguments["pretrained_cfg"] = cfg = timm.PretrainedCfg(**known)
