@@ -102,6 +102,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             for statistic in (norm.running_mean, norm.running_var):
+                assert statistic is not None  # it tracks running statistics
                 statistic.copy_(_mean_over_processes(statistic, len(batches)))
 
 

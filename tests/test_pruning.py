@@ -116,7 +116,7 @@ class Nothing(nn.Module):
         (dict(model=Residual(), dataset=images(), target="macs=0.0001"), errors.TargetError, "cannot be reached"),
         (dict(model=Residual(), dataset=images(), protect=["xyz"]), errors.RecipeError, "matches no layer"),
         (dict(model=Residual(), dataset=images(), criterion="scpa"), errors.RecipeError, "did you mean 'scap'"),
-        (dict(model=Residual(), dataset=images(), target="threshold=1", schedule_steps=2), errors.RecipeError, "contra"),
+        (dict(model=Residual(), dataset=images(), target="threshold=1", schedule_steps=2), errors.RecipeError, "give"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line_and_leaves_nothing(arguments, error, message, tmp_path):

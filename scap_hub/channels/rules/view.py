@@ -125,7 +125,8 @@ def repeat(call: Call) -> Ids:
     layers = []
     for layer in call.tensors[0].layers:
         laid = layer.reshape((1,) * (len(times) - layer.ndim) + layer.shape)
-        layers.append(np.tile(laid, [count if size > 1 else 1 for count, size in zip(times, laid.shape, strict=True)]))
+        tiles = [count if width > 1 else 1 for count, width in zip(times, laid.shape, strict=True)]
+        layers.append(np.tile(laid, tiles))
     return Ids(call.shape, tuple(layers))
 
 
