@@ -50,8 +50,8 @@ def export(
     Raises:
         ModelError: An unknown format, or a model that cannot be exported.
         CheckpointError: The folder holds no pruned model, or the file cannot be written.
-        VerificationError: The file's logits differ from the model's by more than 1e-4 of the largest one (or 1e-4, where
-            that is below 1); the file is not kept.
+        VerificationError: The file's logits differ from the model's by more than 1e-4, or 1e-4 of the largest logit
+            where that is above 1; the file is not kept.
     """
     if to not in _NAMES:
         raise ModelError(f"cannot export to {to!r}: choose {' or '.join(map(repr, _NAMES))}")
