@@ -60,6 +60,7 @@ def prune(
     Example: scap-hub prune resnet50 --data me/flowers --target macs=0.5 --out resnet50-half
     """
     import scap_hub
+    from scap_hub.hub.uniform import plain_config
 
     overrides = dict(_setting(option) for option in options or [])
     if target is not None:
@@ -74,6 +75,11 @@ def prune(
             show_report(result.report)
             if out is not None:
                 print(f"saved in {out}")
+            if result.recipe.publish.layout == "pruned" and plain_config(result.loaded, result.model):
+                print(
+                    "constructor arguments can express these widths: with --set publish_layout=uniform the saved model "
+                    "loads without scap_hub"
+                )
 
 
 @app.command()
