@@ -60,6 +60,7 @@ def prune(
     Example: scap-hub prune resnet50 --data me/flowers --target macs=0.5 --out resnet50-half
     """
     import scap_hub
+    from scap_hub.hub.uniform import plain_config
 
     overrides = dict(_setting(option) for option in options or [])
     if target is not None:
@@ -74,6 +75,11 @@ def prune(
             show_report(result.report)
             if out is not None:
                 print(f"saved in {out}")
+            if result.recipe.publish.layout == "pruned" and plain_config(result.loaded, result.model):
+                print(
+                    "constructor arguments can express these widths: with --set publish_layout=uniform the saved model "
+                    "loads without scap_hub"
+                )
 
 
 @app.command()
@@ -154,6 +160,39 @@ def verify(
     else:
         for name, error in errors.items():
             print(f"{name}: pruned equals masked, relative difference {error:.1e}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder that prune saved.")],
+    repo_id: Annotated[str, typer.Argument(help="owner/name, or name for your own account.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[Optional[str], typer.Option(help="Branch to push to; made if absent.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    message: Annotated[Optional[str], typer.Option(help="Commit message.")] = None,
+) -> None:
+    """Publish a saved model on the Hub in one commit; log in first with `hf auth login`.
+
+    Example: scap-hub push resnet50-half me/resnet50-half
+    """
+    from scap_hub.hub.publish import push_to_hub
+
+    print(push_to_hub(folder, repo_id, private, revision, create_pr, commit_message=message))
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(help="Folder that prune saved, or its Hub id.")],
+    to: Annotated[str, typer.Option(help="onnx or torch-export.")] = "onnx",
+    out: Annotated[Optional[Path], typer.Option(help="The file; model.onnx or model.pt2 in the folder.")] = None,
+) -> None:
+    """Export a saved model for any batch size, and check that the file computes the same.
+
+    Example: scap-hub export resnet50-half --to onnx
+    """
+    from scap_hub.hub.export import export as write
+
+    print(write(folder, to, out))  # type: ignore[arg-type]
 
 
 @app.command()

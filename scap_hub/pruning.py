@@ -113,6 +113,8 @@ def prune(
         from_main(lambda: result.save_pretrained(output_dir))
         for step in range(recipe.schedule.steps):
             shutil.rmtree(_work_folder(output_dir, step), ignore_errors=True)  # type: ignore[arg-type]
+    if repo_id := recipe.publish.repo_id:
+        from_main(lambda: result.push_to_hub(repo_id, recipe.publish.private))
     return result
 
 
