@@ -65,10 +65,14 @@ def _stuck(groups: list[ChannelGroup], space: ChannelSpace) -> tuple[str, np.nda
     chooser = Chooser(groups, scores)
     counts = {name: max(1, int(generator.uniform(0.4, 0.8) * score.size)) for name, score in scores.items()}
     keep = chooser.keep(counts)
+    channels = {group.name: group.channels for group in groups}
     try:
-        space.document({group.name: group.channels for group in groups}, keep)
+        space.document(channels, keep)
     except StuckError as error:
-        return stuck_channels(space.forward, error.failed)
+        free = np.zeros(space.count, dtype=bool)
+        for name in scores:
+            free[channels[name]] = True
+        return stuck_channels(space.forward, space.tensors, error.failed, free)
     return None
 
 

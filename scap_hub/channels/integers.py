@@ -137,13 +137,29 @@ def solve_integers(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dic
     return _values(forward.model, changing, keep, kinds, chosen)
 
 
-def stuck_channels(forward: Forward, failed: Sequence[str]) -> tuple[str, np.ndarray]:
-    """What to pin after a failure: the channels counted in the innermost module around it that counts any."""
-    for path in failed:
-        inside = [channels for owner, channels in forward.counted if owner == path or owner.startswith(f"{path}.")]
-        if inside:
-            return path, np.unique(np.concatenate(inside))
-    return "", np.unique(np.concatenate([channels for _, channels in forward.counted]))
+def stuck_channels(
+    forward: Forward, tensors: Mapping[str, Ids], failed: Sequence[str], free: np.ndarray
+) -> tuple[str, np.ndarray]:
+    """What to pin after a failure, as little as possible: what a number counts, or else what passes the parameters.
+
+    Args:
+        forward: Where the numbers are.
+        tensors: Channel numbers of the model's tensors.
+        failed: The modules around the failure, innermost first.
+        free: Of every channel, whether it can still be pruned.
+
+    Returns:
+        The path of the module to blame, and its free channels.
+    """
+    counted = [(path, channels) for path, channels in forward.counted]
+    passing = [(name, layer.reshape(-1)) for name, ids in tensors.items() for layer in ids.layers]
+    for places in (counted, passing):
+        for path in failed:
+            inside = [channels for place, channels in places if not path or f"{place}.".startswith(f"{path}.")]
+            channels = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *inside]))
+            if free[channels].any():
+                return path, channels[free[channels]]
+    raise AssertionError("a model of which nothing can be pruned runs as it did")
 
 
 def _counts(node: fx.Node, found: Trace) -> Iterator[tuple[int, np.ndarray]]:
