@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from scap_hub.adapters import LoadedModel, load_model
 from scap_hub.channels.groups import ChannelGroup, channel_groups
 from scap_hub.criteria import score
+from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.errors import DataError, RecipeError
 from scap_hub.hub.checkpoint import check_output
 from scap_hub.plan import PruningPlan
@@ -64,6 +65,7 @@ def prune(
     if isinstance(dataset, str | Path):
         overrides["data_dataset"] = str(dataset)
     recipe = Recipe.resolve(recipe, **overrides)
+    criterion = criterion_named(recipe.criterion.name, recipe.criterion.options)
     if output_dir is not None:
         check_output(output_dir)
     stages = _Stages()
@@ -72,6 +74,10 @@ def prune(
         loaded, data = _load(model, dataset, recipe)
         dense = loaded.module.to(accelerator().device).eval()
         calibration = _shard(data)
+    if recipe.finetune.dense_epochs:
+        with stages("tune dense"):
+            settings = recipe.finetune.model_copy(update={"epochs": recipe.finetune.dense_epochs})
+            finetune(dense, data, settings, output_dir=_work_folder(output_dir, "dense"), seed=recipe.seed)
     with stages("measure dense"):
         before = _measure(dense, loaded, data, recipe)
 
@@ -82,7 +88,7 @@ def prune(
         with stages("channel groups"):
             groups = _protected(channel_groups(small, _example(small, loaded)), recipe.protect)
         with stages("scores"):
-            scores = score(small, calibration, recipe.criterion.name, groups=groups, **recipe.criterion.options)
+            scores = score(small, calibration, criterion, groups=groups)
         if step == 0:
             dense_groups, dense_scores = groups, scores
         with stages("surgery"):
@@ -97,7 +103,7 @@ def prune(
                 recalibrate(small, calibration)
         with stages("fine-tuning"):
             if recipe.finetune.epochs:
-                work = _work_folder(output_dir, step)
+                work = _work_folder(output_dir, str(step))
                 history += finetune(small, data, recipe.finetune, teacher, work, seed=recipe.seed)
 
     with stages("measure pruned"):
@@ -108,8 +114,8 @@ def prune(
     result = Result(small, plan, report, recipe, loaded)
     if output_dir is not None:
         from_main(lambda: result.save_pretrained(output_dir))
-        for step in range(recipe.schedule.steps):
-            shutil.rmtree(_work_folder(output_dir, step), ignore_errors=True)  # type: ignore[arg-type]
+        for run in ("dense", *range(recipe.schedule.steps)):
+            shutil.rmtree(_work_folder(output_dir, str(run)), ignore_errors=True)  # type: ignore[arg-type]
     return result
 
 
@@ -119,16 +125,25 @@ def _load(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data]:
     source = settings.name if model is None else model
     if source is None:
         raise RecipeError("no model; pass a name or a module, or set model.name in the recipe")
+    # A new head is the same on every rank and in every run.
+    torch.manual_seed(recipe.seed)
     loaded = load_model(source, settings.pretrained, settings.num_classes, settings.input_size)
     if loaded.module is model:
         # The caller's module stays as it is, on its own device.
         loaded = replace(loaded, module=copy.deepcopy(model))
-    choices, labelled = recipe.data, True
+    choices = recipe.data
     if dataset is None and choices.dataset is None:
-        choices, labelled = _public_images(loaded, choices), False
+        choices = _public_images(loaded, choices)
     data = load_data(
-        dataset, loaded.preprocessing, choices, num_classes=loaded.num_classes, labelled=labelled, seed=recipe.seed
+        dataset,
+        loaded.preprocessing,
+        choices,
+        num_classes=loaded.num_classes,
+        new_head=recipe.finetune.dense_epochs > 0 and settings.num_classes is None,
+        seed=recipe.seed,
     )
+    if data.labels and len(data.labels) != loaded.num_classes:
+        loaded = load_model(source, settings.pretrained, len(data.labels), settings.input_size)
     if data.labels and not loaded.labels and len(data.labels) == loaded.num_classes:
         loaded = replace(loaded, labels=data.labels)
     return loaded, data
@@ -141,13 +156,15 @@ def _public_images(loaded: LoadedModel, settings: DataSettings) -> DataSettings:
             f"{loaded.name} with {loaded.num_classes} classes was given no data set, and no public one is known to fit "
             "it; pass dataset=..., unlabelled images like those that it was trained on suffice"
         )
-    return settings.model_copy(update={"dataset": CALIBRATION_SET, "streaming": True})
+    return settings.model_copy(update={"dataset": CALIBRATION_SET, "streaming": True, "labels": False})
 
 
 def _shard(data: Data) -> list[Tensor]:
     """This rank's calibration images, kept for the whole run: every image is on exactly one rank."""
     here = accelerator()
-    shards = [batch[0][here.process_index :: here.num_processes] for batch in track(data.calibration, "calibration images")]
+    shards = [
+        batch[0][here.process_index :: here.num_processes] for batch in track(data.calibration, "calibration images")
+    ]
     return [images for images in shards if len(images)]
 
 
@@ -166,10 +183,14 @@ def _protected(groups: list[ChannelGroup], patterns: Sequence[str]) -> list[Chan
     for pattern in patterns:
         matching = [g for g in groups if any(fnmatch.fnmatchcase(path, pattern) for path in g.producers)]
         if not matching:
-            raise RecipeError(f"protect: {pattern!r} matches no layer that computes channels; `scap-hub inspect` lists them")
+            raise RecipeError(
+                f"protect: {pattern!r} matches no layer that computes channels; `scap-hub inspect` lists them"
+            )
         reason = f"is protected by {pattern!r}"
         groups = [
-            replace(group, prunable=False, pinned_because=group.pinned_because or reason) if group in matching else group
+            replace(group, prunable=False, pinned_because=group.pinned_because or reason)
+            if group in matching
+            else group
             for group in groups
         ]
     return groups
@@ -185,8 +206,6 @@ def _step_target(settings: TargetSettings, steps: int) -> str | dict[str, float]
     """What stays in each of equal steps: their product is the target."""
     kind, value = settings.budget
     if kind == "threshold":
-        if steps > 1:
-            raise RecipeError(f"threshold={value:g} and schedule.steps={steps} contradict each other; give a budget")
         return f"threshold={value}"
     if isinstance(value, Mapping):
         return {name: fraction ** (1 / steps) for name, fraction in value.items()}
@@ -212,12 +231,12 @@ def _group_reports(
     }
 
 
-def _work_folder(output_dir: str | Path | None, step: int) -> Path | None:
-    """Where a step's fine-tuning keeps its checkpoints until the result is saved: beside it, hidden."""
+def _work_folder(output_dir: str | Path | None, run: str) -> Path | None:
+    """Where a training run keeps its checkpoints until the result is saved: beside it, hidden."""
     if output_dir is None:
         return None
     output = Path(output_dir).expanduser()
-    return output.with_name(f".{output.name}.training{step}")
+    return output.with_name(f".{output.name}.training-{run}")
 
 
 class _Stages:
