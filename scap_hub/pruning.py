@@ -22,7 +22,7 @@ from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.errors import DataError, RecipeError
 from scap_hub.hub.checkpoint import check_output
 from scap_hub.plan import PruningPlan
-from scap_hub.progress import track
+from scap_hub.progress import announce, track
 from scap_hub.recipe import DataSettings, Recipe, TargetSettings
 from scap_hub.repair import compensate, recalibrate
 from scap_hub.report import GroupReport, Measures, Report, measure
@@ -83,7 +83,8 @@ def prune(
 
     target = _step_target(recipe.target, recipe.schedule.steps)
     teacher = dense if recipe.finetune.distillation.weight else None
-    small, kept, history = dense, {}, []
+    small, history = dense, []
+    kept: dict[str, list[int]] = {}
     for step in range(recipe.schedule.steps):
         with stages("channel groups"):
             groups = _protected(channel_groups(small, _example(small, loaded)), recipe.protect)
@@ -248,5 +249,6 @@ class _Stages:
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with announce(name):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
