@@ -235,6 +235,14 @@ def show_schema() -> None:
     print(json.dumps(recipe_schema(), indent=1))
 
 
+def show_report(report: Any) -> None:
+    """Prints the table of a run."""
+    table = Table("", "dense", "pruned", "change")
+    for row in report.rows():
+        table.add_row(*row)
+    Console().print(table)
+
+
 def _groups(model: str, untrained: bool, size: int | None) -> tuple[Any, list[Any]]:
     import torch
 
@@ -272,10 +280,7 @@ def _report(report: Any, document: dict[str, Any], quiet: bool, as_json: bool) -
     if as_json:
         print(json.dumps(document))
     elif not quiet:
-        table = Table("", "dense", "pruned", "change")
-        for row in report.rows():
-            table.add_row(*row)
-        Console().print(table)
+        show_report(report)
 
 
 def _say(text: str, quiet: bool) -> None:

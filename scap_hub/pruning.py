@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from scap_hub.adapters import LoadedModel, load_model
 from scap_hub.channels.groups import ChannelGroup, channel_groups
 from scap_hub.criteria import score
 from scap_hub.criteria.base import criterion as criterion_named
-from scap_hub.errors import DataError, RecipeError
+from scap_hub.errors import CalibrationError, DataError, RecipeError
 from scap_hub.hub.checkpoint import check_output
 from scap_hub.plan import PruningPlan
 from scap_hub.progress import announce, track
@@ -68,12 +69,13 @@ def prune(
     criterion = criterion_named(recipe.criterion.name, recipe.criterion.options)
     if output_dir is not None:
         check_output(output_dir)
+    set_seed(recipe.seed)
     stages = _Stages()
 
     with stages("load"):
         loaded, data = _load(model, dataset, recipe)
         dense = loaded.module.to(accelerator().device).eval()
-        calibration = _shard(data)
+        calibration = _shard(data, recipe.data.batch_size)
     if recipe.finetune.dense_epochs:
         with stages("tune dense"):
             settings = recipe.finetune.model_copy(update={"epochs": recipe.finetune.dense_epochs})
@@ -126,8 +128,6 @@ def _load(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data]:
     source = settings.name if model is None else model
     if source is None:
         raise RecipeError("no model; pass a name or a module, or set model.name in the recipe")
-    # A new head is the same on every rank and in every run.
-    torch.manual_seed(recipe.seed)
     loaded = load_model(source, settings.pretrained, settings.num_classes, settings.input_size)
     if loaded.module is model:
         # The caller's module stays as it is, on its own device.
@@ -160,13 +160,15 @@ def _public_images(loaded: LoadedModel, settings: DataSettings) -> DataSettings:
     return settings.model_copy(update={"dataset": CALIBRATION_SET, "streaming": True, "labels": False})
 
 
-def _shard(data: Data) -> list[Tensor]:
-    """This rank's calibration images, kept for the whole run: every image is on exactly one rank."""
+def _shard(data: Data, batch_size: int) -> list[Tensor]:
+    """This process's calibration images in batches, kept for the whole run; every image is on exactly one process."""
     here = accelerator()
-    shards = [
-        batch[0][here.process_index :: here.num_processes] for batch in track(data.calibration, "calibration images")
-    ]
-    return [images for images in shards if len(images)]
+    images = torch.cat([batch[0] for batch in track(data.calibration, "calibration images")])
+    if len(images) < here.num_processes:
+        raise CalibrationError(
+            f"{len(images)} calibration images cannot be shared out over {here.num_processes} processes: give more"
+        )
+    return list(images[here.process_index :: here.num_processes].split(batch_size))
 
 
 def _measure(model: nn.Module, loaded: LoadedModel, data: Data, recipe: Recipe) -> Measures:

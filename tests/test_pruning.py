@@ -42,8 +42,12 @@ def test_every_kind_of_model_goes_through_and_comes_back(name, tmp_path):
     report = result.report
     assert 0.45 < report.after.macs / report.before.macs <= 0.5
     assert report.after.params < report.before.params and report.after.bytes < report.before.bytes
-    assert set(report.groups) == {group.name for group in scap_hub.channel_groups(model, images().dataset[0][0][None]) if group.prunable}
-    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items()), "the given model is untouched"
+    assert set(report.groups) == {
+        group.name for group in scap_hub.channel_groups(model, images().dataset[0][0][None]) if group.prunable
+    }
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items()), (
+        "the given model is untouched"
+    )
     dense = model if name == "module" else None
     again = scap_hub.load(tmp_path / "out", model=dense)
     x = torch.randn(2, 3, 64, 64)
@@ -133,15 +137,16 @@ def test_existing_output_is_refused_before_any_work(tmp_path):
 
 TWO_RANKS = """
 import sys, torch, scap_hub
-from scap_hub.recipe import Recipe, shipped_recipes
-from tests.nets import Residual, tiny_net
+from tests.nets import Residual
 from tests.test_pruning import QUICK, images
 torch.manual_seed(0)
-result = scap_hub.prune(Residual(width=16), images(36), QUICK, model_input_size=(3, 64, 64), round_to=1, data_calibration_images=13)
+options = dict(model_input_size=(3, 64, 64), round_to=1, data_calibration_images=13)
+result = scap_hub.prune(Residual(width=16), images(36), QUICK, **options)
 from accelerate import PartialState
 state = PartialState()
 assert state.num_processes == int(sys.argv[2])
-torch.save({"plan": result.plan.to_json(), "weights": result.model.state_dict()}, f"{sys.argv[1]}/{sys.argv[2]}-{state.process_index}.pt")
+saved = {"plan": result.plan.to_json(), "weights": result.model.state_dict()}
+torch.save(saved, f"{sys.argv[1]}/{sys.argv[2]}-{state.process_index}.pt")
 state.destroy_process_group()
 """
 
@@ -162,7 +167,8 @@ def test_two_ranks_agree_with_one_on_the_plan_and_with_each_other_on_the_weights
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_runs(name):
     result = scap_hub.prune(
-        tiny_net(), "digits", name, model_input_size=(1, 8, 8), finetune_epochs=min(1, Recipe.resolve(name).finetune.epochs),
+        tiny_net(), "digits", name, model_input_size=(1, 8, 8),
+        finetune_epochs=min(1, Recipe.resolve(name).finetune.epochs),
         data_calibration_images=32, evaluate_latency=False, data_batch_size=256,
     )  # fmt: skip
     assert result.report.after.macs < result.report.before.macs
@@ -171,7 +177,8 @@ def test_every_shipped_recipe_runs(name):
 
 def tiny_folder(path, classes=5):
     """A timm model in timm's folder layout, as `timm.models.push_to_hf_hub` writes it."""
-    timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=classes, in_chans=1), path, safe_serialization=True)
+    model = timm.create_model("test_resnet", num_classes=classes, in_chans=1)
+    timm.models.save_for_hf(model, path, safe_serialization=True)
     return f"local-dir:{path}"
 
 
@@ -180,9 +187,9 @@ def test_a_classifier_that_does_not_fit_is_replaced_and_tuned_only_if_the_recipe
         model=tiny_folder(tmp_path / "dense"), dataset="digits", recipe=QUICK, output_dir=tmp_path / "out",
         criterion="l1", model_input_size=(1, 32, 32), finetune_learning_rate=5e-3, data_batch_size=64,
     )  # fmt: skip
-    with pytest.raises(errors.DataError, match="has 10 classes, the classifier 5: set finetune.dense_epochs"):
+    with pytest.raises(errors.DataError, match=r"has 10 classes, the classifier 5: set finetune\.dense_epochs"):
         scap_hub.prune(**arguments)
-    with pytest.raises(errors.DataError, match=r"labels: training the dense model \(finetune.dense_epochs\) needs them"):
+    with pytest.raises(errors.DataError, match=r"labels: training the dense model \(finetune\.dense_epochs\)"):
         scap_hub.prune(**arguments, finetune_dense_epochs=1, data_labels=False)
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
     report = scap_hub.prune(**arguments, finetune_dense_epochs=2).report
@@ -203,7 +210,9 @@ def test_images_of_other_classes_serve_without_their_labels(tmp_path):
 def test_transformers_model_by_folder(tmp_path):
     config = hf.ResNetConfig(depths=[1, 1], hidden_sizes=[16, 32], embedding_size=16, num_labels=5, layer_type="basic")
     hf.ResNetForImageClassification(config).save_pretrained(tmp_path / "dense")
-    result = scap_hub.prune(str(tmp_path / "dense"), images(), QUICK, model_input_size=(3, 64, 64), output_dir=tmp_path / "out")
+    result = scap_hub.prune(
+        str(tmp_path / "dense"), images(), QUICK, model_input_size=(3, 64, 64), output_dir=tmp_path / "out"
+    )
     again = scap_hub.load(tmp_path / "out")
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(again(x).logits, result.model(x).logits)

@@ -187,7 +187,7 @@ def _from_splits(
         if not new_head:
             raise DataError(
                 f"{name!r} has {len(names)} classes, the classifier {num_classes}: set finetune.dense_epochs, which "
-                "gives the model a new head and tunes it first, or data.labels=false to use the images without their labels"
+                "gives the model a new head and tunes it first, or data.labels=false to use the images without labels"
             )
         num_classes = len(names)
     reader = _Reader(name, image, label, preprocessing, num_classes)
