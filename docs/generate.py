@@ -25,9 +25,10 @@ finetune:
 ```
 
 Later wins: the defaults, then the recipe, then the keyword overrides in the order given. An override is
-`<block>_<key>`, such as `finetune_epochs=3` in Python or `--set finetune_epochs=3` on the command line. Short forms: `criterion="l1"`,
-`target="macs=0.5"`, `target={group name: fraction}`, `round_to=8`. A new budget replaces the old one; a new criterion
-replaces the old one's options. A wrong key or value is refused with the line, the key and the nearest valid one.
+`<block>_<key>`, such as `finetune_epochs=3` in Python or `--set finetune_epochs=3` on the command line. Short forms:
+`criterion="l1"`, `target="macs=0.5"`, `target={group name: fraction}`, `round_to=8`. A new budget replaces the old
+one; a new criterion replaces the old one's options. A wrong key or value is refused with the line, the key and the
+nearest valid one.
 
 ```bash
 scap-hub recipe list                                # shipped recipes, and when to use each
