@@ -191,6 +191,8 @@ class PublishSettings(_Block):
     """Hub repository to push to; nothing is pushed if left out."""
     private: bool = False
     """Whether a new repository is private."""
+    layout: Literal["pruned", "uniform"] = "pruned"
+    """"uniform" writes a plain config, where the zoo's own constructor arguments can express the widths."""
 
 
 class Recipe(_Block):

@@ -31,8 +31,9 @@ def is_config(config: dict[str, Any]) -> bool:
 
 
 def is_module(module: nn.Module) -> bool:
-    """Whether timm built the module."""
-    return "architecture" in (getattr(module, "pretrained_cfg", None) or {})
+    """Whether timm built the module; what is pruned already counts as its owner's."""
+    architecture = (getattr(module, "pretrained_cfg", None) or {}).get("architecture")
+    return architecture not in (None, "scap_pruned")
 
 
 def unknown_name(name: str) -> ModelError:

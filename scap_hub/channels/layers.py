@@ -13,7 +13,7 @@ class Layer:
 
     Attributes:
         path: Module path.
-        kind: "conv", "linear", "norm" (num_features), "group_norm" or "layer_norm".
+        kind: "conv", "linear", "norm" (num_features), "group_norm", "layer_norm" or "blur".
         weight: Full name of its weight.
         groups: Groups of a convolution.
         depthwise: Whether each group reads one channel, so that the groups shrink with the channels.
@@ -43,6 +43,8 @@ class Layer:
             return {"in_features": shape[1], "out_features": shape[0]}
         if self.kind == "layer_norm":
             return {"normalized_shape": list(shape)}
+        if self.kind == "blur":
+            return {"channels": shape[0]}
         return {"num_channels" if self.kind == "group_norm" else "num_features": shape[0]}
 
 
@@ -51,6 +53,8 @@ def layers_of(model: nn.Module) -> list[Layer]:
     layers = []
     for path, module in model.named_modules():
         weight = f"{path}.weight" if path else "weight"
+        if type(module).__name__ == "BlurPool2d" and module.channels:  # timm's depthwise filter is a buffer
+            layers.append(Layer(path, "blur", f"{path}.filt"))
         if getattr(module, "weight", None) is None:
             continue
         if isinstance(module, nn.modules.conv._ConvNd):
