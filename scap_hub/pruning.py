@@ -119,6 +119,8 @@ def prune(
         from_main(lambda: result.save_pretrained(output_dir))
         for run in ("dense", *range(recipe.schedule.steps)):
             shutil.rmtree(_work_folder(output_dir, str(run)), ignore_errors=True)  # type: ignore[arg-type]
+    if (repo_id := recipe.publish.repo_id) is not None:
+        from_main(lambda: result.push_to_hub(repo_id, recipe.publish.private))
     return result
 
 

@@ -15,6 +15,7 @@ from scap_hub.errors import DataError
 from scap_hub.recipe import DataSettings, FinetuneSettings
 from scap_hub.training.data import load_data
 from scap_hub.training.finetune import finetune
+from tests.hub_client import running_hub
 
 GREY = Preprocessing((1, 8, 8), (0.5,), (0.5,))
 COLOUR = Preprocessing((3, 16, 16), (0.5,) * 3, (0.5,) * 3)
@@ -292,6 +293,52 @@ def test_a_broken_image_is_named(tmp_path):
     with pytest.raises(DataError, match=r"an image of .*\[train\] cannot be read: .*broken.png"):
         for loader in (data.train, data.validation):
             list(loader)
+
+
+ON_THE_HUB = """
+import sys
+import datasets
+from scap_hub.adapters.base import Preprocessing
+from scap_hub.errors import DataError
+from scap_hub.recipe import DataSettings
+from scap_hub.training.data import load_data
+
+flowers = datasets.load_dataset(sys.argv[1])
+flowers.push_to_hub("me/flowers")
+datasets.DatasetDict(train=flowers["train"]).push_to_hub("me/flowers", revision="small")
+
+def load(name="me/flowers", **settings):
+    settings = DataSettings(batch_size=4, calibration_images=8, workers=0, **settings)
+    return load_data(name, Preprocessing((3, 16, 16), (0.5,) * 3, (0.5,) * 3), settings, num_classes=2)
+
+data = load()
+print(len(data.train.dataset), len(data.validation.dataset), data.labels)
+print(len(load(train_split="validation", validation_split="train").train.dataset))
+print(len(load(revision="small").train.dataset))
+print([len(labels) for _, labels in load(streaming=True).train])
+for wrong in (dict(name="me/flowes"), dict(revision="v2")):
+    try:
+        load(**wrong)
+    except DataError as error:
+        print(error)
+"""
+
+
+def test_data_sets_on_the_hub(tmp_path):
+    folder = parquet_folder(tmp_path / "flowers")
+    with running_hub() as hub:
+        environment = hub.environment(tmp_path / "home", HF_TOKEN="hf_write")
+        command = [sys.executable, "-c", ON_THE_HUB, str(folder)]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines() == [
+        "20 6 ['cat', 'dog']",
+        "6",
+        "18",  # without a validation split a tenth is held out
+        "[4, 4, 4, 4, 4]",
+        "the Hub has no data set 'me/flowes', or it is private: check the name, or `hf auth login`",
+        "'me/flowers' has no revision 'v2' on the Hub: check its branches and tags",
+    ]
 
 
 UNREACHABLE = "cannot reach the Hub for data set 'me/flowers', and there is no such folder"

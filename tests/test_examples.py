@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,10 @@ import timm
 import scap_hub
 from scap_hub.adapters.base import Preprocessing
 from scap_hub.training.data import DIGITS, load_data
+from tests.hub_client import running_hub
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.mark.skipif(not fashion_mnist.FOLDER.is_dir(), reason="needs Debian's dataset-fashion-mnist package")
@@ -74,20 +77,35 @@ def test_no_training(model, images, tmp_path, capsys):
     assert scap_hub.load(tmp_path / "out").num_classes == 4
 
 
-def test_multi_gpu(model, images, tmp_path):
-    for split in images.rglob("*.png"):
-        # The model in the folder has four classes.
-        target = tmp_path / "images" / "train" / str(int(split.parent.name[-1]) % 4) / split.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(split.read_bytes())
+@pytest.fixture(scope="module")
+def four_classes(images, tmp_path_factory):
+    """The same images in as many classes as the model has."""
+    folder = tmp_path_factory.mktemp("four")
+    for image in images.rglob("*.png"):
+        path = folder / "train" / str(int(image.parent.name[-1]) % 4) / image.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, path)
+    return folder
+
+
+def test_multi_gpu(model, four_classes, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, EXAMPLES / "multi_gpu.py", model, tmp_path / "images", "--recipe", "quick", "--epochs", "1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
+    command = [*launch, EXAMPLES / "multi_gpu.py", model, four_classes, "--recipe", "quick", "--epochs", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
     options = ["--batch-size", "8", "--out", tmp_path / "out"]
     ran = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     assert f"saved in {tmp_path / 'out'} by 2 processes" in ran.stdout
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_publish(model, four_classes, tmp_path):
+    with running_hub() as hub:
+        environment = hub.environment(tmp_path / "home", HF_TOKEN="hf_write")
+        command = [sys.executable, EXAMPLES / "publish.py", model, four_classes, "me/four", "--recipe", "no-training"]
+        ran = subprocess.run([*command, "--private"], env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert f"published at {hub.endpoint}/me/four" in ran.stdout and "loaded again: " in ran.stdout
 
 
 def test_slurm_file_starts_the_script():
