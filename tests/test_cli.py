@@ -112,6 +112,8 @@ def test_recipes(run, tmp_path):
         (["inspect"], "see `scap-hub inspect --help`"),
         (["inspect", "resnet81", "--untrained"], "unknown model 'resnet81'"),
         (["verify", "test_resnet", "--plan", "nowhere.json"], "'nowhere.json' does not exist"),
+        (["push", "nowhere", "me/net"], "nowhere"),
+        (["export", "./nowhere"], "nowhere"),
         (["recipe"], "see `scap-hub recipe --help`"),
         (["recipe", "show", "quik"], "did you mean 'quick'?"),
         (["nonsense"], "see `scap-hub --help`"),
@@ -135,7 +137,7 @@ def test_interrupting_says_how_to_go_on(run, monkeypatch):
     assert code == 130 and error.startswith("scap-hub: interrupted; with the same --out")
 
 
-@pytest.mark.parametrize("verb", [[], *([name] for name in ("prune", "inspect", "verify", "demo")), ["recipe", "show"]])
+@pytest.mark.parametrize("verb", [[], *([name] for name in ("prune", "inspect", "verify", "push", "export", "demo")), ["recipe", "show"]])
 def test_every_verb_has_an_example(run, verb):
     code, out, _ = run(*verb, "--help")
     assert code == 0 and ("Exit code 0" if not verb else f"Example: scap-hub {' '.join(verb)} ") in out

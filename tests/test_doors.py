@@ -208,7 +208,7 @@ for name in ("me/timm-resnet", "me/hf-resnet"):
 net = timm.create_model("hf-hub:me/timm-resnet", pretrained=True, num_classes=9, in_chans=1)
 assert net(images[:, :1]).shape == (2, 9)
 net.reset_classifier(5)
-timm.models.save_for_hf(net, root + "/timm-again")
+timm.models.save_for_hf(net, root + "/timm-again", safe_serialization=True)
 again = timm.create_model("local-dir:" + root + "/timm-again", pretrained=True).eval()
 out["timm again"] = again(images[:, :1]).detach() - net.eval()(images[:, :1]).detach()
 ours = scap_hub.load(root + "/timm-again")

@@ -145,7 +145,7 @@ def input_size(folder_or_repo_id: str | Path) -> tuple[int, int, int]:
         CheckpointError: Not a pruned checkpoint, or one that was saved again without that entry.
     """
     config = _read_config(_local(folder_or_repo_id))
-    preprocessing = config["scap"].get("preprocessing") or config.get("pretrained_cfg")
+    preprocessing: Any = config["scap"].get("preprocessing") or config.get("pretrained_cfg")
     try:
         channels, height, width = preprocessing["input_size"]
     except (KeyError, TypeError, ValueError):

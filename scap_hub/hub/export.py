@@ -50,7 +50,8 @@ def export(
     Raises:
         ModelError: An unknown format, or a model that cannot be exported.
         CheckpointError: The folder holds no pruned model, or the file cannot be written.
-        VerificationError: The file's logits differ from the model's by more than 1e-4; the file is not kept.
+        VerificationError: The file's logits differ from the model's by more than 1e-4, or 1e-4 of the largest logit
+            where that is above 1; the file is not kept.
     """
     if to not in _NAMES:
         raise ModelError(f"cannot export to {to!r}: choose {' or '.join(map(repr, _NAMES))}")
@@ -64,6 +65,9 @@ def export(
     images = torch.randn(2, *input_size(folder), generator=torch.Generator().manual_seed(0))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {one_line(error)}") from None
+    try:
         run = (_onnx if to == "onnx" else _torch_export)(net, images, partial)
         # Another batch size than the one it was traced with.
         for batch in (images, torch.cat([images, images.flip(3), images.flip(2)])[:5]):
