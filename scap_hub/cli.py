@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import warnings
@@ -348,6 +349,7 @@ def _output(quiet: bool) -> Iterator[None]:
             os.environ[variable] = "1"
         os.environ["TRANSFORMERS_VERBOSITY"] = "error"
         warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
     set_quiet(quiet)
     try:
         yield
@@ -355,6 +357,7 @@ def _output(quiet: bool) -> Iterator[None]:
         _fail("interrupted; with the same --out, the same command takes up fine-tuning where it stopped", 130)
     finally:
         set_quiet(False)
+        logging.disable(logging.NOTSET)
 
 
 def _is_main_process() -> bool:
