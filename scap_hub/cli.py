@@ -82,11 +82,18 @@ def prune(
         overrides["target"] = target
     with _output(quiet):
         import scap_hub
+        from scap_hub.hub.uniform import plain_config
 
         result = scap_hub.prune(model, data, recipe, output_dir=out, **overrides)
     _report(result.report, result.report.to_dict(), quiet, as_json)
     if out is not None:
         _say(f"saved in {out}", quiet or as_json)
+    if result.recipe.publish.layout == "pruned" and plain_config(result.loaded, result.model):
+        _say(
+            "constructor arguments can express these widths: with --set publish_layout=uniform the saved model loads "
+            "without scap_hub",
+            quiet or as_json,
+        )
 
 
 @app.command()

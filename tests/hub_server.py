@@ -315,14 +315,13 @@ class Api(Handler):
                 self.info(repo, self.at(repo, rest[1] if rest else "main"))
             case ["tree", revision, *folder]:
                 prefix = "".join(f"{part}/" for part in folder)
-                inside = {
-                    path: entry
-                    for path, entry in self.at(repo, revision).entries().items()
-                    if path.startswith(prefix) and (self.query.get("recursive") == ["True"] or "/" not in path[len(prefix) :])
-                }
+                entries = self.at(repo, revision).entries()
+                inside = [path for path in entries if path.startswith(prefix)]
                 if folder and not inside:
                     raise Failure(404, f"no such folder: {prefix}", "EntryNotFound")
-                self.answer(list(inside.values()))
+                if self.query.get("recursive") != ["True"]:
+                    inside = [path for path in inside if "/" not in path.removeprefix(prefix)]
+                self.answer([entries[path] for path in inside])
             case ["paths-info", revision]:
                 form = parse_qs(self.body.decode())
                 wanted = form.get("paths") or self.json().get("paths", [])

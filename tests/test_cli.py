@@ -137,7 +137,17 @@ def test_interrupting_says_how_to_go_on(run, monkeypatch):
     assert code == 130 and error.startswith("scap-hub: interrupted; with the same --out")
 
 
-@pytest.mark.parametrize("verb", [[], *([name] for name in ("prune", "inspect", "verify", "push", "export", "demo")), ["recipe", "show"]])
+VERBS = [
+    *(["prune"], ["inspect"], ["verify"], ["push"], ["export"], ["demo"]),
+    *(["recipe", "list"], ["recipe", "show"], ["recipe", "schema"]),
+]
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 def test_every_verb_has_an_example(run, verb):
     code, out, _ = run(*verb, "--help")
-    assert code == 0 and ("Exit code 0" if not verb else f"Example: scap-hub {' '.join(verb)} ") in out
+    assert code == 0 and f"Example: scap-hub {' '.join(verb)}" in out
+
+
+def test_help_tells_the_exit_codes(run):
+    assert run("--help")[1] == run()[1] and "Exit code 0" in run()[1]

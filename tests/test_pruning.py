@@ -95,17 +95,6 @@ def test_unlabelled_images_suffice_with_a_teacher():
     assert result.report.after.top1 is None and len(result.report.history) == 2
 
 
-def test_a_recipe_can_publish(monkeypatch):
-    published = []
-    monkeypatch.setattr(scap_hub.Result, "push_to_hub", lambda self, *arguments: published.append(arguments))
-    options = {"model_input_size": (3, 32, 32), "finetune_epochs": 0, "criterion": "l1"}
-    scap_hub.prune(Residual(width=16), images(size=32), QUICK, **options)
-    assert not published
-    options["publish"] = {"repo_id": "me/net", "private": True}
-    scap_hub.prune(Residual(width=16), images(size=32), QUICK, **options)
-    assert published == [("me/net", True)]
-
-
 class Nothing(nn.Module):
     def __init__(self):
         super().__init__()

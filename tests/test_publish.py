@@ -10,13 +10,19 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 
+import scap_hub
 from scap_hub.errors import CheckpointError, PublishError
 from scap_hub.hub import publish
 from scap_hub.hub.card import BEGIN, END, Measured, merged_card, model_card
 from scap_hub.hub.checkpoint import load, save_checkpoint
 from scap_hub.hub.publish import push_to_hub
+from scap_hub.recipe import Recipe
+from scap_hub.report import Measures, Report
+from scap_hub.result import Result
 from tests.hub_client import running_hub
+from tests.nets import Residual
 from tests.test_checkpoint import pruned, run
+from tests.test_pruning import QUICK, images
 
 SAVED = {"config.json", "model.safetensors", "modeling_scap.py", "pruning_plan.json", "recipe.yaml", "README.md"}
 
@@ -228,3 +234,32 @@ def test_code_references_to_another_repository_are_made_our_own(api, folder, rep
     assert names(api, repo) == {"config.json", "model.safetensors", "modeling_scap.py", "README.md"}
     pushed = json.loads(Path(api.hf_hub_download(repo, "config.json")).read_text())
     assert pushed["auto_map"] == {"AutoModelForImageClassification": "modeling_scap.TimmWrapperForImageClassification"}
+
+
+def test_a_result_publishes_itself(api, repo, resnet, tmp_path, monkeypatch):
+    small, loaded, plan = resnet
+    before, after = Measures(2000, 20, 80, 0.9, 3.0), Measures(1000, 10, 40, 0.8, 2.0)
+    result = Result(small, plan, Report(before, after), Recipe.resolve(data_dataset="me/flowers"), loaded)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    result.push_to_hub(repo, token="hf_write")
+    assert names(api, repo) - {"channels.png"} == SAVED | {"report.json"}
+    assert not list((tmp_path / "temporary").iterdir())
+    card = ModelCard(readme(api, repo, tmp_path))
+    assert card.data.datasets == ["me/flowers"]
+    assert {entry.metric_type: entry.metric_value for entry in card.data.eval_results} == {
+        "accuracy": 0.8, "macs": 1000, "params": 10, "bytes": 40, "latency_ms": 2.0,
+    }  # fmt: skip
+    with pytest.raises(PublishError) as caught:
+        result.push_to_hub(repo, token="hf_read")
+    kept = next((tmp_path / "temporary").iterdir()) / repo.rpartition("/")[2]
+    assert str(kept) in str(caught.value)
+    assert torch.equal(run(load(kept)), run(small))
+
+
+def test_a_recipe_can_publish(monkeypatch):
+    pushed = []
+    monkeypatch.setattr(Result, "push_to_hub", lambda self, *arguments: pushed.append(arguments))
+    options = {"model_input_size": (3, 64, 64), "publish_repo_id": "me/x", "publish_private": True}
+    scap_hub.prune(Residual(width=16), images(), QUICK, **options)
+    assert pushed == [("me/x", True)]

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from scap_hub.adapters import LoadedModel, rebuild
-from scap_hub.adapters.base import one_line
+from scap_hub.adapters import LoadedModel, rebuild, skeleton
+from scap_hub.adapters.base import Library, one_line
 from scap_hub.adapters.remote import fetch
 from scap_hub.errors import CheckpointError, PlanError
 from scap_hub.hub import modeling_scap
@@ -125,14 +125,14 @@ def load(
     folder = _local(folder_or_repo_id, revision, token)
     config = _read_config(folder)
     # Everything is compared on tensors without memory first: a foreign file may claim any size.
-    skeleton = _skeleton(config, model)
+    dense = copy.deepcopy(model) if model is not None else skeleton(*_dense_config(config))
     cut = _cut(config)
     if (folder / PLAN).is_file() and not _is_uniform(config):
-        _check_plan(skeleton, PruningPlan.from_json(_read(folder, PLAN)), cut)
-    _shrink(skeleton, cut)
+        _check_plan(dense, PruningPlan.from_json(_read(folder, PLAN)), cut)
+    _shrink(dense, cut)
     files = _weight_files(folder)
-    _check_weights(skeleton, files)
-    small = _rebuild(config) if model is None else copy.deepcopy(model)
+    _check_weights(dense, files)
+    small = copy.deepcopy(model) if model is not None else rebuild(*_dense_config(config))
     _shrink(small, cut)
     _load_tensors(small, files, config["scap"].get("buffer_dtypes", {}))
     return small.eval()
@@ -259,19 +259,11 @@ def _cut(config: dict[str, Any]) -> dict[str, Any]:
     return holder["cut"]
 
 
-def _skeleton(config: dict[str, Any], model: nn.Module | None) -> nn.Module:
-    """The dense model, without memory where we build it."""
-    if model is not None:
-        return copy.deepcopy(model)
-    with torch.device("meta"):
-        return _rebuild(config)
-
-
-def _rebuild(config: dict[str, Any]) -> nn.Module:
-    """The untrained dense model."""
+def _dense_config(config: dict[str, Any]) -> tuple[Library, dict[str, Any]]:
+    """Library and config of the dense model, as `rebuild` takes them."""
     library = config["scap"].get("library")
     if library == "module":
-        return rebuild(library, config["scap"])
+        return library, config["scap"]
     dense = {key: value for key, value in config.items() if key not in ("scap", "auto_map")}
     if library == "timm":
         try:
@@ -287,7 +279,7 @@ def _rebuild(config: dict[str, Any]) -> nn.Module:
             raise CheckpointError(f"config.json lacks what it takes to rebuild a timm model: {error!r}") from None
     elif library != "transformers":
         raise CheckpointError(f"config.json names the unknown library {library!r}: upgrade scap_hub")
-    return rebuild(library, dense)
+    return library, dense
 
 
 def _shrink(model: nn.Module, cut: dict[str, Any]) -> None:
@@ -323,9 +315,9 @@ def _weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{index} lists no weights ({error!r}): save the checkpoint again") from None
 
 
-def _check_weights(skeleton: nn.Module, files: list[Path]) -> None:
+def _check_weights(model: nn.Module, files: list[Path]) -> None:
     """Compares the files' headers with the model, before any weight is read."""
-    wanted = skeleton.state_dict(keep_vars=True)
+    wanted = model.state_dict(keep_vars=True)
     found: dict[str, list[int]] = {}
     for path in files:
         try:

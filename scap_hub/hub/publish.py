@@ -87,6 +87,10 @@ def push_to_hub(
         ) from None
 
 
+class _ReadOnly(OSError):
+    """The token may only read."""
+
+
 class _Push:
     """One attempt: reads the card that is there, and commits on top of what it read."""
 
@@ -145,7 +149,7 @@ def _writer(api: HfApi) -> None:
         raise LocalTokenNotFoundError
     token = _again(api.whoami).get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":
-        raise PublishError("this Hub token may only read: make one that may write at huggingface.co/settings/tokens")
+        raise _ReadOnly
 
 
 def _again(call: Callable[[], Any]) -> Any:
@@ -170,6 +174,8 @@ def _again(call: Callable[[], Any]) -> Any:
 def _reason(error: Exception, repo_id: str) -> str:
     if isinstance(error, LocalTokenNotFoundError):
         return "no Hub token: run `hf auth login`, set HF_TOKEN, or pass token="
+    if isinstance(error, _ReadOnly):
+        return "this Hub token may only read: make one that may write at huggingface.co/settings/tokens"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status == 401:
         return "the Hub refuses this token: run `hf auth login` again"
