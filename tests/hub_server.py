@@ -17,6 +17,7 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -62,6 +63,12 @@ class Commit:
     title: str
     files: dict[str, File]
     parent: Commit | None = None
+
+    def entries(self) -> dict[str, dict]:
+        """Files and the folders that hold them, by path."""
+        folders = {str(folder): None for path in self.files for folder in PurePosixPath(path).parents[:-1]}
+        listed = {path: {"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders}
+        return listed | {path: file.entry(path) for path, file in self.files.items()}
 
 
 @dataclass
@@ -308,13 +315,18 @@ class Api(Handler):
                 self.info(repo, self.at(repo, rest[1] if rest else "main"))
             case ["tree", revision, *folder]:
                 prefix = "".join(f"{part}/" for part in folder)
-                files = self.at(repo, revision).files
-                self.answer([file.entry(path) for path, file in files.items() if path.startswith(prefix)])
+                entries = self.at(repo, revision).entries()
+                inside = [path for path in entries if path.startswith(prefix)]
+                if folder and not inside:
+                    raise Failure(404, f"no such folder: {prefix}", "EntryNotFound")
+                if self.query.get("recursive") != ["True"]:
+                    inside = [path for path in inside if "/" not in path.removeprefix(prefix)]
+                self.answer([entries[path] for path in inside])
             case ["paths-info", revision]:
                 form = parse_qs(self.body.decode())
                 wanted = form.get("paths") or self.json().get("paths", [])
-                files = self.at(repo, revision).files
-                self.answer([files[path].entry(path) for path in wanted if path in files])
+                entries = self.at(repo, revision).entries()
+                self.answer([entries[path] for path in wanted if path in entries])
             case ["refs"]:
                 refs = {
                     group: [{"name": n, "ref": f"{prefix}{n}", "targetCommit": c.sha} for n, c in table.items()]

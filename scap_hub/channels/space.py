@@ -62,6 +62,15 @@ class ChannelSpace:
         """Multiply-accumulates of one forward pass at the captured batch size, if the channels in `keep` stay."""
         return sum(cost.times * count_staying(cost.ids, keep) for cost in self.costs)
 
+    def layer_macs(self) -> dict[str, int]:
+        """Multiply-accumulates of one forward pass by the module path of the layer; "" has those of no layer."""
+        everything = np.ones(self.count, dtype=bool)
+        macs: dict[str, int] = {}
+        for cost in self.costs:
+            path = (cost.weight or "").rpartition(".")[0]
+            macs[path] = macs.get(path, 0) + cost.times * count_staying(cost.ids, everything)
+        return macs
+
     def document(self, channels: Mapping[str, np.ndarray], keep: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """The fields of the `PruningPlan` that keeps `keep[name]` of the groups with these channel numbers.
 
