@@ -1,4 +1,4 @@
-"""A real pretrained network on real images: torchvision's ImageNet MobileNetV2, moved to Fashion-MNIST, at half the MACs.
+"""A real pretrained network on real images: torchvision's MobileNetV2, moved to Fashion-MNIST, at half the MACs.
 
     python examples/mobilenetv2_fashion_mnist.py --out out/mobilenetv2
 

@@ -30,8 +30,9 @@ class HubProcess:
     def environment(self, home: Path, **extra: str) -> dict[str, str]:
         """For a fresh process whose Hub this is."""
         own = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        return {**own, "HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
-                "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **extra}  # fmt: skip
+        hub = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return {**own, **hub, **quiet, **extra}
 
 
 @contextmanager
