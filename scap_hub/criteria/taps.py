@@ -77,7 +77,7 @@ def watch(
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             finite.append((f"input of layer {tap.module!r}", x.sum(dtype=torch.float32).isfinite()))
-            inputs[i] = read_input(tap, _channels_first(x, dim, count, tap.module))
+            inputs[i] = read_input(tap, channels_first(x, dim, count, tap.module))
             outputs.pop(i, None)
 
         return hook
@@ -91,7 +91,7 @@ def watch(
                 # A clone, because an activation may work in place and the model still needs its tensor.
                 y = function(y.clone())
             finite.append((f"output of layer {tap.module!r}", y.sum(dtype=torch.float32).isfinite()))
-            y = _channels_first(y, tap.dim, count, tap.output)
+            y = channels_first(y, tap.dim, count, tap.output)
             if y.shape[1] != rows:
                 raise ModelError(
                     f"{tap.output!r} gives {y.shape[1]} channels, but layer {tap.module!r} has {rows}; "
@@ -132,12 +132,60 @@ def watch(
             handle.remove()
         for module, training in modes:
             module.training = training
+    enough(seen)
+
+
+def enough(seen: int) -> int:
+    """Number of images over all processes.
+
+    Raises:
+        CalibrationError: Fewer than 2.
+    """
     total = sum(gather_object([seen]))
     if total < 2:
         raise CalibrationError(f"{total} calibration image(s); at least 2 are needed, 128 or more are advised")
+    return total
 
 
-def _channels_first(maps: Tensor, dim: int, images: int, layer: str) -> Tensor:
+def image_means(
+    model: nn.Module, taps: Sequence[Tap], batches: Iterable[Any], read: Callable[[Sequence[int], Tensor], Tensor]
+) -> list[Tensor]:
+    """Mean over the images of all processes of what `read` gives for each image and row, (N, O).
+
+    Args:
+        model: See `watch`.
+        taps: See `watch`.
+        batches: See `watch`.
+        read: Called with the axes of a layer's input X and the channels as the next layer sees them.
+
+    Returns:
+        For each tap, (O,) float64.
+
+    Raises:
+        CalibrationError, ModelError: See `watch`.
+    """
+    device = next(model.parameters()).device
+    sums = [torch.zeros(len(tap.channel_of_row), dtype=torch.float64, device=device) for tap in taps]
+    seen = 0
+    for batch in watch(model, taps, batches, lambda tap, x: x.shape[2:], lambda tap, grid, y: read(grid, y)):
+        seen += len(batch[0]) if batch else 0
+        for total, values in zip(sums, batch, strict=True):
+            total += values.double().sum(0)
+    return mean_over_processes(sums, seen)
+
+
+def mean_over_processes(sums: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Sums over this process's images, divided by the number of all images, (O,) float64 on the CPU each.
+
+    Raises:
+        CalibrationError: Fewer than 2 images over all processes.
+    """
+    shards = gather_object([[total.cpu() for total in sums]])
+    images = enough(count)
+    return [sum(parts) / images for parts in zip(*shards, strict=True)]
+
+
+def channels_first(maps: Tensor, dim: int, images: int, layer: str) -> Tensor:
     """(N, C, *axes) from a tensor with its channels at `dim`; windows folded into the batch become an axis."""
     if maps.shape[0] != images:
         if maps.shape[0] % images:

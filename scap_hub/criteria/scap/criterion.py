@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup, Tap
 from scap_hub.criteria.base import NORMALISATIONS, Criterion, fuse, known
-from scap_hub.criteria.magnitude import l1_norm
+from scap_hub.criteria.magnitude import filter_norm
 from scap_hub.criteria.random import generator
 from scap_hub.criteria.scap import autoencoder
 from scap_hub.criteria.scap.field import normalise
@@ -83,7 +83,7 @@ class Scap(Criterion):
     def _importance(self, model: nn.Module, group: ChannelGroup) -> Tensor:
         comparable = NORMALISATIONS[self.normalisation]
         infidelity = fuse(group, [1 - self.fidelity[tap.module] for tap in group.taps], comparable)
-        magnitude = fuse(group, [l1_norm(model, tap) for tap in group.taps], comparable)
+        magnitude = fuse(group, [filter_norm(model, tap, 1) for tap in group.taps], comparable)
         return self.weight * infidelity + (1 - self.weight) * magnitude
 
     def _layers(self, model: nn.Module, taps: Sequence[Tap], batches: Iterable[Any]) -> Iterator[tuple[Tap, Tensor]]:
