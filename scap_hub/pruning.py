@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from scap_hub.adapters import LoadedModel, load_model
 from scap_hub.channels.groups import ChannelGroup, channel_groups
 from scap_hub.criteria import score
+from scap_hub.criteria.base import criterion as criterion_of
 from scap_hub.errors import DataError, RecipeError
 from scap_hub.hub.checkpoint import check_output
 from scap_hub.plan import PruningPlan
@@ -64,6 +65,7 @@ def prune(
     if isinstance(dataset, str | Path):
         overrides["data_dataset"] = str(dataset)
     recipe = Recipe.resolve(recipe, **overrides)
+    criterion = criterion_of(recipe.criterion.name, recipe.criterion.options)
     if output_dir is not None:
         check_output(output_dir)
     stages = _Stages()
@@ -82,12 +84,15 @@ def prune(
         with stages("channel groups"):
             groups = _protected(channel_groups(small, _example(small, loaded)), recipe.protect)
         with stages("scores"):
-            scores = score(small, calibration, recipe.criterion.name, groups=groups, **recipe.criterion.options)
+            scores = score(small, calibration, criterion, groups=groups)
         if step == 0:
             dense_groups, dense_scores = groups, scores
-        with stages("surgery"):
+        with stages("selection"):
             # Decided once: ranks may differ in the last bit of a score, never in the plan.
             step_plan = from_main(lambda: _select(groups, scores, target, recipe.target))  # noqa: B023
+        with stages("refinement"):
+            step_plan = criterion.refine(small, groups, calibration, step_plan)
+        with stages("surgery"):
             larger, small = small, apply_plan(small, step_plan)
             kept = _composed(kept, step_plan)
         with stages("repair"):

@@ -15,6 +15,7 @@ from scap_hub.criteria.bn_scale import BNScale
 from scap_hub.criteria.fpgm import FPGM
 from scap_hub.criteria.hrank import HRank
 from scap_hub.criteria.magnitude import L1, L2
+from scap_hub.criteria.obs import OBS
 from scap_hub.criteria.random import Random
 from scap_hub.criteria.scap import Scap
 from scap_hub.criteria.taylor import Taylor
@@ -24,6 +25,7 @@ __all__ = [
     "FPGM",
     "L1",
     "L2",
+    "OBS",
     "Activation",
     "BNScale",
     "Criterion",

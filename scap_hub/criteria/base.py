@@ -41,6 +41,21 @@ class Criterion(ABC):
             batches: Calibration batches; this rank's shard when several processes run.
         """
 
+    def refine(
+        self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any], plan: PruningPlan
+    ) -> PruningPlan:
+        """Chooses anew which channels stay, at the numbers that a plan gives every group; by default, the same ones.
+
+        For criteria that judge sets of channels, and need to know how many will stay.
+
+        Args:
+            model: As for `score`.
+            groups: As for `score`.
+            batches: As for `score`.
+            plan: What `select` made of the scores; the same on all processes.
+        """
+        return plan
+
 
 def known(kind: str, name: str, names: Iterable[str]) -> str:
     """Returns `name` if it is one of `names`.

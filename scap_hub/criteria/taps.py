@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +34,15 @@ def images_of(batch: Any) -> Tensor:
             "give a tensor, a tuple that starts with one, or a dict with 'pixel_values'"
         )
     return images
+
+
+def sized(batches: Iterable[Any]) -> Collection[Any]:
+    """The batches, as something that has a length and can be read more than once."""
+    try:
+        len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return [images_of(batch) for batch in batches]
+    return batches  # type: ignore[return-value]
 
 
 def watch(

@@ -19,7 +19,7 @@ from scap_hub.criteria.random import generator
 from scap_hub.criteria.scap import autoencoder
 from scap_hub.criteria.scap.field import normalise
 from scap_hub.criteria.scap.spectra import onto, spectrum
-from scap_hub.criteria.taps import images_of, watch
+from scap_hub.criteria.taps import images_of, sized, watch
 from scap_hub.errors import RecipeError
 from scap_hub.progress import track
 
@@ -89,9 +89,9 @@ class Scap(Criterion):
     def _layers(self, model: nn.Module, taps: Sequence[Tap], batches: Iterable[Any]) -> Iterator[tuple[Tap, Tensor]]:
         """Fidelities of the held rows of each tap; the autoencoders are shared out over the processes."""
         state = PartialState()
-        sized = _sized(batches)
-        for some in _rounds(model, taps, sized, self.bins):
-            spectra = self._spectra(model, some, sized)
+        batches = sized(batches)
+        for some in _rounds(model, taps, batches, self.bins):
+            spectra = self._spectra(model, some, batches)
             mine = {}
             for i, tap in enumerate(track(some, "autoencoders")):
                 x, y = _gather(spectra[i])
@@ -139,15 +139,6 @@ def _gather(spectra: Spectra | None) -> Spectra:
     held = [shard for shard in shards if shard is not None]
     device = PartialState().device
     return torch.cat([x for x, _ in held]).to(device), torch.cat([y for _, y in held]).to(device)
-
-
-def _sized(batches: Iterable[Any]) -> Collection[Any]:
-    """The batches, as something that has a length and can be read more than once."""
-    try:
-        len(batches)  # type: ignore[arg-type]
-    except TypeError:
-        return [images_of(batch) for batch in batches]
-    return batches  # type: ignore[return-value]
 
 
 def _rounds(model: nn.Module, taps: Sequence[Tap], batches: Collection[Any], bins: int) -> Iterator[list[Tap]]:
