@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +39,8 @@ def patches(layer: Reader, x: Tensor, images: int, places: int | None = None) ->
     # Items are images, or windows of them: (items, C, *grid, *kernel).
     x = x.unflatten(0, (images, -1)).movedim(1, 2)
     grid = x.shape[2 : 3 + spatial]
-    index = torch.unravel_index(_spread(prod(grid), places, x), grid)
-    rows = x[(slice(None), slice(None), *index)].transpose(1, 2).flatten(0, 1)  # (images * places, C, *kernel)
+    index: Any = (slice(None), slice(None), *torch.unravel_index(_spread(prod(grid), places, x), grid))
+    rows = x[index].transpose(1, 2).flatten(0, 1)  # (images * places, C, *kernel)
     return rows.flatten(1).unflatten(1, (layer.groups, -1)).transpose(0, 1)
 
 

@@ -15,7 +15,8 @@ from scap_hub.errors import PlanError
 if TYPE_CHECKING:
     from scap_hub.channels.groups import ChannelGroup
 
-VERSION = 1
+VERSION: Literal[1] = 1
+_LIBRARIES = ("torch", "timm", "transformers")
 
 
 class _Strict(BaseModel):
@@ -62,7 +63,7 @@ class PruningPlan(_Strict):
     """
 
     version: Literal[1] = VERSION
-    libraries: dict[str, str] = Field(default_factory=lambda: {name: version(name) for name in ("torch", "timm", "transformers")})
+    libraries: dict[str, str] = Field(default_factory=lambda: {name: version(name) for name in _LIBRARIES})
     keeps: tuple[str, ...]
     groups: dict[str, GroupCut]
     tensors: dict[str, TensorCut]

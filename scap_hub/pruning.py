@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from scap_hub.adapters import LoadedModel, load_model
 from scap_hub.channels.groups import ChannelGroup, channel_groups
 from scap_hub.criteria import score
 from scap_hub.criteria.base import criterion as criterion_of
-from scap_hub.errors import DataError, RecipeError
+from scap_hub.errors import CalibrationError, DataError, RecipeError
 from scap_hub.hub.checkpoint import check_output
 from scap_hub.plan import PruningPlan
 from scap_hub.progress import track
@@ -68,18 +69,20 @@ def prune(
     criterion = criterion_of(recipe.criterion.name, recipe.criterion.options)
     if output_dir is not None:
         check_output(output_dir)
+    set_seed(recipe.seed)
     stages = _Stages()
 
     with stages("load"):
         loaded, data = _load(model, dataset, recipe)
         dense = loaded.module.to(accelerator().device).eval()
-        calibration = _shard(data)
+        calibration = _shard(data, recipe.data.batch_size)
     with stages("measure dense"):
         before = _measure(dense, loaded, data, recipe)
 
     target = _step_target(recipe.target, recipe.schedule.steps)
     teacher = dense if recipe.finetune.distillation.weight else None
-    small, kept, history = dense, {}, []
+    small, history = dense, []
+    kept: dict[str, list[int]] = {}
     for step in range(recipe.schedule.steps):
         with stages("channel groups"):
             groups = _protected(channel_groups(small, _example(small, loaded)), recipe.protect)
@@ -149,11 +152,15 @@ def _public_images(loaded: LoadedModel, settings: DataSettings) -> DataSettings:
     return settings.model_copy(update={"dataset": CALIBRATION_SET, "streaming": True})
 
 
-def _shard(data: Data) -> list[Tensor]:
-    """This rank's calibration images, kept for the whole run: every image is on exactly one rank."""
+def _shard(data: Data, batch_size: int) -> list[Tensor]:
+    """This process's calibration images in batches, kept for the whole run; every image is on exactly one process."""
     here = accelerator()
-    shards = [batch[0][here.process_index :: here.num_processes] for batch in track(data.calibration, "calibration images")]
-    return [images for images in shards if len(images)]
+    images = torch.cat([batch[0] for batch in track(data.calibration, "calibration images")])
+    if len(images) < here.num_processes:
+        raise CalibrationError(
+            f"{len(images)} calibration images cannot be shared out over {here.num_processes} processes: give more"
+        )
+    return list(images[here.process_index :: here.num_processes].split(batch_size))
 
 
 def _measure(model: nn.Module, loaded: LoadedModel, data: Data, recipe: Recipe) -> Measures:
@@ -171,10 +178,14 @@ def _protected(groups: list[ChannelGroup], patterns: Sequence[str]) -> list[Chan
     for pattern in patterns:
         matching = [g for g in groups if any(fnmatch.fnmatchcase(path, pattern) for path in g.producers)]
         if not matching:
-            raise RecipeError(f"protect: {pattern!r} matches no layer that computes channels; `scap-hub inspect` lists them")
+            raise RecipeError(
+                f"protect: {pattern!r} matches no layer that computes channels; `scap-hub inspect` lists them"
+            )
         reason = f"is protected by {pattern!r}"
         groups = [
-            replace(group, prunable=False, pinned_because=group.pinned_because or reason) if group in matching else group
+            replace(group, prunable=False, pinned_because=group.pinned_because or reason)
+            if group in matching
+            else group
             for group in groups
         ]
     return groups

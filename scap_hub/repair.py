@@ -18,6 +18,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from scap_hub.channels.capture import evaluating
+from scap_hub.criteria.taps import images_of
 from scap_hub.plan import PruningPlan
 from scap_hub.progress import track
 
@@ -49,7 +50,10 @@ class _Statistics:
         """The sum over all processes."""
         if PartialState().num_processes == 1:
             return self
-        gram = self.gram if self.gram is not None else self.rows.mT @ self.rows  # type: ignore[union-attr]
+        gram = self.gram
+        if gram is None:
+            assert self.rows is not None  # every process has images
+            gram = self.rows.mT @ self.rows
         return _Statistics(gram=reduce(gram, reduction="sum"))
 
 
@@ -58,9 +62,9 @@ def compensate(
 ) -> dict[str, tuple[float, float]]:
     """Re-solves in place every convolution and linear layer of `small` that lost inputs.
 
-    For a layer with dense weight W, patches P of its dense input and kept patch rows K, the new weight is the minimum of
-    |W P - W' P_K|² + λ |W' - W_K|², with λ the ridge times the mean diagonal of P_K P_Kᵀ. The ridge pulls towards the
-    weights that are there, so the error on the calibration patches is never larger than without repair.
+    For a layer with dense weight W, patches P of its dense input and kept patch rows K, the new weight is the minimum
+    of |W P - W' P_K|² + λ |W' - W_K|², with λ the ridge times the mean diagonal of P_K P_Kᵀ. The ridge pulls towards
+    the weights that are there, so the error on the calibration patches is never larger than without repair.
 
     Args:
         dense: The model before surgery, in eval mode.
@@ -87,18 +91,26 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     momenta = [norm.momentum for norm in norms]
     if not norms:
         return
+    batches = list(batches)
     with evaluating(model), torch.no_grad():
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None
+            norm.momentum = None  # a plain average
             norm.train()
         for batch in track(batches, "batch-norm statistics"):
-            model(_images(batch, model))
+            model(_fed(model, batch))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            if PartialState().num_processes > 1:
-                norm.running_mean.copy_(reduce(norm.running_mean, reduction="mean"))  # type: ignore[union-attr]
-                norm.running_var.copy_(reduce(norm.running_var, reduction="mean"))  # type: ignore[union-attr]
+            for statistic in (norm.running_mean, norm.running_var):
+                assert statistic is not None  # it tracks running statistics
+                statistic.copy_(_mean_over_processes(statistic, len(batches)))
+
+
+def _mean_over_processes(value: Tensor, weight: int) -> Tensor:
+    if PartialState().num_processes == 1:
+        return value
+    total = reduce(torch.cat([value * weight, value.new_tensor([weight])]), reduction="sum")
+    return total[:-1] / total[-1]
 
 
 def _readers(dense: nn.Module, plan: PruningPlan) -> Iterator[tuple[str, nn.Module]]:
@@ -122,16 +134,13 @@ def _collect(dense: nn.Module, layers: dict[str, nn.Module], batches: Iterable[A
             handle = layer.register_forward_pre_hook(watch)
             stack.callback(handle.remove)
         for batch in track(batches, "input statistics"):
-            dense(_images(batch, dense))
+            dense(_fed(dense, batch))
     return statistics
 
 
 def _patches(layer: nn.Module, x: Tensor, batches: int) -> Tensor:
     """Input patches of a layer, (groups, patches, unknowns), thinned evenly to what the solution needs."""
-    if isinstance(layer, nn.Linear):
-        rows = x.reshape(1, -1, x.shape[-1])
-    else:
-        rows = _unfold(layer, x, batches)
+    rows = x.reshape(1, -1, x.shape[-1]) if isinstance(layer, nn.Linear) else _unfold(layer, x, batches)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     wanted = -(-_ROWS_AN_UNKNOWN * rows.shape[2] // batches)
     if rows.shape[1] > wanted:
@@ -203,24 +212,24 @@ def _solved(
     """Change of the kept weights, and the squared output error before, after, and of an output of zero."""
     residual = dense.clone()
     residual[:, kept] = 0
+    eye = torch.eye(kept.numel() if statistics.rows is None else statistics.rows.shape[1], dtype=dense.dtype).to(dense)
     if statistics.gram is not None:
         gram = statistics.gram[group].double()
         own, cross = gram[kept][:, kept], residual @ gram[:, kept]
         scale = ridge * own.diagonal().mean().clamp(min=1e-12)
-        change = torch.linalg.solve(own + scale * torch.eye(kept.numel(), dtype=own.dtype, device=own.device), cross.mT).mT
-        before = float(((residual @ gram) * residual).sum())
-        after = before - 2 * float((cross * change).sum()) + float(((change @ own) * change).sum())
-        return change, (before, after, float(((dense @ gram) * dense).sum()))
-    patches = statistics.rows[group].double()  # type: ignore[index]
+        change = torch.linalg.solve(own + scale * eye, cross.mT).mT
+        before = ((residual @ gram) * residual).sum()
+        after = before - 2 * (cross * change).sum() + ((change @ own) * change).sum()
+        return change, (float(before), float(after), float(((dense @ gram) * dense).sum()))
+    assert statistics.rows is not None
+    patches = statistics.rows[group].double()
     missing, own = residual @ patches.mT, patches[:, kept]
     scale = ridge * own.square().sum(0).mean().clamp(min=1e-12)
-    kernel = own @ own.mT + scale * torch.eye(own.shape[0], dtype=own.dtype, device=own.device)
-    change = torch.linalg.solve(kernel, missing.mT).mT @ own
-    error = missing - change @ own.mT
-    return change, (float(missing.square().sum()), float(error.square().sum()), float((dense @ patches.mT).square().sum()))
+    change = torch.linalg.solve(own @ own.mT + scale * eye, missing.mT).mT @ own
+    error, whole = missing - change @ own.mT, dense @ patches.mT
+    return change, (float(missing.square().sum()), float(error.square().sum()), float(whole.square().sum()))
 
 
-def _images(batch: Any, model: nn.Module) -> Tensor:
-    images = batch["pixel_values"] if isinstance(batch, dict) else batch[0] if isinstance(batch, list | tuple) else batch
+def _fed(model: nn.Module, batch: Any) -> Tensor:
     parameter = next(model.parameters())
-    return images.to(parameter.device, parameter.dtype)
+    return images_of(batch).to(parameter.device, parameter.dtype)

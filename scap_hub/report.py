@@ -69,7 +69,12 @@ class Report:
         rows = [
             ("MACs", f"{before.macs / 1e6:,.2f} M", f"{after.macs / 1e6:,.2f} M", _change(before.macs, after.macs)),
             ("parameters", f"{before.params:,}", f"{after.params:,}", _change(before.params, after.params)),
-            ("size", f"{before.bytes / 1e6:,.2f} MB", f"{after.bytes / 1e6:,.2f} MB", _change(before.bytes, after.bytes)),
+            (
+                "size",
+                f"{before.bytes / 1e6:,.2f} MB",
+                f"{after.bytes / 1e6:,.2f} MB",
+                _change(before.bytes, after.bytes),
+            ),
         ]
         if before.top1 is not None and after.top1 is not None:
             points = f"{100 * (after.top1 - before.top1):+.2f} points"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,11 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> nn.Module:
     _check(model, plan)
     small = copy.deepcopy(model)
     # Tied names share one tensor before, and must share one after.
-    cuts = {id(tensor): (tensor, cut) for tensor, cut in ((_tensor(small, name), cut) for name, cut in plan.tensors.items())}
-    smaller = {key: _cut(tensor, cut, plan) for key, (tensor, cut) in cuts.items()}
+    cuts = {name: _tensor(small, name) for name in plan.tensors}
+    smaller: dict[int, Any] = {id(tensor): _cut(tensor, plan.tensors[name], plan) for name, tensor in cuts.items()}
     for module in small.modules():
         for table in (module._parameters, module._buffers):
-            table.update({own: smaller[id(tensor)] for own, tensor in table.items() if id(tensor) in smaller})  # type: ignore[arg-type]
+            table.update({own: smaller[id(tensor)] for own, tensor in table.items() if id(tensor) in smaller})
     for path, values in plan.attributes.items():
         module = small.get_submodule(path)
         for attribute, value in values.items():
@@ -52,7 +53,9 @@ def _check(model: nn.Module, plan: PruningPlan) -> None:
             raise PlanError(f"the model has no module {path!r}; the plan was made for another model") from None
         for attribute, value in values.items():
             old = module.__dict__.get(attribute)
-            fits = isinstance(value, int) and type(old) is int or isinstance(value, list) and _integers(old, len(value))
+            fits = (isinstance(value, int) and type(old) is int) or (
+                isinstance(value, list) and _integers(old, len(value))
+            )
             if not fits:
                 raise PlanError(f"module {path!r} has no integer attribute {attribute!r} that could become {value!r}")
 

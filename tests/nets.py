@@ -15,7 +15,7 @@ def random_plan(groups: list[ChannelGroup], seed: int, ratio: float | None = Non
     """Random scores; `ratio` of each prunable group, or a random fraction of each."""
     rng = np.random.default_rng(seed)
     scores = {group.name: torch.from_numpy(rng.random(group.size)) for group in groups if group.prunable}
-    fractions = {name: ratio or float(rng.uniform(0.2, 1.0)) for name in scores}
+    fractions = {name: ratio or float(rng.uniform(0.2, 0.85)) for name in scores}
     return select(groups, scores, fractions, round_to=1, floor=0.0)
 
 

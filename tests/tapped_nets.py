@@ -19,7 +19,8 @@ def tap(model, module, output=None, post=(), dim=1, rows=None):
 def group(*taps, size=None, prunable=True):
     size = size or max(t.channel_of_row.max() for t in taps) + 1
     names = tuple(t.module for t in taps)
-    return ChannelGroup(names[0], int(size), names, (), (), None, prunable, None if prunable else "test", taps)
+    reason = None if prunable else "test"
+    return ChannelGroup(names[0], int(size), names, (), (), None, prunable, reason, taps, np.arange(size), None)
 
 
 def plain(seed=0, width=(6, 8)):

@@ -6,13 +6,13 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from tests.tapped_nets import group, plain, tap
 from torch import nn
 
 from scap_hub.criteria import L1, Criterion, score
 from scap_hub.criteria.base import NORMALISATIONS
 from scap_hub.criteria.taps import watch
 from scap_hub.errors import CalibrationError, ModelError, RecipeError
+from tests.tapped_nets import group, plain, tap
 
 
 def pairs(model, taps, batches):

@@ -37,7 +37,10 @@ def test_eliminating_costs_what_least_squares_says(seed, rows, widths):
     owner = torch.tensor([-1] + [k for k, width in enumerate(widths) for _ in range(width)])
     owner = owner[torch.randperm(len(owner), generator=generator)]
     n = len(owner)
-    p = torch.randn(3 * n, n, generator=generator, dtype=torch.float64) @ torch.randn(n, n, generator=generator).double()
+    p = (
+        torch.randn(3 * n, n, generator=generator, dtype=torch.float64)
+        @ torch.randn(n, n, generator=generator).double()
+    )
     gram, weight = p.T @ p, torch.randn(rows, n, generator=generator, dtype=torch.float64)
     reading = Reading(weight, gram, owner, ridge=1e-2)
     energy, total, gone = ((weight @ gram) * weight).sum(), 0.0, []
@@ -53,7 +56,9 @@ def test_eliminating_costs_what_least_squares_says(seed, rows, widths):
         reading.remove(best)
         keep = [c for c in range(n) if int(owner[c]) not in gone]
         reading.compact()
-        torch.testing.assert_close(reading.weight, least_squares(weight, gram, keep, 1e-2)[1][:, keep], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            reading.weight, least_squares(weight, gram, keep, 1e-2)[1][:, keep], rtol=1e-6, atol=1e-8
+        )
         assert reading.columns.tolist() == keep
 
 
@@ -187,5 +192,3 @@ def test_bad_input():
         OBS(ridge=0)
     flat = score(net, [torch.zeros(4, 3, 8, 8)], "obs", groups=groups)["0"]
     assert flat.isfinite().all()
-
-

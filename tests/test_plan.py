@@ -39,7 +39,9 @@ def test_apply_leaves_the_model_untouched_and_sets_the_integers(groups):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     keep = {group.name: range(0, group.size, 2) for group in groups if group.prunable}
     small = apply_plan(model, PruningPlan.from_keep(groups, keep))
-    assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == {n: tuple(t.shape) for n, t in before.items()}
+    assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == {
+        n: tuple(t.shape) for n, t in before.items()
+    }
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert small.depthwise.groups == small.depthwise.in_channels == small.depthwise.out_channels == 8
     assert small.bn.num_features == 4 and small.head.in_features == 4

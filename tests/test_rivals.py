@@ -8,7 +8,7 @@ from torch import nn
 from scap_hub.channels.groups import channel_groups
 from scap_hub.criteria import score
 from scap_hub.errors import CalibrationError, ModelError, RecipeError
-from tests.tapped_nets import group, plain, tap
+from tests.tapped_nets import group, tap
 
 IMAGES = torch.randn(9, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 

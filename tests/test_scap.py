@@ -6,11 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests import scap_reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tapped_nets import group, plain, tap
 from torch import nn
 
 from scap_hub.channels.groups import Tap
@@ -19,6 +17,8 @@ from scap_hub.criteria.scap import autoencoder, criterion
 from scap_hub.criteria.scap.field import normalise
 from scap_hub.criteria.scap.spectra import spectrum
 from scap_hub.errors import CalibrationError, ModelError, RecipeError
+from tests import scap_reference
+from tests.tapped_nets import group, plain, tap
 
 torch.set_num_threads(1)
 quick = settings(deadline=None, max_examples=25, derandomize=True)

@@ -14,8 +14,10 @@ TRANSFORMERS = {
     "resnet": lambda: hf.ResNetForImageClassification(
         hf.ResNetConfig(depths=[2, 2, 2, 2], layer_type="basic", hidden_sizes=[64, 128, 256, 512], num_labels=10)
     ),
-    "convnext": lambda: hf.ConvNextForImageClassification(hf.ConvNextConfig(hidden_sizes=[48, 96, 192, 384])),
-    "mobilenet_v2": lambda: hf.MobileNetV2ForImageClassification(hf.MobileNetV2Config()),
+    "convnext": lambda: hf.ConvNextForImageClassification(
+        hf.ConvNextConfig(hidden_sizes=[48, 96, 192, 384], num_labels=10)
+    ),
+    "mobilenet_v2": lambda: hf.MobileNetV2ForImageClassification(hf.MobileNetV2Config(num_labels=10)),
 }
 MODELS = {
     **{name: lambda name=name: timm.create_model(name) for name in TIMM},

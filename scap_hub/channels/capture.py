@@ -53,7 +53,10 @@ def capture(model: nn.Module, inputs: tuple[Any, ...]) -> Capture:
         ) from error
     signature = program.graph_signature
     states = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    owned = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    owned = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     lifted = signature.inputs_to_lifted_tensor_constants
     return Capture(
         graph=program.graph,
@@ -78,8 +81,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _no_autocast() -> Iterator[None]:
     # An autocast region becomes an opaque subgraph in the export; precision does not matter for shapes.
-    with mock.patch.object(torch.autocast, "__enter__", lambda self: self), mock.patch.object(
-        torch.autocast, "__exit__", lambda self, *_: None
+    with (
+        mock.patch.object(torch.autocast, "__enter__", lambda self: self),
+        mock.patch.object(torch.autocast, "__exit__", lambda self, *_: None),
     ):
         yield
 

@@ -45,9 +45,9 @@ class ChannelGroup:
     constraint: tuple[Balance, ...] | None
     prunable: bool
     pinned_because: str | None
-    taps: tuple[Tap, ...] = ()
-    channels: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64), repr=False)
-    space: ChannelSpace | None = field(default=None, repr=False)
+    taps: tuple[Tap, ...]
+    channels: np.ndarray = field(repr=False)
+    space: ChannelSpace = field(repr=False)
 
 
 def channel_groups(model: nn.Module, inputs: tuple[Any, ...] | Tensor) -> list[ChannelGroup]:

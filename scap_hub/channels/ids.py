@@ -142,18 +142,14 @@ def broadcast(ledger: Ledger, operands: Sequence[Ids], shape: tuple[int, ...], r
             (1,) * (len(shape) - len(operand.shape)) + operand.shape,
             {
                 support(layer): layer
-                for layer in (
-                    layer.reshape((1,) * (len(shape) - layer.ndim) + layer.shape) for layer in operand.layers
-                )
+                for layer in (layer.reshape((1,) * (len(shape) - layer.ndim) + layer.shape) for layer in operand.layers)
             },
         )
         for operand in operands
     ]
     result: list[np.ndarray] = []
     for dims in dict.fromkeys(dims for _, layers in aligned for dims in layers):
-        filled = [
-            (layers.get(dims), own) for own, layers in aligned if any(own[dim] > 1 for dim in dims)
-        ]
+        filled = [(layers.get(dims), own) for own, layers in aligned if any(own[dim] > 1 for dim in dims)]
         present = [layer for layer, _ in filled if layer is not None]
         if len(present) < len(filled):
             for layer in present:

@@ -56,7 +56,15 @@ def layers_of(model: nn.Module) -> list[Layer]:
         if isinstance(module, nn.modules.conv._ConvNd):
             depthwise = module.groups > 1 and module.in_channels == module.groups
             layers.append(
-                Layer(path, "conv", weight, module.groups, depthwise, module.transposed, module.out_channels // module.groups)
+                Layer(
+                    path,
+                    "conv",
+                    weight,
+                    module.groups,
+                    depthwise,
+                    module.transposed,
+                    module.out_channels // module.groups,
+                )
             )
         elif isinstance(module, nn.Linear):
             layers.append(Layer(path, "linear", weight))

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from scap_hub.channels.capture import capture, evaluating
 from scap_hub.channels.groups import analyse
 from scap_hub.channels.ids import Ids, support
+from scap_hub.channels.rules.registry import flat
 from scap_hub.channels.space import solve
 from scap_hub.channels.trace import bind, trace
 from scap_hub.errors import VerificationError
@@ -103,7 +104,7 @@ class _Masked(fx.Interpreter):
 
     def __init__(self, graph: fx.Graph, ids: dict[fx.Node, Any], stays: np.ndarray) -> None:
         super().__init__(fx.GraphModule(nn.Module(), graph))
-        self.ids = dict(zip((node.name for node in self.module.graph.nodes), (ids.get(n) for n in graph.nodes), strict=True))
+        self.ids = {node.name: value for node, value in ids.items()}  # the graph module has nodes of its own
         self.stays = stays
 
     def run_node(self, n: fx.Node) -> Any:
@@ -117,17 +118,14 @@ class _Masked(fx.Interpreter):
         if "normalized_shape" in arguments:
             arguments["normalized_shape"] = arguments["input"].shape[-len(arguments["normalized_shape"]) :]
         result = n.target(**arguments)  # type: ignore[operator]
-        return pytree.tree_map(self._scatter, result, self.ids[n.name]) if isinstance(result, Tensor) else [
-            self._scatter(value, ids) for value, ids in zip(result, self.ids[n.name], strict=True)
-        ]
+        ids = flat(self.ids[n.name])
+        if isinstance(result, Tensor):
+            return self._scatter(result, ids[0])
+        return [self._scatter(value, own) for value, own in zip(result, ids, strict=True)]
 
     def _loses(self, n: fx.Node) -> bool:
-        return any(
-            not self.stays[layer].all()
-            for node in n.all_input_nodes
-            if isinstance(self.ids[node.name], Ids)
-            for layer in self.ids[node.name].layers
-        )
+        read = [ids for node in n.all_input_nodes for ids in flat(self.ids[node.name])]
+        return any(not self.stays[layer].all() for ids in read for layer in ids.layers)
 
     def _kept(self, ids: Ids) -> list[tuple[int, Tensor]]:
         return [
@@ -191,7 +189,8 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             if name.endswith("running_var"):
                 tensor.copy_(0.5 + noise)
             elif tensor.ndim < 2:
-                tensor.copy_((0.5 + noise) * torch.where(noise * 1000 % 2 < 1, 1.0, -1.0) if tensor.ndim else 0.5 + noise)
+                sign = torch.where(noise * 1000 % 2 < 1, 1.0, -1.0) if tensor.ndim else 1.0
+                tensor.copy_((0.5 + noise) * sign)
             else:
                 fan_in = max(1, tensor[0].numel())
                 tensor.copy_((noise - 0.5) * 2 * (3 / fan_in) ** 0.5)

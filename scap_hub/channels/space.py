@@ -66,11 +66,9 @@ class ChannelSpace:
             PlanError: A keep is empty, out of range or repeated, or channels that must stay balanced are not.
         """
         stays = np.ones(self.count, dtype=bool)
-        kept: dict[str, np.ndarray] = {}
-        for name, indices in keep.items():
-            size = channels[name].size
-            kept[name] = _checked(name, indices, size)
-            stays[np.delete(channels[name], kept[name])] = False
+        kept = {name: _checked(name, wanted, channels[name].size) for name, wanted in keep.items()}
+        for name, indices in kept.items():
+            stays[np.delete(channels[name], indices)] = False
         for balance in self.balances:
             counts = balance.counts(stays)
             if len(set(counts)) > 1:

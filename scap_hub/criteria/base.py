@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup, Tap
 from scap_hub.errors import ModelError, RecipeError
+from scap_hub.plan import PruningPlan
 
 _CRITERIA: dict[str, type[Criterion]] = {}
 

@@ -58,7 +58,9 @@ class Reading:
             block = self._state[columns[:, :, None], columns[:, None]]
             weight = self._state[inner:, columns.flatten()].T.unflatten(0, columns.shape)  # (channels, columns, O)
             energy = weight @ weight.mT
-            costs[own] = (torch.linalg.inv(block) * energy).sum((1, 2)) if block.shape[1] > 1 else (energy / block)[:, 0, 0]
+            costs[own] = (
+                (torch.linalg.inv(block) * energy).sum((1, 2)) if block.shape[1] > 1 else (energy / block)[:, 0, 0]
+            )
         return costs / self._energy
 
     def remove(self, channel: int) -> None:

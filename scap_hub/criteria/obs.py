@@ -261,7 +261,9 @@ def second_moments(
             rows = patches(layer, args[0].detach(), images, places)
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             if not rows.sum().isfinite():
-                raise CalibrationError(f"NaN or Inf in the input of layer {path!r}, batch {number}; check the images and the weights")
+                raise CalibrationError(
+                    f"NaN or Inf in the input of layer {path!r}, batch {number}; check the images and the weights"
+                )
             if layer.bias is not None:
                 rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
             for consumer in wanted[path]:

@@ -39,9 +39,7 @@ def contraction(call: Call, operands: list[Ids], labels: list[str], out: str, we
                 ledger.equate(present[0], ids, reason)
             along[name] = present[0]
     every = list(size)
-    space = Ids(
-        tuple(size.values()), tuple(line(ids, every.index(name), len(every)) for name, ids in along.items())
-    )
+    space = Ids(tuple(size.values()), tuple(line(ids, every.index(name), len(every)) for name, ids in along.items()))
     call.trace.costs.append(Cost(space, 1, weight))
     return Ids(
         tuple(size[name] for name in out),
@@ -51,7 +49,7 @@ def contraction(call: Call, operands: list[Ids], labels: list[str], out: str, we
 
 @rule("linear")
 def linear(call: Call) -> Ids:
-    """y = x Wᵀ + b on the last dimension."""
+    """Y = x Wᵀ + b on the last dimension."""
     x, w, name = call.ids("input"), call.ids("weight"), call.state("weight")
     batch = "abcdefgh"[: len(x.shape) - 1]
     out = contraction(call, [x, w], [batch + "i", "oi"], batch + "o", name)
@@ -74,7 +72,7 @@ def matmul(call: Call) -> Ids:
 
 @rule("addmm", "baddbmm")
 def addmm(call: Call) -> Ids:
-    """self + a @ b."""
+    """Self + a @ b."""
     names = ("mat1", "mat2") if call.op.startswith("addmm") else ("batch1", "batch2")
     product = _matmul(call, *(call.ids(name) for name in names))
     return broadcast(call.ledger, [call.ids("self"), product], call.shape, f"meets a fixed tensor ({call.place})")

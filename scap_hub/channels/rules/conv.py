@@ -36,9 +36,7 @@ def conv(call: Call) -> Ids:
         reason = f"{groups} groups of {call.place}"
         if channels is not None and columns is not None:
             block_of_row = np.arange(w.shape[0]) // blocks_out
-            ledger.equate(
-                columns.reshape(w.shape[:2]), channels.reshape(groups, blocks_in)[block_of_row], fixed
-            )
+            ledger.equate(columns.reshape(w.shape[:2]), channels.reshape(groups, blocks_in)[block_of_row], fixed)
             ledger.balance(list(channels.reshape(groups, blocks_in)), reason)
         else:
             ledger.pin_all([x.only(1), w.only(0, 1)], fixed) if blocks_in > 1 else None

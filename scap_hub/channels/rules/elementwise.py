@@ -12,8 +12,8 @@ from scap_hub.channels.rules.registry import Call, rule
     "rsqrt", "reciprocal", "neg", "abs", "square", "sin", "cos", "erf", "floor", "ceil", "round", "sign", "clamp",
     "clamp_min", "clamp_max", "add", "sub", "rsub", "mul", "div", "pow", "maximum", "minimum", "where", "addcmul",
     "addcdiv", "lerp", "eq", "ne", "lt", "gt", "le", "ge", "logical_not", "logical_and", "logical_or", "masked_fill",
-    "dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "detach", "alias", "to", "_to_copy", "type_as",
-    "float", "nan_to_num", "remainder", "fmod",
+    "dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "detach", "alias", "to", "_to_copy",
+    "type_as", "float", "nan_to_num", "remainder", "fmod",
 )  # fmt: skip
 def elementwise(call: Call) -> Ids:
     """Any number of operands, broadcast as usual."""
@@ -31,8 +31,9 @@ def prelu(call: Call) -> Ids:
 
 
 @rule(
-    "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "empty_like", "new_zeros", "new_ones", "new_full",
-    "new_empty", "zeros", "ones", "full", "arange", "linspace", "scalar_tensor", "tensor", "meshgrid", "eye", "empty",
+    "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "empty_like", "new_zeros", "new_ones",
+    "new_full", "new_empty", "zeros", "ones", "full", "arange", "linspace", "scalar_tensor", "tensor", "meshgrid",
+    "eye", "empty",
 )  # fmt: skip
 def constant(call: Call) -> Ids | list[Ids]:
     """Made from sizes alone: carries no ids, and pins what it meets."""

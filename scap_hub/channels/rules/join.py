@@ -40,7 +40,5 @@ def stack(call: Call) -> Ids:
     """Equal parts along a new dimension: they must agree everywhere."""
     parts = [call.trace.ids[node] for node in call["tensors"]]
     dim = call["dim"] % len(call.shape)
-    agreed = broadcast(
-        call.ledger, parts, parts[0].shape, f"is stacked on a tensor that cannot shrink ({call.place})"
-    )
+    agreed = broadcast(call.ledger, parts, parts[0].shape, f"is stacked on a tensor that cannot shrink ({call.place})")
     return Ids(call.shape, tuple(np.expand_dims(layer, dim) for layer in agreed.layers))

@@ -86,11 +86,7 @@ class Call:
     @property
     def tensors(self) -> list[Ids]:
         """Ids of every tensor argument, those in lists too."""
-        return [
-            ids
-            for node in self.node.all_input_nodes
-            for ids in flat(self.trace.ids[node])
-        ]
+        return [ids for node in self.node.all_input_nodes for ids in flat(self.trace.ids[node])]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ def movedim(call: Call) -> Ids:
 @rule("flip")
 def flip(call: Call) -> Ids:
     """Reversed along dimensions."""
-    return _mapped(call, lambda layer: np.flip(layer, [dim for dim in call["dims"] if layer.shape[dim] > 1]))
+    return _mapped(call, lambda layer: np.flip(layer, tuple(call["dims"])))
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
@@ -51,10 +51,10 @@ def reshape(call: Call) -> Ids:
     layers = []
     for layer in x.layers:
         array = layer
-        for old, new in _runs(x.shape, shape):
+        for old, _ in _runs(x.shape, shape):
             if any(layer.shape[dim] > 1 for dim in old):
                 array = _fill(array, old, x.shape)
-        sizes = []
+        sizes: list[int] = []
         for old, new in _runs(x.shape, shape):
             tracked = any(layer.shape[dim] > 1 for dim in old)
             sizes += [shape[dim] if tracked else 1 for dim in new]
@@ -78,7 +78,8 @@ def _couple_rows(call: Call, array: np.ndarray, x: Ids, layer: np.ndarray) -> np
 
 def _runs(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
     """Smallest runs of old and of new dimensions that hold the same number of elements."""
-    runs, i, j = [], 0, 0
+    runs: list[tuple[list[int], list[int]]] = []
+    i = j = 0
     while i < len(old) or j < len(new):
         left, right = [i] if i < len(old) else [], [j] if j < len(new) else []
         a, b = (old[i] if left else 1), (new[j] if right else 1)
@@ -124,7 +125,8 @@ def repeat(call: Call) -> Ids:
     layers = []
     for layer in call.tensors[0].layers:
         laid = layer.reshape((1,) * (len(times) - layer.ndim) + layer.shape)
-        layers.append(np.tile(laid, [count if size > 1 else 1 for count, size in zip(times, laid.shape, strict=True)]))
+        tiles = [count if width > 1 else 1 for count, width in zip(times, laid.shape, strict=True)]
+        layers.append(np.tile(laid, tiles))
     return Ids(call.shape, tuple(layers))
 
 
