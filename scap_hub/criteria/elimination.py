@@ -1,8 +1,8 @@
 """Channels leave one at a time, each time the one that the layers which read them miss least.
 
-Block optimal brain surgeon (Hassibi and Stork, 1993; Frantar and Alistarh, 2022, arXiv 2208.11580): a layer with weight
-W and second moment H of its input patches loses tr(W_k B⁻¹ W_kᵀ), B = [H⁻¹]_kk, when the columns of channel k go and the
-others take over as well as they can; that is the exact increase of tr((W' - W) H (W' - W)ᵀ).
+Block optimal brain surgeon (Hassibi and Stork, 1993; Frantar and Alistarh, 2022, arXiv 2208.11580): a layer with
+weight W and second moment H of its input patches loses tr(W_k B⁻¹ W_kᵀ), B = [H⁻¹]_kk, when the columns of channel k go
+and the others take over as well as they can; that is the exact increase of tr((W' - W) H (W' - W)ᵀ).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from scap_hub.channels.groups import Tap
@@ -14,7 +15,9 @@ from scap_hub.criteria.base import RowCriterion
 
 def filter_norm(model: nn.Module, tap: Tap, order: int) -> Tensor:
     """L1 or L2 norm of each filter of the layer, (O,) float64."""
-    return model.get_parameter(tap.weight).detach().double().flatten(1).norm(order, dim=1)
+    weight = model.get_parameter(tap.weight).detach()
+    # In parts: a float64 copy of a whole fully connected layer would be the largest tensor of all.
+    return torch.cat([rows.double().norm(order, dim=1) for rows in weight.flatten(1).split(64)])
 
 
 @dataclass(kw_only=True)

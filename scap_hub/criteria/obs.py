@@ -1,7 +1,8 @@
-"""Block optimal brain surgeon on the layers that read a group: the set that can be spared, not the channels one by one."""
+"""Block optimal brain surgeon on the layers that read a group: the set that can be spared, not single channels."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from scap_hub.channels.ids import support
 from scap_hub.criteria.base import Criterion, fuse, rank
 from scap_hub.criteria.elimination import Reading, eliminate
 from scap_hub.criteria.magnitude import filter_norm
-from scap_hub.criteria.taps import enough, images_of, sized
+from scap_hub.criteria.taps import Reached, enough, images_of, sized
 from scap_hub.errors import CalibrationError, RecipeError
 from scap_hub.patches import Reader, patches
 from scap_hub.plan import PruningPlan
@@ -222,10 +223,6 @@ def _write(model: nn.Module, consumer: Consumer, reading: Reading, stays: np.nda
         layer.weight[own] = weight.reshape(layer.weight[own].shape).to(layer.weight)
 
 
-class _Seen(Exception):
-    """Every watched layer has run: the rest of the forward pass is not needed."""
-
-
 def second_moments(
     model: nn.Module, consumers: Sequence[Consumer], batches: Collection[Any]
 ) -> dict[tuple[str, int], Tensor]:
@@ -272,20 +269,18 @@ def second_moments(
             counts[path] += rows.shape[1]
             running.discard(path)
             if not running:
-                raise _Seen
+                raise Reached
 
         return hook
 
     handles = [model.get_submodule(path).register_forward_pre_hook(watch(path)) for path in wanted]
     try:
         with evaluating(model), torch.no_grad():
-            for number, batch in enumerate(track(batches, "patches")):
+            for number, batch in enumerate(track(batches, "patches")):  # noqa: B007, the hooks name the batch
                 pixels = images_of(batch).to(parameter.device, parameter.dtype)
                 images, running = len(pixels), set(wanted)
-                try:
+                with contextlib.suppress(Reached):
                     model(pixels)
-                except _Seen:
-                    pass
     finally:
         for handle in handles:
             handle.remove()

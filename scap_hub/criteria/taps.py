@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +13,11 @@ from torch import Tensor, nn
 from scap_hub.channels.groups import Tap
 from scap_hub.errors import CalibrationError, ModelError
 from scap_hub.progress import track
+
+
+class Reached(Exception):
+    """Raised in a hook that has seen the last layer of interest: the rest of the forward pass is not needed."""
+
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -81,6 +87,7 @@ def watch(
     outputs: dict[int, B] = {}
     finite: list[tuple[str, Tensor]] = []  # in the order of execution, so that the first culprit is named
     count = 0  # images in the current batch
+    watched = None  # tensors that a forward pass shows, once one has run to its end
 
     def input_hook(i: int, tap: Tap, dim: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -107,6 +114,8 @@ def watch(
                     "protect this layer, or watch it elsewhere"
                 )
             outputs[i] = read_output(tap, inputs[i], y)
+            if len(finite) == watched:
+                raise Reached
 
         return hook
 
@@ -125,8 +134,9 @@ def watch(
             images = images_of(batch).to(parameter.device, parameter.dtype)
             count = len(images)
             seen += count
-            with torch.no_grad():
+            with torch.no_grad(), contextlib.suppress(Reached):
                 model(images)
+            watched = len(finite)
             if finite and not torch.stack([flag for _, flag in finite]).all():
                 place = next(name for name, flag in finite if not flag)
                 raise CalibrationError(f"NaN or Inf in the {place}, batch {number}; check the images and the weights")

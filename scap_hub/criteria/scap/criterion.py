@@ -23,7 +23,7 @@ from scap_hub.criteria.taps import images_of, sized, watch
 from scap_hub.errors import RecipeError
 from scap_hub.progress import track
 
-MEMORY = 2**30  # bytes of spectra that a process holds at a time; more of them take further sweeps over the batches
+MEMORY = 7 * 2**28  # bytes of spectra that a process holds at a time; more of them take further sweeps over the batches
 
 Kind = Literal["residual", "pca"]
 Spectra = tuple[Tensor, Tensor]
@@ -39,11 +39,11 @@ class Scap(Criterion):
     Attributes:
         bins: Frequencies kept on each axis of the spectrum, odd; maps smaller than this keep all.
         latent: Dimension of the autoencoder's code, clamped to the rank of the samples.
-        autoencoder: "residual" (PCA, then a trained nonlinear part) or "pca" (closed form).
+        autoencoder: "residual" (PCA and nonlinear features of its code) or "pca"; both in closed form.
         weight: a, the share of fidelity against L1, 0 to 1.
         normalisation: "rank", "minmax" or "mean", over the layer's channels.
         balance: Whether input and channel enter the field with equal energy.
-        seed: Of the autoencoder's initial weights.
+        seed: Of the nonlinear features.
         fidelity: After `score`, fidelity by layer, (O,); NaN for output rows that no given group holds.
     """
 
@@ -150,7 +150,9 @@ def _rounds(model: nn.Module, taps: Sequence[Tap], batches: Collection[Any], bin
     images = max(gather_object([0 if first is None else len(images_of(first)) * len(batches)]))
     some: list[Tap] = []
     used = 0
-    for tap in taps:
+    # About the order of execution: a sweep ends at the last layer that it watches.
+    order = {path: i for i, (path, _) in enumerate(model.named_modules())}
+    for tap in sorted(taps, key=lambda tap: order[tap.module]):
         weight = model.get_parameter(tap.weight)
         width = weight.shape[1] * getattr(model.get_submodule(tap.module), "groups", 1) + len(tap.channel_of_row)
         size = images * width * bins**2 * max(weight.element_size(), 4)
