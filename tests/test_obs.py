@@ -8,9 +8,10 @@ from torch import nn
 
 from scap_hub.channels.groups import channel_groups
 from scap_hub.channels.oracle import randomize
-from scap_hub.criteria import OBS, score
+from scap_hub.criteria import OBS, ScapSet, score
 from scap_hub.criteria import obs as module
 from scap_hub.criteria.elimination import Reading, eliminate
+from scap_hub.criteria.scap.elimination import offsets
 from scap_hub.errors import CalibrationError, RecipeError
 from scap_hub.patches import patches
 from scap_hub.progress import set_quiet
@@ -94,6 +95,9 @@ def test_patches_times_weight_is_the_layer(layer, x):
     y = (blocks @ weight.mT).transpose(0, 1).flatten(1)  # (rows, O)
     expected = layer(x).movedim(-1 if x.shape[-1] == 4 else 1, -1)
     torch.testing.assert_close(y, expected.reshape(y.shape))
+    views = torch.stack([view.flatten(2) for view in offsets(layer, x)], -1)  # (N, C, places, window)
+    columns = views.unflatten(1, (len(blocks), -1)).movedim(1, 0).transpose(2, 3).flatten(3)
+    torch.testing.assert_close(columns.flatten(1, 2), blocks)
     some = patches(layer, x, len(x), 7)
     assert some.shape == (len(blocks), 35, blocks.shape[2])
     halves = torch.cat([patches(layer, half, len(half), 7) for half in (x[:2], x[2:])], 1)
@@ -118,7 +122,7 @@ class Wired(nn.Module):
 
 
 @pytest.mark.parametrize("make", [Wired, lambda: Residual(width=16)])
-@pytest.mark.parametrize("name", ["obs"])
+@pytest.mark.parametrize("name", ["obs", "scap-set"])
 def test_set_criteria_keep_numbers_and_balance_and_repeat(make, name):
     torch.manual_seed(0)
     net = randomize(make()).double().eval()
@@ -130,13 +134,13 @@ def test_set_criteria_keep_numbers_and_balance_and_repeat(make, name):
             expected = (torch.arange(group.size).double() + 0.5) / group.size
             torch.testing.assert_close(scores[group.name].sort().values, expected)
     plan = select(groups, scores, "ratio=0.5", round_to=1)
-    criterion = OBS()
+    criterion = {"obs": OBS, "scap-set": ScapSet}[name]()
     refined = criterion.refine(net, groups, IMAGES, plan)
     assert {g: len(refined.kept(g)) for g in refined.groups} == {g: len(plan.kept(g)) for g in plan.groups}
     again = criterion.refine(net, groups, torch.cat(IMAGES).split(5), plan)
     assert again == refined
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-    assert OBS(sequential=False).refine(net, groups, IMAGES, plan) is plan
+    assert type(criterion)(sequential=False).refine(net, groups, IMAGES, plan) is plan
 
 
 def test_every_reader_counts_once():

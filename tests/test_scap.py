@@ -13,7 +13,7 @@ from torch import nn
 
 from scap_hub.channels.groups import Tap
 from scap_hub.criteria import Scap, score
-from scap_hub.criteria.scap import autoencoder, criterion
+from scap_hub.criteria.scap import autoencoder, sweep
 from scap_hub.criteria.scap.field import normalise
 from scap_hub.criteria.scap.spectra import spectrum
 from scap_hub.errors import CalibrationError, ModelError, RecipeError
@@ -232,7 +232,7 @@ def test_scores_do_not_depend_on_batch_size_order_sweeps_or_run(kind, monkeypatc
     assert_same(images.split(5))
     assert_same([images[12:], images[:12]])
     assert_same([images], groups[::-1])
-    monkeypatch.setattr(criterion, "MEMORY", 1)
+    monkeypatch.setattr(sweep, "MEMORY", 1)
     assert_same(iter(images.split(7)))
 
 

@@ -17,7 +17,7 @@ from scap_hub.criteria.hrank import HRank
 from scap_hub.criteria.magnitude import L1, L2
 from scap_hub.criteria.obs import OBS
 from scap_hub.criteria.random import Random
-from scap_hub.criteria.scap import Scap
+from scap_hub.criteria.scap import Scap, ScapSet
 from scap_hub.criteria.taylor import Taylor
 from scap_hub.errors import RecipeError
 
@@ -33,6 +33,7 @@ __all__ = [
     "Random",
     "RowCriterion",
     "Scap",
+    "ScapSet",
     "Taylor",
     "score",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
 from scap_hub.channels.capture import evaluating
@@ -117,8 +118,10 @@ class OBS(Criterion):
     def _grams(
         self, model: nn.Module, groups: Sequence[ChannelGroup], consumers: Sequence[Consumer], batches: Collection[Any]
     ) -> dict[tuple[str, int], Tensor]:
-        """Mean second moment of each consumer's patches, (n, n) float64, over all processes."""
-        return second_moments(model, consumers, batches)
+        """What stands for the second moment of each consumer's patches, (n, n) float64, the same on all processes."""
+        moments = PatchMoments(consumers, enough(sum(len(images_of(batch)) for batch in batches)))
+        read_inputs(model, moments.consumers, batches, moments.add)
+        return moments.means()
 
     def _readings(
         self,
@@ -223,72 +226,104 @@ def _write(model: nn.Module, consumer: Consumer, reading: Reading, stays: np.nda
         layer.weight[own] = weight.reshape(layer.weight[own].shape).to(layer.weight)
 
 
-def second_moments(
-    model: nn.Module, consumers: Sequence[Consumer], batches: Collection[Any]
-) -> dict[tuple[str, int], Tensor]:
-    """Mean over patches of p pᵀ for each consumer, p with a 1 behind it where the layer has a bias.
+class PatchMoments:
+    """Second moments of the patches of some consumers, p pᵀ with a 1 behind p where the layer has a bias."""
 
-    Layers that are not called get none.
+    def __init__(self, consumers: Sequence[Consumer], images: int) -> None:
+        """Starts empty.
 
-    Returns:
-        {(path, block): (n, n) float64}, the same on all processes.
+        Args:
+            consumers: Whose patches.
+            images: How many images will be seen, over all processes.
+        """
+        self.consumers = by_path(consumers)
+        self.images = images
+        self.sums: dict[tuple[str, int], Tensor] = {}
+        self.count: dict[str, int] = {}
+
+    def add(self, path: str, layer: Reader, x: Tensor, images: int) -> None:
+        """Adds the input of a layer."""
+        widest = max(consumer.columns.size for consumer in self.consumers[path])
+        rows = patches(layer, x, images, max(PLACES, ceil(PATCHES * widest / self.images)))
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if layer.bias is not None:
+            rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
+        for consumer in self.consumers[path]:
+            own = rows[consumer.block][:, torch.from_numpy(consumer.columns).to(rows.device)]
+            accumulate(self.sums, (path, consumer.block), own.T @ own)
+        self.count[path] = self.count.get(path, 0) + rows.shape[1]
+
+    def means(self) -> dict[tuple[str, int], Tensor]:
+        """{(path, block): (n, n) float64} over all processes; layers that did not run have none."""
+        counts: Counter[str] = Counter()
+        for part in gather_object([self.count]):
+            counts.update(part)
+        sums = over_processes(self.sums, self.consumers)
+        return {key: value / counts[key[0]] for key, value in sums.items() if counts[key[0]]}
+
+
+def by_path(consumers: Sequence[Consumer]) -> dict[str, list[Consumer]]:
+    """Distinct consumers by layer."""
+    paths: dict[str, list[Consumer]] = {}
+    for consumer in {(c.path, c.block): c for c in consumers}.values():
+        paths.setdefault(consumer.path, []).append(consumer)
+    return paths
+
+
+def accumulate(sums: dict[Any, Tensor], key: Any, value: Tensor) -> None:
+    """Adds to a float64 sum."""
+    sums[key] = sums[key] + value if key in sums else value.double()
+
+
+def over_processes(sums: dict[tuple[str, int], Tensor], consumers: Mapping[str, list[Consumer]]) -> dict[Any, Tensor]:
+    """Sums over all processes, of which some may have seen no images."""
+    if PartialState().num_processes == 1:
+        return sums
+    totals = {}
+    for own in consumers.values():
+        for c in own:
+            empty = torch.zeros(c.columns.size, c.columns.size, dtype=torch.float64, device=PartialState().device)
+            totals[c.path, c.block] = reduce(sums.get((c.path, c.block), empty), reduction="sum")
+    return totals
+
+
+def read_inputs(
+    model: nn.Module,
+    paths: Collection[str],
+    batches: Collection[Any],
+    read: Callable[[str, Reader, Tensor, int], None],
+) -> None:
+    """Calls `read(path, layer, input, images)` for each layer and batch, in eval mode; the rest is not computed.
 
     Raises:
-        CalibrationError: NaN or Inf in a layer's input, or fewer than 2 images over all processes.
+        CalibrationError: NaN or Inf in a layer's input.
     """
     parameter = next(p for p in model.parameters() if p.is_floating_point())
-    total = enough(sum(len(images_of(batch)) for batch in batches))
-    wanted: dict[str, list[Consumer]] = {}
-    for consumer in {(c.path, c.block): c for c in consumers}.values():
-        wanted.setdefault(consumer.path, []).append(consumer)
-    sums = {
-        (c.path, c.block): torch.zeros(c.columns.size, c.columns.size, dtype=torch.float64, device=parameter.device)
-        for own in wanted.values()
-        for c in own
-    }
-    counts = dict.fromkeys(wanted, 0)
     images = number = 0
     running: set[str] = set()
 
-    def watch(path: str) -> Any:
-        widest = max(consumer.columns.size for consumer in wanted[path])
-        places = max(PLACES, ceil(PATCHES * widest / total))
-
-        def hook(layer: Any, args: tuple[Any, ...]) -> None:
-            rows = patches(layer, args[0].detach(), images, places)
-            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            if not rows.sum().isfinite():
+    def hook(path: str) -> Callable[..., None]:
+        def before(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if not x.sum(dtype=torch.float32).isfinite():
                 raise CalibrationError(
                     f"NaN or Inf in the input of layer {path!r}, batch {number}; check the images and the weights"
                 )
-            if layer.bias is not None:
-                rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
-            for consumer in wanted[path]:
-                own = rows[consumer.block][:, torch.from_numpy(consumer.columns).to(rows.device)]
-                sums[path, consumer.block] += own.T @ own
-            counts[path] += rows.shape[1]
+            read(path, layer, x, images)
             running.discard(path)
             if not running:
                 raise Reached
 
-        return hook
+        return before
 
-    handles = [model.get_submodule(path).register_forward_pre_hook(watch(path)) for path in wanted]
+    handles = [model.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True) for path in paths]
     try:
         with evaluating(model), torch.no_grad():
             for number, batch in enumerate(track(batches, "patches")):  # noqa: B007, the hooks name the batch
                 pixels = images_of(batch).to(parameter.device, parameter.dtype)
-                images, running = len(pixels), set(wanted)
+                images, running = len(pixels), set(paths)
                 with contextlib.suppress(Reached):
                     model(pixels)
     finally:
         for handle in handles:
             handle.remove()
-    means = {}
-    for key, value in sums.items():
-        count = torch.tensor(float(counts[key[0]]), device=value.device, dtype=torch.float64)
-        if PartialState().num_processes > 1:
-            value, count = reduce(value, reduction="sum"), reduce(count, reduction="sum")
-        if count:
-            means[key] = value / count
-    return means
