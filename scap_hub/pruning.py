@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from scap_hub.adapters import LoadedModel, load_model
 from scap_hub.channels.groups import ChannelGroup, channel_groups
 from scap_hub.criteria import score
-from scap_hub.criteria.base import criterion as criterion_named
+from scap_hub.criteria.base import criterion as criterion_of
 from scap_hub.errors import CalibrationError, DataError, RecipeError
 from scap_hub.hub.checkpoint import check_output
 from scap_hub.plan import PruningPlan
@@ -66,7 +66,7 @@ def prune(
     if isinstance(dataset, str | Path):
         overrides["data_dataset"] = str(dataset)
     recipe = Recipe.resolve(recipe, **overrides)
-    criterion = criterion_named(recipe.criterion.name, recipe.criterion.options)
+    criterion = criterion_of(recipe.criterion.name, recipe.criterion.options)
     if output_dir is not None:
         check_output(output_dir)
     set_seed(recipe.seed)
@@ -94,9 +94,12 @@ def prune(
             scores = score(small, calibration, criterion, groups=groups)
         if step == 0:
             dense_groups, dense_scores = groups, scores
-        with stages("surgery"):
+        with stages("selection"):
             # Decided once: ranks may differ in the last bit of a score, never in the plan.
             step_plan = from_main(lambda: _select(groups, scores, target, recipe.target))  # noqa: B023
+        with stages("refinement"):
+            step_plan = criterion.refine(small, groups, calibration, step_plan)
+        with stages("surgery"):
             larger, small = small, apply_plan(small, step_plan)
             kept = _composed(kept, step_plan)
         with stages("repair"):

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import custom_criterion
 import datasets
 import fashion_mnist
 import no_training
 import own_images
 import pytest
 import timm
+import torch
 
 import scap_hub
 from scap_hub.adapters.base import Preprocessing
@@ -126,3 +128,12 @@ def test_notebook_runs(tmp_path, monkeypatch, capsys):
             exec("".join(cell["source"]).replace("EPOCHS = 6", "EPOCHS = 1"), names)
     printed = capsys.readouterr().out
     assert "the same logits: True" in printed and "MACs" in printed
+
+
+def test_custom_criterion_is_registered_by_its_definition():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 2, 1))
+    groups = scap_hub.channel_groups(net, torch.zeros(1, 3, 5, 5))
+    scores = scap_hub.score(net, [], "spread", groups=groups)["0"]
+    expected = net[0].weight.detach().double().flatten(1).std(1)
+    torch.testing.assert_close(scores, expected / expected.mean(), rtol=1e-5, atol=0)
+    assert custom_criterion.Spread.name == "spread"

@@ -13,7 +13,7 @@ from torch import nn
 
 from scap_hub.channels.groups import Tap
 from scap_hub.criteria import Scap, score
-from scap_hub.criteria.scap import autoencoder, criterion
+from scap_hub.criteria.scap import autoencoder, sweep
 from scap_hub.criteria.scap.field import normalise
 from scap_hub.criteria.scap.spectra import spectrum
 from scap_hub.errors import CalibrationError, ModelError, RecipeError
@@ -103,7 +103,7 @@ def test_factorised_autoencoder_is_the_materialised_one_with_the_same_weights(hi
     torch.testing.assert_close(given.cosine(field), torch.cosine_similarity(full, restored, dim=-1), rtol=1e-9, atol=0)
 
 
-def test_training_restores_more_than_pca():
+def test_nonlinear_features_restore_more_than_pca():
     model, groups = plain(width=(16, 24))
     images = torch.randn(32, 3, 16, 16)
     fidelities = []
@@ -232,11 +232,11 @@ def test_scores_do_not_depend_on_batch_size_order_sweeps_or_run(kind, monkeypatc
     assert_same(images.split(5))
     assert_same([images[12:], images[:12]])
     assert_same([images], groups[::-1])
-    monkeypatch.setattr(criterion, "MEMORY", 1)
+    monkeypatch.setattr(sweep, "MEMORY", 1)
     assert_same(iter(images.split(7)))
 
 
-def test_the_seed_matters_to_the_trained_autoencoder_only_a_little():
+def test_the_seed_of_the_features_matters_only_a_little():
     model, groups = plain(width=(16, 24))
     images = torch.randn(24, 3, 16, 16)
     fidelities = []
@@ -245,7 +245,7 @@ def test_the_seed_matters_to_the_trained_autoencoder_only_a_little():
         scap.score(model, groups, [images])
         fidelities.append(scap.fidelity["3"])
     assert not torch.equal(*fidelities)
-    assert torch.corrcoef(torch.stack(fidelities))[0, 1] > 0.9
+    assert torch.corrcoef(torch.stack(fidelities))[0, 1] > 0.8
 
 
 def test_bfloat16_models_are_scored_in_float32():

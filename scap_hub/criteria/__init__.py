@@ -9,13 +9,34 @@ from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.criteria import base
-from scap_hub.criteria.base import Criterion
-from scap_hub.criteria.magnitude import L1
+from scap_hub.criteria.activation import Activation
+from scap_hub.criteria.base import Criterion, RowCriterion
+from scap_hub.criteria.bn_scale import BNScale
+from scap_hub.criteria.fpgm import FPGM
+from scap_hub.criteria.hrank import HRank
+from scap_hub.criteria.magnitude import L1, L2
+from scap_hub.criteria.obs import OBS
 from scap_hub.criteria.random import Random
-from scap_hub.criteria.scap import Scap
+from scap_hub.criteria.scap import Scap, ScapSet
+from scap_hub.criteria.taylor import Taylor
 from scap_hub.errors import RecipeError
 
-__all__ = ["L1", "Criterion", "Random", "Scap", "score"]
+__all__ = [
+    "FPGM",
+    "L1",
+    "L2",
+    "OBS",
+    "Activation",
+    "BNScale",
+    "Criterion",
+    "HRank",
+    "Random",
+    "RowCriterion",
+    "Scap",
+    "ScapSet",
+    "Taylor",
+    "score",
+]
 
 
 def score(

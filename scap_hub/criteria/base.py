@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from scap_hub.channels.groups import ChannelGroup
+from scap_hub.channels.groups import ChannelGroup, Tap
 from scap_hub.errors import ModelError, RecipeError
+from scap_hub.plan import PruningPlan
 
 _CRITERIA: dict[str, type[Criterion]] = {}
 
@@ -39,6 +41,21 @@ class Criterion(ABC):
             groups: Prunable groups of that model.
             batches: Calibration batches; this rank's shard when several processes run.
         """
+
+    def refine(
+        self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any], plan: PruningPlan
+    ) -> PruningPlan:
+        """Chooses anew which channels stay, at the numbers that a plan gives every group; by default, the same ones.
+
+        For criteria that judge sets of channels, and need to know how many will stay.
+
+        Args:
+            model: As for `score`.
+            groups: As for `score`.
+            batches: As for `score`.
+            plan: What `select` made of the scores; the same on all processes.
+        """
+        return plan
 
 
 def known(kind: str, name: str, names: Iterable[str]) -> str:
@@ -117,3 +134,28 @@ def fuse(group: ChannelGroup, rows: Sequence[Tensor], normalise: Callable[[Tenso
         orphan = int(layers.argmin())
         raise ModelError(f"group {group.name!r}: no producer to watch for channel {orphan}; protect this group")
     return total / layers
+
+
+@dataclass(kw_only=True)
+class RowCriterion(Criterion):
+    """A criterion that values each producer's output rows by themselves; a group takes the mean over its producers.
+
+    Attributes:
+        normalisation: What makes the values of layers comparable: "mean" (relative to the layer's mean), "minmax" or
+            "rank".
+    """
+
+    normalisation: str = "mean"
+
+    def __post_init__(self) -> None:
+        known("normalisation", self.normalisation, NORMALISATIONS)
+
+    @abstractmethod
+    def rows(self, model: nn.Module, taps: Sequence[Tap], batches: Iterable[Any]) -> list[Tensor]:
+        """For each tap a value for each row of its weight, (O,), higher is kept."""
+
+    def score(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> dict[str, Tensor]:
+        """See `Criterion.score`."""
+        values = iter(self.rows(model, [tap for group in groups for tap in group.taps], batches))
+        normalise = NORMALISATIONS[self.normalisation]
+        return {group.name: fuse(group, [next(values) for _ in group.taps], normalise) for group in groups}

@@ -1,4 +1,4 @@
-"""Magnitude of the filters (Li et al., 2017, arXiv 1608.08710)."""
+"""Norms of the filters (Li et al., 2017, arXiv 1608.08710)."""
 
 from __future__ import annotations
 
@@ -6,32 +6,37 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from scap_hub.channels.groups import ChannelGroup, Tap
-from scap_hub.criteria.base import NORMALISATIONS, Criterion, fuse, known
+from scap_hub.channels.groups import Tap
+from scap_hub.criteria.base import RowCriterion
 
 
-def l1_norm(model: nn.Module, tap: Tap) -> Tensor:
-    """L1 norm of each filter of the layer, (O,) float64."""
-    return model.get_parameter(tap.weight).detach().double().abs().flatten(1).sum(1)
+def filter_norm(model: nn.Module, tap: Tap, order: int) -> Tensor:
+    """L1 or L2 norm of each filter of the layer, (O,) float64."""
+    weight = model.get_parameter(tap.weight).detach()
+    # In parts: a float64 copy of a whole fully connected layer would be the largest tensor of all.
+    return torch.cat([rows.double().norm(order, dim=1) for rows in weight.flatten(1).split(64)])
 
 
 @dataclass(kw_only=True)
-class L1(Criterion):
-    """The mean, over the layers that compute a channel, of its filter's layer-normalised L1 norm.
-
-    Attributes:
-        normalisation: "mean" (relative to the layer's mean filter), "minmax" or "rank".
-    """
+class L1(RowCriterion):
+    """L1 norm of the filter that computes the channel."""
 
     name: ClassVar[str] = "l1"
-    normalisation: str = "mean"
 
-    def __post_init__(self) -> None:
-        known("normalisation", self.normalisation, NORMALISATIONS)
+    def rows(self, model: nn.Module, taps: Sequence[Tap], batches: Iterable[Any]) -> list[Tensor]:
+        """See `RowCriterion.rows`; the batches are not read."""
+        return [filter_norm(model, tap, 1) for tap in taps]
 
-    def score(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> dict[str, Tensor]:
-        """See `Criterion.score`; the batches are not read."""
-        normalise = NORMALISATIONS[self.normalisation]
-        return {group.name: fuse(group, [l1_norm(model, tap) for tap in group.taps], normalise) for group in groups}
+
+@dataclass(kw_only=True)
+class L2(RowCriterion):
+    """L2 norm of the filter that computes the channel."""
+
+    name: ClassVar[str] = "l2"
+
+    def rows(self, model: nn.Module, taps: Sequence[Tap], batches: Iterable[Any]) -> list[Tensor]:
+        """See `RowCriterion.rows`; the batches are not read."""
+        return [filter_norm(model, tap, 2) for tap in taps]

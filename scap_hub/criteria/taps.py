@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,11 @@ from torch import Tensor, nn
 from scap_hub.channels.groups import Tap
 from scap_hub.errors import CalibrationError, ModelError
 from scap_hub.progress import track
+
+
+class Reached(Exception):
+    """Raised in a hook that has seen the last layer of interest: the rest of the forward pass is not needed."""
+
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -34,6 +40,15 @@ def images_of(batch: Any) -> Tensor:
             "give a tensor, a tuple that starts with one, or a dict with 'pixel_values'"
         )
     return images
+
+
+def sized(batches: Iterable[Any]) -> Collection[Any]:
+    """The batches, as something that has a length and can be read more than once."""
+    try:
+        len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return [images_of(batch) for batch in batches]
+    return batches  # type: ignore[return-value]
 
 
 def watch(
@@ -72,12 +87,13 @@ def watch(
     outputs: dict[int, B] = {}
     finite: list[tuple[str, Tensor]] = []  # in the order of execution, so that the first culprit is named
     count = 0  # images in the current batch
+    watched = None  # tensors that a forward pass shows, once one has run to its end
 
     def input_hook(i: int, tap: Tap, dim: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             finite.append((f"input of layer {tap.module!r}", x.sum(dtype=torch.float32).isfinite()))
-            inputs[i] = read_input(tap, _channels_first(x, dim, count, tap.module))
+            inputs[i] = read_input(tap, channels_first(x, dim, count, tap.module))
             outputs.pop(i, None)
 
         return hook
@@ -91,13 +107,15 @@ def watch(
                 # A clone, because an activation may work in place and the model still needs its tensor.
                 y = function(y.clone())
             finite.append((f"output of layer {tap.module!r}", y.sum(dtype=torch.float32).isfinite()))
-            y = _channels_first(y, tap.dim, count, tap.output)
+            y = channels_first(y, tap.dim, count, tap.output)
             if y.shape[1] != rows:
                 raise ModelError(
                     f"{tap.output!r} gives {y.shape[1]} channels, but layer {tap.module!r} has {rows}; "
                     "protect this layer, or watch it elsewhere"
                 )
             outputs[i] = read_output(tap, inputs[i], y)
+            if len(finite) == watched:
+                raise Reached
 
         return hook
 
@@ -116,8 +134,9 @@ def watch(
             images = images_of(batch).to(parameter.device, parameter.dtype)
             count = len(images)
             seen += count
-            with torch.no_grad():
+            with torch.no_grad(), contextlib.suppress(Reached):
                 model(images)
+            watched = len(finite)
             if finite and not torch.stack([flag for _, flag in finite]).all():
                 place = next(name for name, flag in finite if not flag)
                 raise CalibrationError(f"NaN or Inf in the {place}, batch {number}; check the images and the weights")
@@ -132,12 +151,60 @@ def watch(
             handle.remove()
         for module, training in modes:
             module.training = training
+    enough(seen)
+
+
+def enough(seen: int) -> int:
+    """Number of images over all processes.
+
+    Raises:
+        CalibrationError: Fewer than 2.
+    """
     total = sum(gather_object([seen]))
     if total < 2:
         raise CalibrationError(f"{total} calibration image(s); at least 2 are needed, 128 or more are advised")
+    return total
 
 
-def _channels_first(maps: Tensor, dim: int, images: int, layer: str) -> Tensor:
+def image_means(
+    model: nn.Module, taps: Sequence[Tap], batches: Iterable[Any], read: Callable[[Sequence[int], Tensor], Tensor]
+) -> list[Tensor]:
+    """Mean over the images of all processes of what `read` gives for each image and row, (N, O).
+
+    Args:
+        model: See `watch`.
+        taps: See `watch`.
+        batches: See `watch`.
+        read: Called with the axes of a layer's input X and the channels as the next layer sees them.
+
+    Returns:
+        For each tap, (O,) float64.
+
+    Raises:
+        CalibrationError, ModelError: See `watch`.
+    """
+    device = next(model.parameters()).device
+    sums = [torch.zeros(len(tap.channel_of_row), dtype=torch.float64, device=device) for tap in taps]
+    seen = 0
+    for batch in watch(model, taps, batches, lambda tap, x: x.shape[2:], lambda tap, grid, y: read(grid, y)):
+        seen += len(batch[0]) if batch else 0
+        for total, values in zip(sums, batch, strict=True):
+            total += values.double().sum(0)
+    return mean_over_processes(sums, seen)
+
+
+def mean_over_processes(sums: Sequence[Tensor], count: int) -> list[Tensor]:
+    """Sums over this process's images, divided by the number of all images, (O,) float64 on the CPU each.
+
+    Raises:
+        CalibrationError: Fewer than 2 images over all processes.
+    """
+    shards = gather_object([[total.cpu() for total in sums]])
+    images = enough(count)
+    return [sum(parts) / images for parts in zip(*shards, strict=True)]
+
+
+def channels_first(maps: Tensor, dim: int, images: int, layer: str) -> Tensor:
     """(N, C, *axes) from a tensor with its channels at `dim`; windows folded into the batch become an axis."""
     if maps.shape[0] != images:
         if maps.shape[0] % images:

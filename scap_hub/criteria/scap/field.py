@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+BLOCK = 2**16  # samples, or columns, at a time
 
 
 @dataclass(frozen=True)
@@ -32,18 +35,29 @@ class Field:
         m = self.x.shape[1]
         return ((self.x @ columns[:m])[:, None] + self.y @ columns[m:]) * self.scale[..., None]
 
+    def blocks(self) -> Iterator[Field]:
+        """The samples of some channels after the other, few enough for their features to be small."""
+        step = max(1, BLOCK // len(self.x))
+        for start in range(0, self.y.shape[1], step):
+            some = slice(start, start + step)
+            yield Field(self.x, self.y[:, some], self.scale[:, some])
+
+    def moment(self, features: Tensor) -> Tensor:
+        """Sum over the samples of u hᵀ for features h, (N, K, q): (M + P, q)."""
+        scaled = features * self.scale[..., None]
+        return torch.cat([self.x.T @ scaled.sum(1), self.y.flatten(0, 1).T @ scaled.flatten(0, 1)])
+
     def second_moment(self) -> Tensor:
         """Mean of u uᵀ over the live samples, (M + P, M + P)."""
         weight = self.scale**2
         xx = self.x.T @ (weight.sum(1, keepdim=True) * self.x)
         xy = self.x.T @ torch.einsum("nk,nkp->np", weight, self.y)
-        y = (self.scale[..., None] * self.y).flatten(0, 1)
-        moment = torch.cat([torch.cat([xx, xy], 1), torch.cat([xy.T, y.T @ y], 1)])
+        yy = torch.zeros_like(self.y[0, :0].T @ self.y[0, :0])
+        for block in self.blocks():
+            y = (block.scale[..., None] * block.y).flatten(0, 1)
+            yy += y.T @ y
+        moment = torch.cat([torch.cat([xx, xy], 1), torch.cat([xy.T, yy], 1)])
         return moment / (self.scale > 0).sum().clamp(min=1)
-
-    def channels(self, index: Tensor) -> Field:
-        """The samples of some of the channels."""
-        return Field(self.x, self.y[:, index], self.scale[:, index])
 
 
 def normalise(x: Tensor, y: Tensor, balance: bool) -> Field:
@@ -60,28 +74,29 @@ def normalise(x: Tensor, y: Tensor, balance: bool) -> Field:
     """
     precision = 256 * torch.finfo(x.dtype).eps
     # Scores are ranks, which amplify rounding; float64 from here on makes them independent of the order of images.
-    x, y = x.double(), y.double()
-    x, energy_x = _centre(x.flatten(1)[:, None], precision)
-    y, energy_y = _centre(y, precision)
-    if balance:
-        x = x / energy_x.clamp(min=torch.finfo(x.dtype).tiny).sqrt()[:, None]
-        y = y / energy_y.clamp(min=torch.finfo(y.dtype).tiny).sqrt()[:, None]
-    else:
-        y = y * (x.shape[-1] / y.shape[-1]) ** 0.5  # √C
-    x = x[:, 0]
-    length = (x.square().sum(-1)[:, None] + y.square().sum(-1)).sqrt()
-    live = (energy_y > 0) & (length > precision * length.max())
-    scale = torch.where(live, 1 / length, 0)
+    # The input is the largest tensor: its Gram matrix over the images is summed up part by part.
+    gram, constant = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device), 0.0
+    for part in x.flatten(1).split(BLOCK, 1):
+        part = part.double()
+        mean = part.mean(0)
+        part -= mean
+        gram += part @ part.T
+        constant += len(x) * mean.square().sum()
+    energy_x = gram.trace()
+    energy_x = torch.where(energy_x > precision**2 * (energy_x + constant), energy_x, 0)
 
-    value, vector = torch.linalg.eigh(x @ x.T)
-    span = value > len(x) * torch.finfo(x.dtype).eps * value[-1]
+    y = y.double()
+    mean = y.mean(0)
+    y = y - mean
+    energy_y = torch.linalg.vector_norm(y, dim=(0, 2)).square()
+    energy_y = torch.where(energy_y > precision**2 * (energy_y + len(y) * mean.square().sum(1)), energy_y, 0)
+
+    tiny = torch.finfo(y.dtype).tiny
+    gram *= (energy_x > 0) / (energy_x.clamp(min=tiny) if balance else 1)
+    y *= ((energy_y > 0) * (1 / energy_y.clamp(min=tiny).sqrt() if balance else x.shape[1] ** 0.5))[:, None]  # √C
+    length = (gram.diagonal()[:, None] + torch.linalg.vector_norm(y, dim=-1).square()).sqrt()
+    scale = torch.where((energy_y > 0) & (length > precision * length.max()), 1 / length, 0)
+
+    value, vector = torch.linalg.eigh(gram)
+    span = value > len(gram) * torch.finfo(value.dtype).eps * value[-1]
     return Field(vector[:, span] * value[span].sqrt(), y, scale)
-
-
-def _centre(part: Tensor, precision: float) -> tuple[Tensor, Tensor]:
-    """Subtracts the mean over images of (N, K, P); also returns the (K,) energies. What is only rounding becomes 0."""
-    mean = part.mean(0)
-    centred = part - mean
-    energy = centred.square().sum((0, 2))
-    live = energy > precision**2 * (energy + len(part) * mean.square().sum(1))
-    return centred * live[:, None], energy * live

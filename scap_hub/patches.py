@@ -1,0 +1,65 @@
+"""Input patches: what the rows of a convolution's or linear layer's weight are multiplied with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Reader = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+"""Layers that have patches."""
+
+_GOLDEN = 0.6180339887498949
+
+
+def patches(layer: Reader, x: Tensor, images: int, places: int | None = None) -> Tensor:
+    """Input patches at evenly spread places, the same ones in every image, so that batches do not matter.
+
+    Args:
+        layer: The layer.
+        x: Its input.
+        images: Number of images in the batch.
+        places: How many places of each image to read; all where it has fewer, or if left out.
+
+    Returns:
+        (blocks, images * places, unknowns): as many blocks as the convolution has groups; the unknowns are in the order
+        of the weight's own, (in / groups, *kernel).
+    """
+    if isinstance(layer, nn.Linear):
+        rows = x.reshape(images, -1, x.shape[-1])
+        return rows[:, _spread(rows.shape[1], places, x)].reshape(1, -1, x.shape[-1])
+    x = padded(layer, x)
+    spatial = x.ndim - 2
+    for dim, (size, step, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+        x = x.unfold(2 + dim, gap * (size - 1) + 1, step)[..., ::gap]
+    # Items are images, or windows of them: (items, C, *grid, *kernel).
+    x = x.unflatten(0, (images, -1)).movedim(1, 2)
+    grid = x.shape[2 : 3 + spatial]
+    index: Any = (slice(None), slice(None), *torch.unravel_index(_spread(prod(grid), places, x), grid))
+    rows = x[index].transpose(1, 2).flatten(0, 1)  # (images * places, C, *kernel)
+    return rows.flatten(1).unflatten(1, (layer.groups, -1)).transpose(0, 1)
+
+
+def padded(layer: nn.modules.conv._ConvNd, x: Tensor) -> Tensor:
+    """The input as the convolution pads it."""
+    sides: Sequence[tuple[int, int]]
+    if isinstance(layer.padding, str):
+        total = [gap * (size - 1) for gap, size in zip(layer.dilation, layer.kernel_size, strict=True)]
+        sides = [(t // 2, t - t // 2) if layer.padding == "same" else (0, 0) for t in total]
+    else:
+        sides = [(int(side), int(side)) for side in layer.padding]
+    if all(side == (0, 0) for side in sides):
+        return x
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(x, [amount for side in reversed(sides) for amount in side], mode=mode)
+
+
+def _spread(size: int, places: int | None, x: Tensor) -> Tensor:
+    """Indices below `size`; multiples of the golden ratio fill it evenly and line up with no row of an image."""
+    if places is None or places >= size:
+        return torch.arange(size, device=x.device)
+    return (torch.arange(places, dtype=torch.float64, device=x.device) * _GOLDEN % 1 * size).long()

@@ -1,0 +1,198 @@
+"""Elimination against plain least squares, and set criteria through every way that channels are read."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from scap_hub.channels.groups import channel_groups
+from scap_hub.channels.oracle import randomize
+from scap_hub.criteria import OBS, ScapSet, score
+from scap_hub.criteria import obs as module
+from scap_hub.criteria.elimination import Reading, eliminate
+from scap_hub.criteria.scap.elimination import offsets
+from scap_hub.errors import CalibrationError, RecipeError
+from scap_hub.patches import patches
+from scap_hub.progress import set_quiet
+from scap_hub.selection import select
+from tests.nets import Residual
+
+set_quiet(True)
+torch.set_num_threads(1)
+IMAGES = [torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(2)]
+
+
+def least_squares(weight, gram, keep, ridge):
+    """min over W' on the columns `keep` of tr((W' - W) (G + λ) (W' - W)ᵀ): its value and W'."""
+    regular = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    solved = torch.zeros_like(weight)
+    solved[:, keep] = torch.linalg.solve(regular[keep][:, keep], (weight @ regular)[:, keep].T).T
+    return (((solved - weight) @ regular) * (solved - weight)).sum(), solved
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(seed=st.integers(0, 99), rows=st.integers(1, 4), widths=st.lists(st.integers(0, 3), min_size=2, max_size=6))
+def test_eliminating_costs_what_least_squares_says(seed, rows, widths):
+    generator = torch.Generator().manual_seed(seed)
+    owner = torch.tensor([-1] + [k for k, width in enumerate(widths) for _ in range(width)])
+    owner = owner[torch.randperm(len(owner), generator=generator)]
+    n = len(owner)
+    p = (
+        torch.randn(3 * n, n, generator=generator, dtype=torch.float64)
+        @ torch.randn(n, n, generator=generator).double()
+    )
+    gram, weight = p.T @ p, torch.randn(rows, n, generator=generator, dtype=torch.float64)
+    reading = Reading(weight, gram, owner, ridge=1e-2)
+    energy, total, gone = ((weight @ gram) * weight).sum(), 0.0, []
+    while len(gone) < len(widths):
+        costs = reading.costs(len(widths))
+        for k in set(range(len(widths))) - set(gone):
+            keep = [c for c in range(n) if int(owner[c]) not in (*gone, k)]
+            expected, _ = least_squares(weight, gram, keep, 1e-2)
+            assert float(total + costs[k]) == pytest.approx(float(expected / energy), rel=1e-6, abs=1e-9)
+        best = min(set(range(len(widths))) - set(gone), key=lambda k: float(costs[k]))
+        total += costs[best]
+        gone.append(best)
+        reading.remove(best)
+        keep = [c for c in range(n) if int(owner[c]) not in gone]
+        reading.compact()
+        torch.testing.assert_close(
+            reading.weight, least_squares(weight, gram, keep, 1e-2)[1][:, keep], rtol=1e-6, atol=1e-8
+        )
+        assert reading.columns.tolist() == keep
+
+
+def test_kinds_keep_their_numbers():
+    gram, weight = torch.eye(6, dtype=torch.float64), torch.arange(6, dtype=torch.float64)[None] + 1
+    reading = Reading(weight, gram, torch.arange(6), ridge=1e-2)
+    assert eliminate([reading], torch.tensor([0, 0, 0, 1, 1, 1]), [2, 1]) == [0, 3, 4]
+
+
+def test_a_duplicate_leaves_and_its_twin_stays():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).double().eval()
+    with torch.no_grad():
+        net[0].weight[4], net[0].bias[4] = 2 * net[0].weight[1], 2 * net[0].bias[1]
+    scores = score(net, IMAGES, "obs", groups=channel_groups(net, IMAGES[0]))["0"]
+    low, high = sorted(scores[[1, 4]].tolist())
+    assert low == scores.min() and high > 0.3
+
+
+@pytest.mark.parametrize(
+    "layer, x",
+    [
+        (nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False), torch.randn(5, 4, 9, 8)),
+        (nn.Conv2d(4, 6, (1, 3), dilation=(1, 2), groups=2, padding="same", bias=False), torch.randn(5, 4, 9, 8)),
+        (nn.Conv2d(4, 6, 3, padding=2, padding_mode="reflect", bias=False), torch.randn(5, 4, 9, 8)),
+        (nn.Conv1d(4, 6, 3, bias=False), torch.randn(5, 4, 9)),
+        (nn.Linear(4, 6, bias=False), torch.randn(5, 9, 8, 4)),
+    ],
+)
+def test_patches_times_weight_is_the_layer(layer, x):
+    blocks = patches(layer, x, len(x))
+    weight = layer.weight.flatten(1).unflatten(0, (len(blocks), -1))
+    y = (blocks @ weight.mT).transpose(0, 1).flatten(1)  # (rows, O)
+    expected = layer(x).movedim(-1 if x.shape[-1] == 4 else 1, -1)
+    torch.testing.assert_close(y, expected.reshape(y.shape))
+    views = torch.stack([view.flatten(2) for view in offsets(layer, x)], -1)  # (N, C, places, window)
+    columns = views.unflatten(1, (len(blocks), -1)).movedim(1, 0).transpose(2, 3).flatten(3)
+    torch.testing.assert_close(columns.flatten(1, 2), blocks)
+    some = patches(layer, x, len(x), 7)
+    assert some.shape == (len(blocks), 35, blocks.shape[2])
+    halves = torch.cat([patches(layer, half, len(half), 7) for half in (x[:2], x[2:])], 1)
+    torch.testing.assert_close(some, halves)
+
+
+class Wired(nn.Module):
+    """Everything at once: cat, add, several producers and readers, a grouped and a depthwise reader, flatten."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(3, 8, 1)
+        self.depthwise = nn.Conv2d(20, 20, 3, padding=1, groups=20)
+        self.grouped, self.pointwise = nn.Conv2d(20, 12, 3, groups=2), nn.Conv2d(20, 6, 1)
+        self.head, self.side = nn.Linear(6 * 16, 5), nn.Linear(12, 5)
+
+    def forward(self, x):
+        joined = torch.cat([torch.relu(self.a(x) + self.c(x)), torch.relu(self.b(x))], 1)
+        y = self.depthwise(joined)
+        pooled = nn.functional.adaptive_avg_pool2d(torch.relu(self.pointwise(y)), 4)
+        return self.head(pooled.flatten(1)) + self.side(torch.relu(self.grouped(y)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [Wired, lambda: Residual(width=16)])
+@pytest.mark.parametrize("name", ["obs", "scap-set"])
+def test_set_criteria_keep_numbers_and_balance_and_repeat(make, name):
+    torch.manual_seed(0)
+    net = randomize(make()).double().eval()
+    groups = channel_groups(net, IMAGES[0])
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    scores = score(net, IMAGES, name, groups=groups)
+    for group in groups:
+        if group.prunable:
+            expected = (torch.arange(group.size).double() + 0.5) / group.size
+            torch.testing.assert_close(scores[group.name].sort().values, expected)
+    plan = select(groups, scores, "ratio=0.5", round_to=1)
+    criterion = {"obs": OBS, "scap-set": ScapSet}[name]()
+    refined = criterion.refine(net, groups, IMAGES, plan)
+    assert {g: len(refined.kept(g)) for g in refined.groups} == {g: len(plan.kept(g)) for g in plan.groups}
+    again = criterion.refine(net, groups, torch.cat(IMAGES).split(5), plan)
+    assert again == refined
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert type(criterion)(sequential=False).refine(net, groups, IMAGES, plan) is plan
+
+
+def test_every_reader_counts_once():
+    net = Wired().double().eval()
+    groups = {group.name: group for group in channel_groups(net, IMAGES[0])}
+    found = {name: [(c.path, c.block) for c in module.consumers_of(net, groups[name])] for name in groups}
+    assert sorted(found["a"]) == [("grouped", 0), ("pointwise", 0)]
+    assert sorted(found["b"]) == [("grouped", 0), ("grouped", 1), ("pointwise", 0)]
+    assert found["pointwise"] == [("head", 0)]
+    head = module.consumers_of(net, groups["pointwise"])[0]
+    assert [int((head.channel == channel).sum()) for channel in groups["pointwise"].channels] == [16] * 6
+    assert head.channel[-1] == -1 and head.columns.size == 97
+
+
+def test_refinement_leaves_a_smaller_error_than_the_plan():
+    torch.manual_seed(0)
+    net = randomize(Residual(width=16)).double().eval()
+    groups = channel_groups(net, IMAGES[0])
+    plan = select(groups, score(net, [], "random", groups=groups), "ratio=0.5", round_to=1)
+    from scap_hub.repair import compensate
+    from scap_hub.surgery import apply_plan
+
+    errors = []
+    for chosen in (plan, OBS().refine(net, groups, IMAGES, plan)):
+        small = apply_plan(net, chosen)
+        errors.append(sum(after for _, after in compensate(net, small, chosen, IMAGES).values()))
+    assert errors[1] < errors[0]
+
+
+def test_very_wide_layers_are_judged_by_their_heaviest_columns(monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveMaxPool2d(3), nn.Flatten(), nn.Linear(54, 4)).double()
+    groups = channel_groups(net, IMAGES[0])
+    full = score(net, IMAGES, "obs", groups=groups)["0"]
+    monkeypatch.setattr(module, "COLUMNS", 24)
+    (consumer,) = module.consumers_of(net, groups[0])
+    assert consumer.columns.size == 25
+    some = score(net, IMAGES, "obs", groups=groups)["0"]
+    assert torch.corrcoef(torch.stack([full, some]))[0, 1] > 0
+    plan = select(groups, {"0": full}, "ratio=0.5", round_to=1)
+    assert len(OBS().refine(net, groups, IMAGES, plan).kept("0")) == len(plan.kept("0"))
+
+
+def test_bad_input():
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()
+    groups = channel_groups(net, torch.randn(1, 3, 8, 8))
+    with pytest.raises(CalibrationError, match="1 calibration image"):
+        score(net, [torch.randn(1, 3, 8, 8)], "obs", groups=groups)
+    bad = torch.full((2, 3, 8, 8), float("nan"))
+    with pytest.raises(CalibrationError, match="NaN or Inf in the input of layer '2', batch 1"):
+        score(net, [torch.randn(2, 3, 8, 8), bad], "obs", groups=groups)
+    with pytest.raises(RecipeError, match="ridge = 0: give a positive number"):
+        OBS(ridge=0)
+    flat = score(net, [torch.zeros(4, 3, 8, 8)], "obs", groups=groups)["0"]
+    assert flat.isfinite().all()
