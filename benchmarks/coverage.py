@@ -36,6 +36,8 @@ def build(library: str, name: str) -> Any:
     call = ast.parse(name, mode="eval").body
     options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
     config = getattr(transformers, call.func.id)(**options)
+    # Some configs of two model classes need to be told which.
+    config.architectures = [type(config).__name__.replace("Config", "ForImageClassification")]
     for auto in ("AutoModelForImageClassification", "AutoBackbone", "AutoModel"):
         try:
             return getattr(transformers, auto).from_config(config)
