@@ -114,11 +114,15 @@ def _mean_over_processes(value: Tensor, weight: int) -> Tensor:
 
 
 def _readers(dense: nn.Module, plan: PruningPlan) -> Iterator[tuple[str, nn.Module]]:
-    """Layers whose weight loses inputs (dimension 1), in the model's order."""
+    """Layers whose weight loses inputs (dimension 1), in the model's order.
+
+    A subclass with a forward pass of its own (weight standardisation, other padding) applies another weight than it
+    holds, so it is left as it is.
+    """
+    plain = {kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
     for path, module in dense.named_modules():
         cut = plan.tensors.get(f"{path}.weight")
-        plain = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
-        if plain and cut is not None and (1 in cut.keep or cut.blocks is not None):
+        if type(module).forward in plain and cut is not None and (1 in cut.keep or cut.blocks is not None):
             yield path, module
 
 

@@ -93,6 +93,19 @@ def test_reported_error_is_the_layers_real_error():
     assert after == pytest.approx(float(error), rel=0.2)
 
 
+def test_layers_that_apply_another_weight_than_they_hold_are_left_alone():
+    from timm.layers import ScaledStdConv2d
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), ScaledStdConv2d(8, 6, 3), nn.Conv2d(6, 2, 1)).eval()
+    groups = channel_groups(net, IMAGES[0])
+    plan = random_plan(groups, 0, 0.5)
+    assert set(plan.groups) == {"0", "1"}
+    small = apply_plan(net, plan)
+    before = small[1].weight.clone()
+    assert set(compensate(net, small, plan, IMAGES)) == {"2"}
+    assert torch.equal(small[1].weight, before)
+
+
 def test_recalibration_takes_the_batches_own_statistics():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
     net[1].momentum = 0.3

@@ -45,6 +45,30 @@ def test_only_the_classifier_stays_whole(name):
     assert pinned[0].pinned_because == "is an output of the model"
 
 
+SPECIAL = {
+    "weight standardisation, group norm": lambda: hf.BitForImageClassification(
+        hf.BitConfig(hidden_sizes=[32, 64], depths=[1, 1], embedding_size=16, num_groups=4)
+    ),
+    "scaled standardisation": lambda: timm.create_model("test_nfnet"),
+    "widths in attributes, splits": lambda: timm.create_model("res2net50_26w_4s"),
+    "halves of an attribute": lambda: timm.create_model("skresnet18"),
+    "unequal splits in a list": lambda: timm.create_model("inception_next_atto"),
+    "a buffer as a filter": lambda: timm.create_model("resnetblur18"),
+    "channel gates, partial residuals": lambda: timm.create_model("rexnet_100"),
+    "slices and concatenations of concatenations": lambda: timm.create_model("ghostnet_100"),
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_constructions_that_need_more_than_shapes(name):
+    model = randomize(SPECIAL[name]())
+    x = torch.randn(1, 3, 64, 64)
+    groups = channel_groups(model, x)
+    assert all(group.prunable or "output of the model" in group.pinned_because for group in groups)
+    for ratio in (0.5, None):
+        assert verify(model, random_plan(groups, seed=1, ratio=ratio), x) < 1e-9
+
+
 def test_group_names_are_module_paths_and_stable():
     model = timm.create_model("regnety_002")
     one, two = (channel_groups(model, torch.randn(n, 3, 64, 64)) for n in (1, 2))

@@ -149,7 +149,7 @@ def broadcast(ledger: Ledger, operands: Sequence[Ids], shape: tuple[int, ...], r
     ]
     result: list[np.ndarray] = []
     for dims in dict.fromkeys(dims for _, layers in aligned for dims in layers):
-        filled = [(layers.get(dims), own) for own, layers in aligned if any(own[dim] > 1 for dim in dims)]
+        filled = [(layers.get(dims), own) for own, layers in aligned if all(own[dim] > 1 for dim in dims)]
         present = [layer for layer, _ in filled if layer is not None]
         if len(present) < len(filled):
             for layer in present:

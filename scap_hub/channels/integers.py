@@ -151,11 +151,13 @@ def stuck_channels(
     Returns:
         The path of the module to blame, and its free channels.
     """
-    counted = [(path, channels) for path, channels in forward.counted]
     passing = [(name, layer.reshape(-1)) for name, ids in tensors.items() for layer in ids.layers]
-    for places in (counted, passing):
+    for places, nested in ((forward.counted, False), (forward.counted, True), (passing, True)):
         for path in failed:
-            inside = [channels for place, channels in places if not path or f"{place}.".startswith(f"{path}.")]
+            own = (
+                place == path or (nested and f"{place}.".startswith(f"{path}." if path else "")) for place, _ in places
+            )
+            inside = [channels for (_, channels), chosen in zip(places, own, strict=True) if chosen]
             channels = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *inside]))
             if free[channels].any():
                 return path, channels[free[channels]]

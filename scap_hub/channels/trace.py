@@ -17,11 +17,11 @@ from scap_hub.channels.rules.registry import flat
 def trace(captured: Capture) -> Trace:
     """Ids of every tensor of the graph, with the relations between them."""
     found = Trace(states=captured.states)
-    grouped = _grouped_weights(captured)
+    windows = _windows(captured)
     shared: dict[int, Ids] = {}
     for node in captured.graph.nodes:
         if node.op == "placeholder":
-            found.ids[node] = _placeholder(found, captured, node, grouped, shared)
+            found.ids[node] = _placeholder(found, captured, node, windows, shared)
         elif node.op == "call_function":
             found.ids[node] = _call(found, node)
         elif node.op == "output":
@@ -55,7 +55,9 @@ def _call(found: Trace, node: fx.Node) -> Any:
     return Ids(tuple(value.shape)) if isinstance(value, Tensor) else None
 
 
-def _placeholder(found: Trace, captured: Capture, node: fx.Node, grouped: set[str], shared: dict[int, Ids]) -> Any:
+def _placeholder(
+    found: Trace, captured: Capture, node: fx.Node, windows: dict[str, bool], shared: dict[int, Ids]
+) -> Any:
     """Parameters and buffers start with ids of their own along every dimension; inputs have none."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
@@ -68,29 +70,31 @@ def _placeholder(found: Trace, captured: Capture, node: fx.Node, grouped: set[st
     if id(tensor) not in shared:
         layers = []
         for dim, size in enumerate(shape):
-            if size > 1 and not (dim == 1 and node.name in grouped):
+            fixed = node.name in windows and (dim > 1 or (dim == 1 and windows[node.name]))
+            if size > 1 and not fixed:
                 layers.append(found.ledger.fresh(*(size if d == dim else 1 for d in range(len(shape)))))
-        if node.name in grouped and shape[1] > 1:
+        if windows.get(node.name) and shape[1] > 1:
             layers.append(found.ledger.fresh(*shape[:2], *(1,) * (len(shape) - 2)))
         shared[id(tensor)] = Ids(shape, tuple(layers))
     return shared[id(tensor)]
 
 
-def _grouped_weights(captured: Capture) -> set[str]:
-    """Placeholders that end up as the weight of a grouped convolution, where each block drops its own inputs."""
-    grouped = set()
+def _windows(captured: Capture) -> dict[str, bool]:
+    """Placeholders that end up as the weight of a convolution, and whether it is grouped.
+
+    The window of a convolution never shrinks; in a grouped one each block of rows drops its own columns.
+    """
+    windows: dict[str, bool] = {}
     for node in captured.graph.nodes:
-        if node.op == "call_function" and str(node.target).startswith(("aten.conv1d", "aten.conv2d", "aten.conv3d")):
+        if node.op == "call_function" and str(node.target).startswith("aten.conv"):
             arguments = bind(node)
-            weight = arguments["weight"]
-            while arguments["groups"] > 1 and isinstance(weight, fx.Node):
+            weight = arguments.get("weight")
+            while isinstance(weight, fx.Node):
                 if weight.op == "placeholder":
-                    grouped.add(weight.name)
-                    break
-                if not weight.all_input_nodes:
-                    break
-                weight = weight.all_input_nodes[0]
-    return grouped
+                    transposed = "transpose" in str(node.target)
+                    windows[weight.name] = arguments["groups"] > 1 and not transposed
+                weight = next(iter(weight.all_input_nodes), None)
+    return windows
 
 
 def count_staying(ids: Ids, keep: np.ndarray) -> int:

@@ -100,14 +100,15 @@ class Call:
         return [tuple(value.shape) for value in self.node.meta["val"]]
 
     def state(self, name: str) -> str | None:
-        """The parameter or buffer that an argument is made from, through operators with one tensor input."""
+        """The parameter or buffer that an argument is made from, through the first operand of each operator.
+
+        A standardised weight is a batch norm of the weight, scaled by a gain: the weight comes first.
+        """
         node = self.args[name]
         while isinstance(node, fx.Node):
             if node.name in self.trace.states:
                 return self.trace.states[node.name]
-            if len(node.all_input_nodes) != 1:
-                return None
-            node = node.all_input_nodes[0]
+            node = next(iter(node.all_input_nodes), None)
         return None
 
     def dim(self, name: str = "dim", rank: int | None = None) -> int:
