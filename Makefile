@@ -1,13 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint format
+.PHONY: setup demo test test-slow lint format docs
 
 setup: .venv/installed
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,plot]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,docs,plot]"
 	touch $@
 
 # The main job on the embedded digits: train, prune, repair, fine-tune, save, reload.
@@ -17,6 +17,15 @@ demo: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Long ones too: the wheel in a fresh environment, the notebook, wide sweeps.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+# The site, in site/; broken links are errors.
+docs: setup
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --quiet
 
 lint: setup
 	$(BIN)/ruff check .

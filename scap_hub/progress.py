@@ -20,3 +20,8 @@ def set_quiet(quiet: bool) -> None:
 def track(items: Iterable[T], description: str, total: int | None = None, **options: Any) -> tqdm[T]:
     """Iterates with a progress bar that shows the time left."""
     return tqdm(items, desc=description, total=total, disable=_quiet, leave=False, dynamic_ncols=True, **options)
+
+
+def announce(description: str) -> tqdm[None]:
+    """Says what is going on while nothing is counted; a context manager."""
+    return tqdm(desc=description, bar_format="{desc} ...", disable=_quiet, leave=False, dynamic_ncols=True)

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from scap_hub.adapters import LoadedModel, load_model
 from scap_hub.channels.groups import ChannelGroup, channel_groups
 from scap_hub.criteria import score
-from scap_hub.criteria.base import criterion as criterion_of
+from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.criteria.diagnostics import Diagnosis, diagnose
 from scap_hub.errors import CalibrationError, DataError, RecipeError
 from scap_hub.hub.checkpoint import check_output
 from scap_hub.plan import PruningPlan
-from scap_hub.progress import track
+from scap_hub.progress import announce, track
 from scap_hub.recipe import DataSettings, Recipe, TargetSettings
 from scap_hub.repair import compensate, recalibrate
 from scap_hub.report import GroupReport, Measures, Report, measure
@@ -67,7 +67,7 @@ def prune(
     if isinstance(dataset, str | Path):
         overrides["data_dataset"] = str(dataset)
     recipe = Recipe.resolve(recipe, **overrides)
-    criterion = criterion_of(recipe.criterion.name, recipe.criterion.options)
+    criterion = criterion_named(recipe.criterion.name, recipe.criterion.options)
     if output_dir is not None:
         check_output(output_dir)
     set_seed(recipe.seed)
@@ -77,6 +77,10 @@ def prune(
         loaded, data = _load(model, dataset, recipe)
         dense = loaded.module.to(accelerator().device).eval()
         calibration = _shard(data, recipe.data.batch_size)
+    if recipe.finetune.dense_epochs:
+        with stages("tune dense"):
+            settings = recipe.finetune.model_copy(update={"epochs": recipe.finetune.dense_epochs})
+            finetune(dense, data, settings, output_dir=_work_folder(output_dir, "dense"), seed=recipe.seed)
     with stages("measure dense"):
         before = _measure(dense, loaded, data, recipe)
 
@@ -99,7 +103,8 @@ def prune(
             # Decided once: ranks may differ in the last bit of a score, never in the plan.
             step_plan = from_main(lambda: _select(groups, scores, target, recipe.target))  # noqa: B023
         with stages("refinement"):
-            step_plan = criterion.refine(small, groups, calibration, step_plan)
+            refined = criterion.refine(small, groups, calibration, step_plan)
+            step_plan = from_main(lambda: refined)  # noqa: B023
         with stages("surgery"):
             larger, small = small, apply_plan(small, step_plan)
             kept = _composed(kept, step_plan)
@@ -110,7 +115,7 @@ def prune(
                 recalibrate(small, calibration)
         with stages("fine-tuning"):
             if recipe.finetune.epochs:
-                work = _work_folder(output_dir, step)
+                work = _work_folder(output_dir, str(step))
                 history += finetune(small, data, recipe.finetune, teacher, work, seed=recipe.seed)
 
     with stages("measure pruned"):
@@ -121,8 +126,10 @@ def prune(
     result = Result(small, plan, report, recipe, loaded)
     if output_dir is not None:
         from_main(lambda: result.save_pretrained(output_dir))
-        for step in range(recipe.schedule.steps):
-            shutil.rmtree(_work_folder(output_dir, step), ignore_errors=True)  # type: ignore[arg-type]
+        for run in ("dense", *range(recipe.schedule.steps)):
+            shutil.rmtree(_work_folder(output_dir, str(run)), ignore_errors=True)  # type: ignore[arg-type]
+    if (repo_id := recipe.publish.repo_id) is not None:
+        from_main(lambda: result.push_to_hub(repo_id, recipe.publish.private))
     return result
 
 
@@ -136,12 +143,19 @@ def _load(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data]:
     if loaded.module is model:
         # The caller's module stays as it is, on its own device.
         loaded = replace(loaded, module=copy.deepcopy(model))
-    choices, labelled = recipe.data, True
+    choices = recipe.data
     if dataset is None and choices.dataset is None:
-        choices, labelled = _public_images(loaded, choices), False
+        choices = _public_images(loaded, choices)
     data = load_data(
-        dataset, loaded.preprocessing, choices, num_classes=loaded.num_classes, labelled=labelled, seed=recipe.seed
+        dataset,
+        loaded.preprocessing,
+        choices,
+        num_classes=loaded.num_classes,
+        new_head=recipe.finetune.dense_epochs > 0 and settings.num_classes is None,
+        seed=recipe.seed,
     )
+    if data.labels and len(data.labels) != loaded.num_classes:
+        loaded = load_model(source, settings.pretrained, len(data.labels), settings.input_size)
     if data.labels and not loaded.labels and len(data.labels) == loaded.num_classes:
         loaded = replace(loaded, labels=data.labels)
     return loaded, data
@@ -154,7 +168,7 @@ def _public_images(loaded: LoadedModel, settings: DataSettings) -> DataSettings:
             f"{loaded.name} with {loaded.num_classes} classes was given no data set, and no public one is known to fit "
             "it; pass dataset=..., unlabelled images like those that it was trained on suffice"
         )
-    return settings.model_copy(update={"dataset": CALIBRATION_SET, "streaming": True})
+    return settings.model_copy(update={"dataset": CALIBRATION_SET, "streaming": True, "labels": False})
 
 
 def _shard(data: Data, batch_size: int) -> list[Tensor]:
@@ -206,8 +220,6 @@ def _step_target(settings: TargetSettings, steps: int) -> str | dict[str, float]
     """What stays in each of equal steps: their product is the target."""
     kind, value = settings.budget
     if kind == "threshold":
-        if steps > 1:
-            raise RecipeError(f"threshold={value:g} and schedule.steps={steps} contradict each other; give a budget")
         return f"threshold={value}"
     if isinstance(value, Mapping):
         return {name: fraction ** (1 / steps) for name, fraction in value.items()}
@@ -241,12 +253,12 @@ def _group_reports(
     }
 
 
-def _work_folder(output_dir: str | Path | None, step: int) -> Path | None:
-    """Where a step's fine-tuning keeps its checkpoints until the result is saved: beside it, hidden."""
+def _work_folder(output_dir: str | Path | None, run: str) -> Path | None:
+    """Where a training run keeps its checkpoints until the result is saved: beside it, hidden."""
     if output_dir is None:
         return None
     output = Path(output_dir).expanduser()
-    return output.with_name(f".{output.name}.training{step}")
+    return output.with_name(f".{output.name}.training-{run}")
 
 
 class _Stages:
@@ -258,5 +270,6 @@ class _Stages:
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with announce(name):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

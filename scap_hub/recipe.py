@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,13 +24,18 @@ class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+def _or_text(schema: dict[str, Any]) -> None:
+    """JSON schema of a block that has a shorthand."""
+    schema["type"] = ["object", "string"]
+
+
 class ModelSettings(_Block):
     name: str | None = None
     """timm name, "hf-hub:..." or "local-dir:...", Hugging Face repository id or folder."""
     pretrained: bool = True
     """Load trained weights."""
     num_classes: Count | None = None
-    """Width of a new classifier; the model's own if left out."""
+    """Width of a new, untrained classifier; the model's own if left out. See also `finetune.dense_epochs`."""
     input_size: tuple[Count, Count, Count] | None = None
     """(channels, height, width) in pixels; the model's own if left out."""
 
@@ -47,6 +53,8 @@ class DataSettings(_Block):
     """Column of the images; found by its type if left out."""
     label_column: str | None = None
     """Column of the labels; found by its type if left out."""
+    labels: bool = True
+    """Use the labels; false for images whose classes are not the model's."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
     streaming: bool = False
@@ -62,6 +70,10 @@ class DataSettings(_Block):
 
 
 class CriterionSettings(_Block):
+    """A criterion and its options; a name alone stands for that criterion with its defaults."""
+
+    model_config = ConfigDict(json_schema_extra=_or_text)
+
     name: str = "scap"
     """Name of a registered criterion."""
     options: dict[str, Any] = {}
@@ -76,7 +88,9 @@ class CriterionSettings(_Block):
 
 
 class TargetSettings(_Block):
-    """Exactly one budget; fractions are what stays. macs=0.5 if none is given."""
+    """One budget; fractions are what stays. `macs: 0.5` if none is given; "macs=0.5" is short for that."""
+
+    model_config = ConfigDict(json_schema_extra=_or_text)
 
     threshold: Share | None = None
     """Keep the channels whose importance is at least this."""
@@ -136,6 +150,9 @@ class DistillationSettings(_Block):
 class FinetuneSettings(_Block):
     epochs: Annotated[int, Field(ge=0)] = 5
     """Passes over the training images; 0 trains nothing."""
+    dense_epochs: Annotated[int, Field(ge=0)] = 0
+    """Passes that tune the dense model before it is pruned; if above 0, a classifier that does not fit the class names
+    of the data is replaced by a new one."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with Nesterov momentum 0.9."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-4
@@ -176,6 +193,8 @@ class PublishSettings(_Block):
     """Hub repository to push to; nothing is pushed if left out."""
     private: bool = False
     """Whether a new repository is private."""
+    layout: Literal["pruned", "uniform"] = "pruned"
+    """"uniform" writes a plain config, where the zoo's own constructor arguments can express the widths."""
 
 
 class Recipe(_Block):
@@ -194,6 +213,15 @@ class Recipe(_Block):
     publish: PublishSettings = PublishSettings()
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything random."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.target.threshold is not None and self.schedule.steps > 1:
+            raise ValueError(
+                f"target.threshold={self.target.threshold:g} and schedule.steps={self.schedule.steps} contradict each "
+                "other: a threshold does not split into steps; give a budget"
+            )
+        return self
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
@@ -256,12 +284,18 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, with which editors complete and check the YAML."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
 def _find(recipe: str | Path) -> Path:
     shipped = shipped_recipes()
     if recipe in shipped:
         return shipped[str(recipe)]
     if not Path(recipe).is_file():
-        raise RecipeError(f"no recipe {str(recipe)!r}: neither a file nor a shipped name ({', '.join(shipped)})")
+        hint = _nearest(str(recipe), shipped)
+        raise RecipeError(f"no recipe {str(recipe)!r}: neither a file nor one of {', '.join(shipped)}{hint}")
     return Path(recipe)
 
 
@@ -287,8 +321,12 @@ def _validate(document: Any, text: str | None, source: str) -> Recipe:
             keys = {".".join(path): path for path in _paths(Recipe)}
             raise RecipeError(f"{where}: unknown key {'.'.join(path)!r}{_hint('.'.join(path), keys)}") from None
         reason = first["msg"].removeprefix("Value error, ")
-        got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
-        raise RecipeError(f"{where}: {'.'.join(path) or 'the document'}: {reason}{got}") from None
+        if first["type"] != "value_error":
+            reason += f", got {first['input']!r}"
+        if first["type"] == "literal_error":
+            reason += _nearest(str(first["input"]), re.findall("'([^']+)'", first["ctx"]["expected"]))
+        key = ".".join(path) or ("" if first["type"] == "value_error" else "the document")
+        raise RecipeError(": ".join(filter(None, (where, key, reason)))) from None
 
 
 def _line(text: str, path: tuple[str, ...]) -> int | None:
@@ -316,12 +354,16 @@ def _paths(block: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tupl
 def _hint(wrong: str, valid: Mapping[str, tuple[str, ...]]) -> str:
     # A right key in the wrong block is nearer than a similar spelling.
     last = wrong.rpartition(".")[2]
-    near = [name for name, path in valid.items() if path[-1] == last] or difflib.get_close_matches(
-        wrong, valid, n=1, cutoff=0.5
-    )
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; the blocks are {', '.join(name for name, path in valid.items() if len(path) == 1)}"
+    same = [name for name, path in valid.items() if path[-1] == last]
+    if same:
+        return f"; did you mean {same[0]!r}?"
+    blocks = ", ".join(name for name, path in valid.items() if len(path) == 1)
+    return _nearest(wrong, valid) or f"; the blocks are {blocks}"
+
+
+def _nearest(wrong: str, valid: Iterable[str]) -> str:
+    near = difflib.get_close_matches(wrong, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _parse_budget(text: str) -> dict[str, Any]:

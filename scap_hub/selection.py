@@ -1,8 +1,7 @@
 """Scores and a target become a PruningPlan, jointly over groups that must stay balanced.
 
 How many channels each group keeps follows from one number, a score threshold or a fraction, that is searched until
-the target is met. Which ones they are is a small mixed-integer programme for each set of groups that share a balance
-(scipy's HiGHS): the best channels at these counts with every block equally full.
+the target is met. Which ones they are, `scap_hub.channels.choice` says.
 """
 
 from __future__ import annotations
@@ -12,12 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_matrix, lil_matrix
 from torch import Tensor
 
+from scap_hub.channels.choice import Chooser
 from scap_hub.channels.groups import ChannelGroup
-from scap_hub.channels.space import Balance, ChannelSpace
+from scap_hub.channels.space import ChannelSpace
 from scap_hub.errors import TargetError
 from scap_hub.plan import PruningPlan
 
@@ -26,7 +24,6 @@ BUDGETS: dict[str, Callable[[ChannelSpace, np.ndarray], int]] = {
     "params": ChannelSpace.params,
 }
 _SEARCH_STEPS = 24
-_SOLVER_SECONDS = 20.0
 
 
 def select(
@@ -58,7 +55,7 @@ def select(
     kind, value = _parsed(target, candidates)
     if not candidates:
         raise TargetError("nothing can be pruned: no channel group is prunable; `scap-hub inspect` lists the reasons")
-    chooser = _Chooser(groups, {g.name: scores[g.name].detach().double().cpu().numpy() for g in candidates})
+    chooser = Chooser(groups, {g.name: scores[g.name].detach().double().cpu().numpy() for g in candidates})
     limits = _Limits(round_to, floor)
 
     if kind == "ratio":
@@ -74,7 +71,7 @@ def select(
 def _within_budget(
     groups: Sequence[ChannelGroup],
     candidates: list[ChannelGroup],
-    chooser: _Chooser,
+    chooser: Chooser,
     limits: _Limits,
     kind: str,
     fraction: float,
@@ -140,111 +137,6 @@ class _Limits:
         if rounded < least:
             rounded = -(-least // quantum) * quantum
         return min(group.size, rounded)
-
-
-class _Chooser:
-    """Which channels stay, given how many of each group; solved once for each cluster and its counts."""
-
-    def __init__(self, groups: Sequence[ChannelGroup], scores: dict[str, np.ndarray]) -> None:
-        self.scores = scores
-        self.groups = {group.name: group for group in groups if group.name in scores}
-        space = groups[0].space
-        assert space is not None
-        self.space = space
-        self.clusters = _clusters(list(self.groups.values()))
-        self._cache: dict[tuple[tuple[str, int], ...], dict[str, np.ndarray]] = {}
-
-    def keep(self, counts: dict[str, int]) -> dict[str, list[int]]:
-        """Kept channel numbers by group, for groups that lose any."""
-        chosen: dict[str, list[int]] = {}
-        for names, balances in self.clusters:
-            wanted = tuple((name, counts.get(name, self.groups[name].size)) for name in names)
-            if wanted not in self._cache:
-                self._cache[wanted] = self._chosen(wanted, balances)
-            chosen |= {name: kept.tolist() for name, kept in self._cache[wanted].items()}
-        return {name: kept for name, kept in chosen.items() if len(kept) < self.groups[name].size}
-
-    def stays(self, counts: dict[str, int]) -> np.ndarray:
-        """(space.count,) whether each channel of the model stays."""
-        stays = np.ones(self.space.count, dtype=bool)
-        for name, kept in self.keep(counts).items():
-            stays[np.delete(self.groups[name].channels, kept)] = False
-        return stays
-
-    def _chosen(self, wanted: tuple[tuple[str, int], ...], balances: list[Balance]) -> dict[str, np.ndarray]:
-        if not balances:
-            return {name: _best(self.scores[name], count) for name, count in wanted}
-        return _solve([self.groups[name] for name, _ in wanted], self.scores, dict(wanted), balances, self.space.count)
-
-
-def _best(scores: np.ndarray, count: int) -> np.ndarray:
-    return np.sort(np.argsort(-scores, kind="stable")[:count])
-
-
-def _clusters(groups: list[ChannelGroup]) -> list[tuple[list[str], list[Balance]]]:
-    """Groups that share a balance, directly or through others, with these balances."""
-    clusters: list[tuple[list[str], list[Balance]]] = []
-    for group in groups:
-        own = list(group.constraint or ())
-        touching = [cluster for cluster in clusters if any(balance in cluster[1] for balance in own)]
-        names = [name for cluster in touching for name in cluster[0]] + [group.name]
-        balances = list(dict.fromkeys([b for cluster in touching for b in cluster[1]] + own))
-        clusters = [cluster for cluster in clusters if cluster not in touching] + [(names, balances)]
-    return clusters
-
-
-def _solve(
-    groups: list[ChannelGroup],
-    scores: dict[str, np.ndarray],
-    counts: dict[str, int],
-    balances: list[Balance],
-    channels: int,
-) -> dict[str, np.ndarray]:
-    """Best total score with every balance kept and each group as near to its count as the balances allow."""
-    column = np.full(channels, -1)
-    every = np.concatenate([group.channels for group in groups])
-    column[every] = np.arange(every.size)
-    x, many = every.size, len(groups)
-    # Columns: channels (binary), one level for each balance (integer), and each group's shortfall and excess.
-    width = x + len(balances) + 2 * many
-    rows = sum(len(balance.blocks) for balance in balances)
-    matrix, right = lil_matrix((rows + many, width)), np.zeros(rows + many)
-    row = 0
-    for level, balance in enumerate(balances):
-        for block in balance.blocks:
-            inside = column[block]
-            np.add.at(right, row, -float((inside < 0).sum()))
-            for place in inside[inside >= 0]:
-                matrix[row, place] += 1
-            matrix[row, x + level] = -1
-            row += 1
-    for number, group in enumerate(groups):
-        matrix[row + number, column[group.channels]] = 1
-        matrix[row + number, x + len(balances) + number] = 1
-        matrix[row + number, x + len(balances) + many + number] = -1
-        right[row + number] = counts[group.name]
-    value = np.concatenate([_scaled(scores[group.name]) for group in groups])
-    missed = np.full(2 * many, 2.0 * x)
-    answer = milp(
-        c=np.concatenate([-value, np.zeros(len(balances)), missed]),
-        constraints=LinearConstraint(csr_matrix(matrix), right, right),
-        integrality=np.concatenate([np.ones(x + len(balances)), np.zeros(2 * many)]),
-        bounds=Bounds(0, np.concatenate([np.ones(x), np.full(width - x, np.inf)])),
-        options={"time_limit": _SOLVER_SECONDS, "mip_rel_gap": 1e-4},
-    )
-    if answer.x is None:
-        raise TargetError(
-            f"no balanced choice found for {', '.join(group.name for group in groups[:3])} "
-            f"({balances[0].reason}): {answer.message}; protect them, or ask for another target"
-        )
-    kept = answer.x[:x] > 0.5
-    return {group.name: np.flatnonzero(kept[column[group.channels]]) for group in groups}
-
-
-def _scaled(scores: np.ndarray) -> np.ndarray:
-    """Scores on 0.01..1, so that no group's scale outweighs another's and every channel is worth keeping."""
-    low, high = float(scores.min()), float(scores.max())
-    return 0.01 + 0.99 * (scores - low) / (high - low) if high > low else np.full(scores.shape, 0.5)
 
 
 def _parsed(

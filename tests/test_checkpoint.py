@@ -11,17 +11,17 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_adapters import TRANSFORMERS, tiny_resnet
 from torch import nn
 from transformers import MobileNetV2ImageProcessor
 
 from scap_hub.adapters import load_model, logits
 from scap_hub.channels.groups import channel_groups
 from scap_hub.errors import CheckpointError, ModelError, PlanError, ScapHubError
-from scap_hub.hub.card import model_card
+from scap_hub.hub.card import Measured, model_card
 from scap_hub.hub.checkpoint import check_output, load, save_checkpoint
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
+from tests.test_adapters import TRANSFORMERS, tiny_resnet
 
 SIZE = (3, 64, 64)
 
@@ -67,7 +67,9 @@ def test_timm_round_trip_is_exact(name, tmp_path):
     assert type(again) is type(small)
     assert torch.equal(run(again), run(small))
     assert sum(p.numel() for p in again.parameters()) < 0.6 * sum(p.numel() for p in loaded.module.parameters())
-    assert again.num_features == small.num_features
+    assert again.num_features == again.get_classifier().in_features  # what a new head is built with
+    again.reset_classifier(3)
+    assert run(again).shape == (2, 3)
 
 
 @pytest.mark.parametrize("kind", TRANSFORMERS)
@@ -175,6 +177,7 @@ def test_folder_layout(resnet, folder):
     assert {path.name for path in folder.iterdir()} == {
         "model.safetensors",
         "config.json",
+        "modeling_scap.py",
         "pruning_plan.json",
         "recipe.yaml",
     }
@@ -187,7 +190,7 @@ def test_folder_layout(resnet, folder):
     assert config["model_args"]["base"] == "test_resnet"
     assert "num_classes" not in config["model_args"]  # transformers' timm wrapper passes it itself
     assert config["num_classes"] == 4
-    assert config["num_features"] == small.num_features
+    assert config["num_features"] == small.get_classifier().in_features
     assert config["label_names"] == ["a", "b", "c", "d"]
     timm.models.PretrainedCfg(**config["pretrained_cfg"])  # refuses unknown keys
     assert PruningPlan.from_json((folder / "pruning_plan.json").read_text()) == plan
@@ -221,7 +224,7 @@ def test_failed_save_leaves_nothing(resnet, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("scap_hub.hub.checkpoint.save_tensors", fail)
+    monkeypatch.setattr("scap_hub.hub.checkpoint.save_torch_model", fail)
     with pytest.raises(CheckpointError, match="No space left"):
         save_checkpoint(tmp_path / "out", *resnet)
     assert not list(tmp_path.iterdir())
@@ -234,6 +237,10 @@ def edit(path, **changes):
     document = json.loads(path.read_text())
     document["scap"] |= changes
     path.write_text(json.dumps(document))
+
+
+def other_plan():
+    return PruningPlan(keeps=["0"], groups={}, tensors={"fc.weight": {"shape": [4, 96], "keep": {1: 0}}}).to_json()
 
 
 def edit_weights(path, change):
@@ -252,7 +259,7 @@ def edit_weights(path, change):
         (lambda f: edit(f / "config.json", library="mystery"), "mystery"),
         (lambda f: edit(f / "config.json", library="transformers"), "architectures"),
         (lambda f: edit(f / "config.json", buffer_dtypes={"conv1.weight": "load"}), "does not fit"),
-        (lambda f: (f / "pruning_plan.json").unlink(), "pruning_plan.json"),
+        (lambda f: (f / "pruning_plan.json").write_text(other_plan()), "different models"),
         (lambda f: (f / "pruning_plan.json").write_text("[]"), "plan"),
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04pickle"), "cannot read"),
@@ -280,15 +287,15 @@ def test_missing_checkpoint(name, monkeypatch, tmp_path):
 def test_card(resnet, base_model):
     _, loaded, plan = resnet
     loaded.base_model, loaded.license = base_model, base_model and "apache-2.0"
-    measurements = {"dense": {"macs": 2e9, "top1": 0.9, "latency_ms": None}, "pruned": {"macs": 1e9, "top1": 0.895}}
-    text = model_card(loaded, plan, measurements, "target: macs=0.5\n", repo_id="me/small")
+    measured = Measured({"macs": 2e9, "top1": 0.9, "latency_ms": None}, {"macs": 1e9, "top1": 0.895}, "digits")
+    text = model_card(loaded, plan, measured, "target: macs=0.5\n")
     card = ModelCard(text)
     assert (card.data.library_name, card.data.pipeline_tag) == ("timm", "image-classification")
     assert (card.data.base_model, card.data.license) == (base_model, loaded.license)
     assert "| MACs | 2.000 G | 1.000 G | 0.50 |" in text
-    assert "| Top-1 accuracy | 90.00% | 89.50% |" in text
+    assert "| Top-1 accuracy (digits) | 90.00% | 89.50% |" in text
     assert "Latency" not in text
-    assert 'scap_hub.load("me/small")' in text
+    assert 'scap_hub.load("path/to/this/folder")' in text
     assert "target: macs=0.5" in text
     for name, cut in plan.groups.items():
         assert f"| `{name}` | {cut.size} | {len(plan.kept(name))} |" in text

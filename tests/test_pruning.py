@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import scap_hub
 from scap_hub import errors
-from tests.nets import Residual
+from scap_hub.recipe import Recipe, shipped_recipes
+from tests.nets import Residual, tiny_net
 from tests.test_zoo import MODELS
 
 QUICK = {
@@ -53,8 +54,9 @@ def test_every_kind_of_model_goes_through_and_comes_back(name, tmp_path):
     with torch.no_grad():
         one, two = (getattr(net(x), "logits", net(x)) for net in (result.model, again))
     assert torch.equal(one, two)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "model.safetensors", "config.json", "pruning_plan.json", "recipe.yaml", "report.json", "README.md",
+    code = [] if name == "module" else ["modeling_scap.py"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} - {"channels.png"} == {
+        "model.safetensors", "config.json", "pruning_plan.json", "recipe.yaml", "report.json", "README.md", *code,
     }  # fmt: skip
     assert not list(tmp_path.glob(".*")), "nothing is left beside the output"
 
@@ -115,7 +117,7 @@ class Nothing(nn.Module):
         (dict(model=Residual(), dataset=images(), target="macs=0.0001"), errors.TargetError, "cannot be reached"),
         (dict(model=Residual(), dataset=images(), protect=["xyz"]), errors.RecipeError, "matches no layer"),
         (dict(model=Residual(), dataset=images(), criterion="scpa"), errors.RecipeError, "did you mean 'scap'"),
-        (dict(model=Residual(), dataset=images(), target="threshold=1", schedule_steps=2), errors.RecipeError, "give"),
+        (dict(model="no-such", criterion="scpa"), errors.RecipeError, "did you mean 'scap'"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line_and_leaves_nothing(arguments, error, message, tmp_path):
@@ -163,39 +165,47 @@ def test_two_ranks_agree_with_one_on_the_plan_and_with_each_other_on_the_weights
     assert any(not torch.equal(weight, first["weights"][name]) for name, weight in one["weights"].items())
 
 
-def cli(*arguments, **environment):
-    command = [sys.executable, "-m", "scap_hub", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=300)
-
-
-def test_command_line_prunes_and_reports_json(tmp_path):
-    run = cli(
-        "prune", "test_resnet", "--data", "digits", "--target", "macs=0.6", "--out", str(tmp_path / "out"), "--json",
-        "--quiet",
-        "--set", "model_pretrained=false", "--set", "model_num_classes=10", "--set", "finetune_epochs=0",
-        "--set", "model_input_size=[3, 32, 32]", "--set", "evaluate_latency=false", "--set", "criterion=l1",
-        "--set", "data_calibration_images=16",
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_runs(name):
+    result = scap_hub.prune(
+        tiny_net(), "digits", name, model_input_size=(1, 8, 8),
+        finetune_epochs=min(1, Recipe.resolve(name).finetune.epochs),
+        data_calibration_images=32, evaluate_latency=False, data_batch_size=256,
     )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    report = json.loads(run.stdout)
-    assert report["after"]["macs"] <= 0.6 * report["before"]["macs"]
-    assert scap_hub.load(tmp_path / "out")(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+    assert result.report.after.macs < result.report.before.macs
+    assert len(result.report.history) == 2 * result.recipe.schedule.steps * (name != "no-training")
 
 
-def test_command_line_errors_are_one_line_and_exit_code_2(tmp_path):
-    run = cli("prune", "resnet81", "--data", "digits", "--out", str(tmp_path / "out"))
-    assert run.returncode == 2 and run.stderr.startswith("scap-hub: ") and run.stderr.count("\n") == 1
-    assert "resnet18" in run.stderr and not list(tmp_path.iterdir())
-    usage = cli("prune", "--no-such-option")
-    assert usage.returncode == 2
+def tiny_folder(path, classes=5):
+    """A timm model in timm's folder layout, as `timm.models.push_to_hf_hub` writes it."""
+    model = timm.create_model("test_resnet", num_classes=classes, in_chans=1)
+    timm.models.save_for_hf(model, path, safe_serialization=True)
+    return f"local-dir:{path}"
 
 
-def test_command_line_inspects_and_verifies():
-    groups = json.loads(cli("inspect", "test_resnet", "--untrained", "--json").stdout)
-    assert sum(group["macs"] for group in groups) == pytest.approx(1, abs=0.02)
-    assert [group["pinned_because"] for group in groups][-1] == "is an output of the model"
-    errors_ = json.loads(cli("verify", "test_resnet", "--json").stdout)
-    assert len(errors_) == 2 and all(error < 1e-9 for error in errors_.values())
+def test_a_classifier_that_does_not_fit_is_replaced_and_tuned_only_if_the_recipe_says_so(tmp_path):
+    arguments = dict(
+        model=tiny_folder(tmp_path / "dense"), dataset="digits", recipe=QUICK, output_dir=tmp_path / "out",
+        criterion="l1", model_input_size=(1, 32, 32), finetune_learning_rate=5e-3, data_batch_size=64,
+    )  # fmt: skip
+    with pytest.raises(errors.DataError, match=r"has 10 classes, the classifier 5: set finetune\.dense_epochs"):
+        scap_hub.prune(**arguments)
+    with pytest.raises(errors.DataError, match=r"labels: training the dense model \(finetune\.dense_epochs\)"):
+        scap_hub.prune(**arguments, finetune_dense_epochs=1, data_labels=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+    report = scap_hub.prune(**arguments, finetune_dense_epochs=2).report
+    assert report.before.top1 > 0.3 and "tune dense" in report.stages
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["num_classes"], config["label_names"]) == (10, [str(digit) for digit in range(10)])
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "out"}
+
+
+def test_images_of_other_classes_serve_without_their_labels(tmp_path):
+    result = scap_hub.prune(
+        tiny_folder(tmp_path / "dense"), "digits", QUICK, criterion="l1", model_input_size=(1, 32, 32),
+        data_labels=False, finetune_epochs=0,
+    )  # fmt: skip
+    assert result.report.after.top1 is None and result.loaded.num_classes == 5
 
 
 def test_transformers_model_by_folder(tmp_path):

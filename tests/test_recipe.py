@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scap_hub.errors import RecipeError
-from scap_hub.recipe import Recipe, shipped_recipes
+from scap_hub.recipe import Recipe, recipe_schema, shipped_recipes
 
 
 def test_blocks_are_the_contracts():
@@ -17,11 +18,24 @@ def test_blocks_are_the_contracts():
     assert Recipe().target.macs == 0.5
 
 
-@pytest.mark.parametrize("name", ["half-macs", "quick", "scap-paper-vgg16"])
-def test_shipped_recipes_say_when_to_use_them(name):
-    recipe = Recipe.resolve(name)
-    assert Recipe.from_yaml(shipped_recipes()[name]) == recipe
-    assert [line[:2] for line in shipped_recipes()[name].read_text().splitlines()[:2]] == ["# ", "# "]
+def test_shipped_recipes_say_when_to_use_them():
+    assert set(shipped_recipes()) == {
+        *("convnext", "extreme-iterative", "half-macs", "hf-resnet", "no-training", "quick", "scap-paper-vgg16")
+    }
+    for path in shipped_recipes().values():
+        lines = path.read_text().splitlines()
+        assert lines[0].startswith("# When: ") and lines[1].startswith("# ")
+        # The editor's hint to the schema beside it.
+        assert (path.parent / lines[2].removeprefix("# yaml-language-server: $schema=")).is_file()
+
+
+def test_schema_describes_every_key_and_accepts_the_shorthands():
+    schema = recipe_schema()
+    assert json.loads((shipped_recipes()["quick"].parent / "recipe.schema.json").read_text()) == schema
+    for block in (schema, *schema["$defs"].values()):
+        assert block["additionalProperties"] is False
+        assert all("description" in key or "$ref" in key for key in block["properties"].values())
+    assert schema["$defs"]["TargetSettings"]["type"] == ["object", "string"]
 
 
 def test_paper_recipe_is_literal():
@@ -99,7 +113,16 @@ def test_forms_of_target(target, kind, value):
         ({"target": "macs=half"}, "target 'macs=half' is not one of"),
         ({"target": {"macs": 0.5, "params": 0.5}}, "macs and params contradict each other"),
         ({"target_macs": 1.5}, "target.macs: Input should be less than or equal to 1, got 1.5"),
-        ({"recipe": "half-mac"}, "no recipe 'half-mac': neither a file nor a shipped name (half-macs"),
+        ({"recipe": "half-mac"}, "no recipe 'half-mac': neither a file nor one of convnext, "),
+        ({"recipe": "half-mac"}, "; did you mean 'half-macs'?"),
+        (
+            {"finetune_optimizer": "adam"},
+            "finetune.optimizer: Input should be 'adamw' or 'sgd', got 'adam'; did you mean",
+        ),
+        (
+            {"target": "threshold=0.6", "schedule_steps": 2},
+            "options: target.threshold=0.6 and schedule.steps=2 contradict",
+        ),
         ({"recipe": 3}, "a recipe is a name, a path, a dict or a Recipe, not int"),
     ],
 )

@@ -71,7 +71,7 @@ def teacher(digits):
 
 
 def test_distillation_needs_no_labels(digits, teacher):
-    unlabelled = load_data("digits", GREY, labelled=False)
+    unlabelled = load_data("digits", GREY, DataSettings(labels=False))
     assert unlabelled.validation is None
     student, before = tiny_net(), copy.deepcopy(teacher.state_dict())
     with pytest.raises(DataError, match="these images have no labels"):
@@ -186,7 +186,7 @@ def test_transformers_models_train_and_count():
     )
     model = ResNetForImageClassification(config)
     data = load_data("digits", Preprocessing((1, 16, 16), (0.5,), (0.5,)), num_classes=10)
-    history = finetune(model, data, FinetuneSettings(epochs=1))
+    history = finetune(model, data, FinetuneSettings(epochs=2, learning_rate=5e-3))
     assert history[-1]["validation_loss"] < history[0]["validation_loss"]
     assert count(model, (1, 16, 16))["macs"] > 0
 
@@ -202,7 +202,7 @@ def test_evaluation_is_exact_and_leaves_the_mode(digits):
     assert result["top1"] == pytest.approx((output.argmax(1) == labels).double().mean().item())
     assert result["loss"] == pytest.approx(nn.functional.cross_entropy(output, labels).item(), rel=1e-5)
     with pytest.raises(DataError, match="accuracy needs labels"):
-        evaluate(model, load_data("digits", GREY, labelled=False).calibration)
+        evaluate(model, load_data("digits", GREY, DataSettings(labels=False)).calibration)
 
 
 def test_costs_match_hand_counts():

@@ -17,7 +17,7 @@ from scap_hub.adapters.base import Library, LoadedModel, Preprocessing, first_di
 from scap_hub.adapters.remote import fetch_dense
 from scap_hub.errors import ModelError
 
-__all__ = ["LoadedModel", "Preprocessing", "load_model", "logits", "rebuild"]
+__all__ = ["LoadedModel", "Preprocessing", "load_model", "logits", "rebuild", "skeleton"]
 
 
 def load_model(
@@ -83,6 +83,20 @@ def rebuild(library: Library, config: dict[str, Any]) -> nn.Module:
         raise ModelError(f"config.json lacks what it takes to build a {library} model: {error!r}") from None
 
 
+def skeleton(library: Library, config: dict[str, Any]) -> nn.Module:
+    """As `rebuild`, without memory for the weights where the zoo can.
+
+    Raises:
+        ModelError: As `rebuild`.
+    """
+    try:
+        with torch.device("meta"):
+            return rebuild(library, config)
+    except ModelError:
+        # Some constructors compute with tensors, which have no values there.
+        return rebuild(library, config)
+
+
 def _from_module(model: nn.Module, input_size: tuple[int, int, int] | None) -> LoadedModel:
     from scap_hub.adapters import timm, transformers
 
@@ -143,8 +157,7 @@ def _checked(loaded: LoadedModel) -> LoadedModel:
     if loaded.library == "module":
         return loaded
     try:
-        with torch.device("meta"):
-            copy = rebuild(loaded.library, loaded.config)
+        copy = skeleton(loaded.library, loaded.config)
         path = first_difference(loaded.module, copy)
         reason = path and f"its {path!r} is not what {loaded.library} builds for {loaded.name!r}"
     except ModelError as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +45,33 @@ def fetch(
         The snapshot's folder.
     """
     try:
-        # One quick question first: the download itself repeats a refused connection for 23 s a file.
-        HfApi(token=token).model_info(repo_id, revision=revision, timeout=10)
-        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(patterns)))
-    except GatedRepoError:
-        raise error(f"{repo_id!r} is gated: accept its terms on its Hub page, then run `hf auth login`") from None
-    except RepositoryNotFoundError:
-        raise error(f"the Hub has no model {repo_id!r}, or it is private: check the name, or `hf auth login`") from None
-    except RevisionNotFoundError:
-        raise error(f"{repo_id!r} has no revision {revision!r} on the Hub: check its branches and tags") from None
-    except HFValidationError:
-        raise error(f"{repo_id!r} is neither a local folder nor a Hub id such as 'owner/name'") from None
+        with refusals(repo_id, revision, error):
+            # One quick question first: the download itself repeats a refused connection for 23 s a file.
+            HfApi(token=token).model_info(repo_id, revision=revision, timeout=10)
+            return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(patterns)))
     except (HTTPError, OSError):
         pass
     try:
         return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         raise error(f"cannot reach the Hub for {repo_id!r}, and it is not in the local cache: {advice}") from None
+
+
+@contextlib.contextmanager
+def refusals(repo_id: str, revision: str | None, error: type[ScapHubError], kind: str = "model") -> Iterator[None]:
+    """Says in one line why the Hub refuses a repo; an unreachable Hub stays an HTTPError or OSError."""
+    try:
+        yield
+    except GatedRepoError:
+        raise error(f"{repo_id!r} is gated: accept its terms on its Hub page, then run `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise error(
+            f"the Hub has no {kind} {repo_id!r}, or it is private: check the name, or `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise error(f"{repo_id!r} has no revision {revision!r} on the Hub: check its branches and tags") from None
+    except HFValidationError:
+        raise error(f"{repo_id!r} is neither a local folder nor a Hub id such as 'owner/name'") from None
 
 
 def fetch_dense(repo_id: str, pretrained: bool, revision: str | None = None) -> Path:

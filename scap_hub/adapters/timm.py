@@ -8,13 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.data import resolve_input_data_config
-from timm.models import filter_pretrained_cfg, get_model_args, resolve_pretrained_cfg, split_model_name_tag
+from timm.data import resolve_data_config
+from timm.models import filter_pretrained_cfg, resolve_pretrained_cfg, split_model_name_tag
 from torch import nn
 
 from scap_hub.adapters.base import LoadedModel, Preprocessing, one_line
 from scap_hub.adapters.remote import NO_NETWORK, fetch_dense
 from scap_hub.errors import ModelError
+
+try:
+    from timm.data import resolve_input_data_config
+    from timm.models import get_model_args
+except ImportError:  # older timm, down to 1.0.20
+
+    def resolve_input_data_config(model: nn.Module, args: dict[str, Any]) -> dict[str, Any]:  # type: ignore[misc]
+        """Without the checks of newer timm; statistics of other channels than three are averages."""
+        data = resolve_data_config({key: value for key, value in args.items() if value}, model=model)
+        averages = {key: (sum(data[key]) / len(data[key]),) for key in ("mean", "std")}
+        return data if data["input_size"][0] == 3 else data | averages
+
+    def get_model_args(model: nn.Module) -> dict[str, Any]:  # type: ignore[misc]
+        """What `_create` noted; of a module that somebody else built, nothing is known."""
+        return dict(getattr(model, "_model_args", {}))
+
 
 # Arguments of timm.create_model that open files; a config.json that we rebuild from may not hold them.
 _OPENS_FILES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -31,8 +47,9 @@ def is_config(config: dict[str, Any]) -> bool:
 
 
 def is_module(module: nn.Module) -> bool:
-    """Whether timm built the module."""
-    return "architecture" in (getattr(module, "pretrained_cfg", None) or {})
+    """Whether timm built the module; what is pruned already counts as its owner's."""
+    architecture = (getattr(module, "pretrained_cfg", None) or {}).get("architecture")
+    return architecture not in (None, "scap_pruned")
 
 
 def unknown_name(name: str) -> ModelError:
@@ -143,7 +160,11 @@ def rebuild(config: dict[str, Any]) -> nn.Module:
 
 def _create(name: str, **arguments: Any) -> Any:
     try:
-        return timm.create_model(name, **arguments)
+        model: Any = timm.create_model(name, **arguments)
+        if not hasattr(model, "_model_args"):  # timm before 1.0.31 does not keep them
+            skipped = _OPENS_FILES | {"num_classes"}
+            model._model_args = {k: v for k, v in arguments.items() if k not in skipped and v is not None}
+        return model
     except OSError as error:  # weights that timm itself downloads from elsewhere
         raise ModelError(f"no weights for {name!r} ({one_line(error)}): {NO_NETWORK}") from None
     except Exception as error:

@@ -116,6 +116,7 @@ def rebuild(config: dict[str, Any]) -> nn.Module:
 def _config(module: Any) -> dict[str, Any]:
     document = json.loads(module.config.to_json_string())
     document.pop("auto_map", None)  # points at code
+    document.pop("scap", None)  # what is pruned already cannot be rebuilt as the dense model of a new plan
     document["architectures"] = [type(module).__name__]
     return document
 

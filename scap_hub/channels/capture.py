@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from scap_hub.errors import ModelError
 
@@ -64,6 +66,20 @@ def capture(model: nn.Module, inputs: tuple[Any, ...]) -> Capture:
         tensors={name: owned[name] for name in states.values()},
         constants={placeholder: program.constants[name] for placeholder, name in lifted.items()},
     )
+
+
+def without_weights(model: nn.Module) -> nn.Module:
+    """A copy on the meta device: it can be exported and run for its shapes, and takes no memory."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+def on_meta(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same inputs as shapes only."""
+    return pytree.tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, inputs)
 
 
 @contextlib.contextmanager

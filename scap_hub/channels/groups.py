@@ -1,53 +1,25 @@
-"""Channel groups: the sets of channels that can leave a model together."""
+"""Finds channel groups: the sets of channels that can leave a model together."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from scap_hub.channels.capture import capture
+from scap_hub.channels.capture import capture, on_meta, without_weights
+from scap_hub.channels.choice import Chooser
+from scap_hub.channels.group import ChannelGroup
+from scap_hub.channels.integers import StuckError, forward_of, stuck_channels
 from scap_hub.channels.rules import Trace
-from scap_hub.channels.space import Balance, ChannelSpace, solve
+from scap_hub.channels.space import ChannelSpace, solve
 from scap_hub.channels.taps import Tap, module_calls, tap
 from scap_hub.channels.trace import trace
+from scap_hub.errors import ModelError
 
 __all__ = ["ChannelGroup", "Tap", "analyse", "channel_groups"]
-
-
-@dataclass(frozen=True, eq=False)
-class ChannelGroup:
-    """Channels that are produced, carried and consumed by the same parameters.
-
-    Attributes:
-        name: Module path of the first producer, stable across runs; "#2" and so on is added where one layer's
-            channels fall into several groups.
-        size: Number of channels that can go one by one.
-        producers: Module paths of the layers that compute the channels.
-        consumers: Module paths of the layers that read them.
-        members: (parameter or buffer name, dim) pairs that shrink with the group.
-        constraint: None, or what must stay balanced with what, maybe across groups.
-        prunable: Whether any channel may go.
-        pinned_because: Why not, if not.
-        taps: Where to watch each producer, in the order of `producers`; a layer that is not called as a module
-            has none.
-        channels: (size,) the channels' numbers in `space`.
-        space: The solved channels of the whole model, shared by its groups.
-    """
-
-    name: str
-    size: int
-    producers: tuple[str, ...]
-    consumers: tuple[str, ...]
-    members: tuple[tuple[str, int], ...]
-    constraint: tuple[Balance, ...] | None
-    prunable: bool
-    pinned_because: str | None
-    taps: tuple[Tap, ...]
-    channels: np.ndarray = field(repr=False)
-    space: ChannelSpace = field(repr=False)
 
 
 def channel_groups(model: nn.Module, inputs: tuple[Any, ...] | Tensor) -> list[ChannelGroup]:
@@ -63,9 +35,45 @@ def channel_groups(model: nn.Module, inputs: tuple[Any, ...] | Tensor) -> list[C
     Raises:
         ModelError: The model cannot be captured.
     """
-    captured = capture(model, (inputs,) if isinstance(inputs, Tensor) else inputs)
+    arguments = (inputs,) if isinstance(inputs, Tensor) else inputs
+    bare, shapes = without_weights(model), on_meta(arguments)
+    try:
+        captured = capture(bare, shapes)
+    except ModelError:
+        # Its forward pass looks at values. Exporting may leave caches behind: not in the caller's model.
+        captured = capture(copy.deepcopy(model), arguments)
     found = trace(captured)
-    return analyse(found, *solve(captured, found, model))
+    while True:
+        space, channel_of = solve(captured, found, model)
+        space = replace(space, forward=forward_of(bare, shapes, found, channel_of))
+        groups = analyse(found, space, channel_of)
+        stuck = _stuck(groups, space)
+        if stuck is None:
+            return groups
+        place, channels = stuck
+        found.ledger.pin(np.flatnonzero(np.isin(channel_of, channels)), f"is counted by a number fixed in {place!r}")
+
+
+def _stuck(groups: list[ChannelGroup], space: ChannelSpace) -> tuple[str, np.ndarray] | None:
+    """Tries uneven plans; where one would not run, the place and the channels that it counts."""
+    if space.forward is None:
+        return None
+    generator = np.random.default_rng(0)
+    scores = {group.name: generator.random(group.size) for group in groups if group.prunable}
+    if not scores:
+        return None
+    chooser = Chooser(groups, scores)
+    counts = {name: max(1, int(generator.uniform(0.4, 0.8) * score.size)) for name, score in scores.items()}
+    keep = chooser.keep(counts)
+    channels = {group.name: group.channels for group in groups}
+    try:
+        space.document(channels, keep)
+    except StuckError as error:
+        free = np.zeros(space.count, dtype=bool)
+        for name in scores:
+            free[channels[name]] = True
+        return stuck_channels(space.forward, space.tensors, error.failed, free)
+    return None
 
 
 def analyse(found: Trace, space: ChannelSpace, channel_of: np.ndarray) -> list[ChannelGroup]:

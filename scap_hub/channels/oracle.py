@@ -27,6 +27,9 @@ from scap_hub.surgery import apply_plan
 
 TOLERANCE = 1e-9
 """Largest relative difference in float64 that counts as equal; rounding gives 1e-15 to 1e-12."""
+_CONDITIONING, _WORST_CONDITIONED = 100, 1e-6
+"""A chaotic model (products of activations, large weights) amplifies rounding: it may differ by this many times what a
+rounding error of its inputs makes of its outputs, and never by more than the second number."""
 
 _SURVIVORS = (
     "layer_norm", "rms_norm", "group_norm", "batch_norm", "mean", "var", "std", "var_mean", "std_mean", "norm",
@@ -47,7 +50,8 @@ def verify(model: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...] | Tensor
         Largest absolute difference over all outputs, relative to the largest output.
 
     Raises:
-        VerificationError: The pruned model does not run, or its outputs differ by more than 1e-9.
+        VerificationError: The pruned model does not run, or its outputs differ by more than 1e-9; where the model
+            itself turns rounding errors of its inputs into more, by a hundred times that, at most 1e-6.
         PlanError: The plan does not fit the model.
     """
     arguments = _double((inputs,) if isinstance(inputs, Tensor) else inputs)
@@ -59,18 +63,39 @@ def verify(model: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...] | Tensor
         except Exception as error:
             raise VerificationError(f"the pruned model does not run: {type(error).__name__}: {error}") from error
         masked = pytree.tree_leaves(masked_output(dense, plan, arguments))
-    worst = 0.0
-    for own, expected in zip(_tensors(pruned), _tensors(masked), strict=True):
-        if own.shape != expected.shape:
-            raise VerificationError(f"an output has shape {tuple(own.shape)} instead of {tuple(expected.shape)}")
-        scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
-        worst = max(worst, float((own - expected).abs().max() / scale))
-    if not worst <= TOLERANCE:
+        difference, allowed = _difference(pruned, masked), TOLERANCE
+        if difference > allowed:
+            nudged = pytree.tree_leaves(small(*_nudged(arguments)))
+            allowed = min(max(allowed, _CONDITIONING * _difference(nudged, pruned)), _WORST_CONDITIONED)
+    if not difference <= allowed:
         raise VerificationError(
-            f"the pruned model differs from the masked one by {worst:.1e} (relative; allowed {TOLERANCE:.0e}): "
+            f"the pruned model differs from the masked one by {difference:.1e} (relative; allowed {allowed:.0e}): "
             "the plan is wrong for this model, do not use it, and please report it"
         )
+    return difference
+
+
+def _difference(ours: list[Any], expected: list[Any]) -> float:
+    """Largest difference over all outputs, each relative to its own largest element."""
+    worst = 0.0
+    for own, other in zip(_tensors(ours), _tensors(expected), strict=True):
+        if own.shape != other.shape:
+            raise VerificationError(f"an output has shape {tuple(own.shape)} instead of {tuple(other.shape)}")
+        scale = other.abs().max().clamp(min=torch.finfo(other.dtype).tiny)
+        worst = max(worst, float((own - other).abs().max() / scale))
     return worst
+
+
+def _nudged(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs with a rounding error of their own."""
+    generator = torch.Generator().manual_seed(0)
+
+    def nudge(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        return x * (1 + torch.finfo(x.dtype).eps * torch.randn(x.shape, generator=generator).to(x))
+
+    return pytree.tree_map(nudge, inputs)
 
 
 def masked_output(dense: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...]) -> Any:

@@ -11,11 +11,12 @@ from torch import nn
 
 from scap_hub.channels.capture import Capture
 from scap_hub.channels.ids import Ids, support
+from scap_hub.channels.integers import Forward, solve_integers
 from scap_hub.channels.layers import Layer, layers_of
 from scap_hub.channels.rules import Cost, Trace
 from scap_hub.channels.trace import count_staying
 from scap_hub.errors import PlanError
-from scap_hub.plan import ranges
+from scap_hub.plan import PruningPlan, ranges
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,7 @@ class ChannelSpace:
         balances: What must stay balanced, non-trivial ones only.
         layers: Modules whose integers follow from their weights.
         parameters: Names in `tensors` that are parameters, not buffers.
+        forward: What it takes to find the integers that the forward pass holds; None where there are none.
     """
 
     count: int
@@ -54,10 +56,20 @@ class ChannelSpace:
     balances: tuple[Balance, ...]
     layers: tuple[Layer, ...]
     parameters: frozenset[str]
+    forward: Forward | None = None
 
     def macs(self, keep: np.ndarray) -> int:
         """Multiply-accumulates of one forward pass at the captured batch size, if the channels in `keep` stay."""
         return sum(cost.times * count_staying(cost.ids, keep) for cost in self.costs)
+
+    def layer_macs(self) -> dict[str, int]:
+        """Multiply-accumulates of one forward pass by the module path of the layer; "" has those of no layer."""
+        everything = np.ones(self.count, dtype=bool)
+        macs: dict[str, int] = {}
+        for cost in self.costs:
+            path = (cost.weight or "").rpartition(".")[0]
+            macs[path] = macs.get(path, 0) + cost.times * count_staying(cost.ids, everything)
+        return macs
 
     def document(self, channels: Mapping[str, np.ndarray], keep: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """The fields of the `PruningPlan` that keeps `keep[name]` of the groups with these channel numbers.
@@ -107,7 +119,16 @@ class ChannelSpace:
         attributes = {
             layer.path: layer.attributes(shapes[layer.weight]) for layer in self.layers if layer.weight in shapes
         }
-        return {"keeps": tuple(entries), "groups": groups, "tensors": tensors, "attributes": attributes}
+        document: dict[str, Any] = {
+            "keeps": tuple(entries),
+            "groups": groups,
+            "tensors": tensors,
+            "attributes": attributes,
+        }
+        if self.forward is not None and tensors:
+            for path, values in solve_integers(self.forward, PruningPlan(**document), stays).items():
+                attributes[path] = {**attributes.get(path, {}), **values}
+        return document
 
     def _blocks(self, weight: str, mask: np.ndarray) -> list[np.ndarray]:
         """Kept columns of each block of rows of a grouped convolution's weight."""

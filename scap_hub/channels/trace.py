@@ -26,7 +26,8 @@ def trace(captured: Capture) -> Trace:
             found.ids[node] = _call(found, node)
         elif node.op == "output":
             for source in node.all_input_nodes:
-                found.ledger.pin_all(flat(found.ids[source]), "is an output of the model")
+                found.outputs += flat(found.ids[source])
+            found.ledger.pin_all(found.outputs, "is an output of the model")
     return found
 
 

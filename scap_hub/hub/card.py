@@ -1,15 +1,25 @@
-"""The model card (README.md) of a pruned model: what it was, what was removed, what was measured."""
+"""The model card (README.md) of a pruned model: what it was, what was removed, what was measured, how to load it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from string import Template
+from typing import Any
 
-from huggingface_hub import ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from scap_hub.adapters.base import LoadedModel
 from scap_hub.plan import PruningPlan
+
+HERE = "path/to/this/folder"
+"""Stands for the repository until the card is published."""
+PICTURE = "channels.png"
+BEGIN = "<!-- scap_hub: begin; the next push rewrites this block, write before or after it -->"
+END = "<!-- scap_hub: end -->"
 
 # How a measurement is called and printed; what is not listed is printed under its own name.
 _MEASUREMENTS = {
@@ -19,64 +29,150 @@ _MEASUREMENTS = {
     "top1": ("Top-1 accuracy", lambda value: f"{value:.2%}"),
     "latency_ms": ("Latency", lambda value: f"{value:.2f} ms"),
 }
+# Of the metadata these follow the model; everything else belongs to whoever wrote it first.
+_OURS = ("base_model", "datasets", "library_name", "pipeline_tag", "model-index")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a card says was measured.
+
+    Attributes:
+        dense: Measurements of the dense model by name: macs, params, bytes, top1 (0..1), latency_ms; None where
+            something was not measured, and then it is left out.
+        pruned: The same of the pruned model.
+        dataset: Name of the data set that top1 was measured on.
+        dataset_id: Its Hub id, if it has one.
+        device: What latency was measured on.
+    """
+
+    dense: Mapping[str, float | None] = field(default_factory=dict)
+    pruned: Mapping[str, float | None] = field(default_factory=dict)
+    dataset: str | None = None
+    dataset_id: str | None = None
+    device: str | None = None
 
 
 def model_card(
     loaded: LoadedModel,
     plan: PruningPlan,
-    measurements: Mapping[str, Mapping[str, float | None]],
+    measured: Measured,
     recipe_yaml: str | None = None,
-    repo_id: str = "path/to/this/folder",
-    dataset: str | None = None,
+    picture: bool = False,
+    plain: bool = False,
 ) -> str:
     """Writes the card's text.
 
     Args:
         loaded: The dense model.
         plan: What was removed.
-        measurements: {"dense": {...}, "pruned": {...}} by name: macs, params, bytes, top1 (0..1), latency_ms; None
-            where something was not measured, and then it is left out.
+        measured: What was measured.
         recipe_yaml: The recipe of the run.
-        repo_id: What the reader gives to `scap_hub.load`.
-        dataset: Hub id of the data that the pruned model was trained on.
+        picture: Whether the folder holds a picture of the cut, `PICTURE`.
+        plain: Whether the folder loads without any code of ours.
     """
+    title = f"{loaded.name}, pruned"
     data = ModelCardData(
         license=loaded.license,
         base_model=loaded.base_model,
         library_name=None if loaded.library == "module" else loaded.library,
         pipeline_tag="image-classification",
         tags=["scap_hub", "pruning", "image-classification"],
-        datasets=[dataset] if dataset else None,
+        datasets=[measured.dataset_id] if measured.dataset_id else None,
+        model_name=title,
+        eval_results=_eval_results(measured),
     )
     origin = f", from [`{loaded.base_model}`](https://huggingface.co/{loaded.base_model})" if loaded.base_model else ""
     preprocessing = loaded.preprocessing
     text = Template(files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")).substitute(
-        title=f"{loaded.name}, pruned",
+        begin=BEGIN,
+        end=END,
+        title=title,
         origin=f"`{loaded.name}` with {loaded.num_classes} classes{origin}",
-        measurements=_measurements(measurements),
-        removed=_removed(plan),
-        repo_id=repo_id,
-        dense=", model=dense_model" if loaded.library == "module" else "",
-        name=loaded.name,
-        library="your own module" if loaded.library == "module" else loaded.library,
+        measurements=_measurements(measured),
+        removed=(f"![channels before and after]({PICTURE})\n\n" if picture else "") + _removed(plan),
+        doors=_doors(loaded, plain),
         input_size=" x ".join(map(str, preprocessing.input_size)),
         mean=_numbers(preprocessing.mean),
         std=_numbers(preprocessing.std),
-        recipe=f"\n## How it was made\n\n```yaml\n{recipe_yaml.strip()}\n```" if recipe_yaml else "",
+        recipe=f"\n## How it was made\n\n```yaml\n{recipe_yaml.strip()}\n```\n" if recipe_yaml else "",
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text.rstrip()}\n"
 
 
-def _measurements(measurements: Mapping[str, Mapping[str, float | None]]) -> str:
-    dense, pruned = measurements["dense"], measurements["pruned"]
+def merged_card(theirs: str, ours: str) -> str:
+    """The card in the repository with our block and the facts of our metadata replaced, and all else kept.
+
+    Args:
+        theirs: The card in the repository, whoever wrote it.
+        ours: The card of the model to be published.
+    """
+    their_data, their_text = _split(theirs)
+    our_data, our_text = _split(ours)
+    kept = {key: value for key, value in their_data.items() if key not in _OURS}
+    data = {**our_data, **kept}
+    if tags := dict.fromkeys([*_list(kept.get("tags")), *_list(our_data.get("tags"))]):
+        data["tags"] = list(tags)
+    block = _block(our_text)
+    if BEGIN in their_text and END in their_text:
+        before, _, rest = their_text.partition(BEGIN)
+        text = before + block + rest.partition(END)[2]
+    else:
+        text = f"{their_text.rstrip()}\n\n{block}\n".lstrip()
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n\n{text.strip()}\n"
+
+
+def _block(text: str) -> str:
+    if BEGIN in text and END in text:
+        return BEGIN + text.partition(BEGIN)[2].partition(END)[0] + END
+    return f"{BEGIN}\n{text.strip()}\n{END}"
+
+
+def _split(card: str) -> tuple[dict[str, Any], str]:
+    """Metadata and text; a card whose metadata is no YAML has text only."""
+    found = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(?:\r?\n|$)(.*)", card, re.DOTALL)
+    if not found:
+        return {}, card
+    try:
+        data = yaml.safe_load(found[1]) or {}
+    except yaml.YAMLError:
+        data = None
+    return (data, found[2]) if isinstance(data, dict) else ({}, found[2])
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def _eval_results(measured: Measured) -> list[EvalResult] | None:
+    """The pruned model's measurements; a `model-index` needs a data set."""
+    if measured.dataset is None or measured.pruned.get("top1") is None:
+        return None
+    names = {"top1": ("accuracy", "Top-1 accuracy")}
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=measured.dataset_id or measured.dataset,
+            dataset_name=measured.dataset,
+            metric_type=names.get(key, (key,))[0],
+            metric_name=_MEASUREMENTS.get(key, (key,))[0],
+            metric_value=value,
+        )
+        for key, value in measured.pruned.items()
+        if value is not None
+    ]
+
+
+def _measurements(measured: Measured) -> str:
     rows = ["| | dense | pruned | pruned / dense |", "|---|---|---|---|"]
-    for key, before in dense.items():
-        after = pruned.get(key)
+    for key, before in measured.dense.items():
+        after = measured.pruned.get(key)
         if before is None or after is None:
             continue
         title, show = _MEASUREMENTS.get(key, (key, lambda value: f"{value:g}"))
+        where = {"top1": measured.dataset, "latency_ms": measured.device}.get(key)
         share = f"{after / before:.2f}" if before else "-"
-        rows.append(f"| {title} | {show(before)} | {show(after)} | {share} |")
+        rows.append(f"| {title}{f' ({where})' if where else ''} | {show(before)} | {show(after)} | {share} |")
     return "\n".join(rows)
 
 
@@ -86,6 +182,35 @@ def _removed(plan: PruningPlan) -> str:
     rows = ["| channels made by | before | after |", "|---|---|---|"]
     rows += [f"| `{name}` | {cut.size} | {len(plan.kept(name))} |" for name, cut in plan.groups.items()]
     return "\n".join(rows)
+
+
+def _doors(loaded: LoadedModel, plain: bool) -> str:
+    """Each way to load the model, with its code."""
+    ours = "import scap_hub"
+    if loaded.library == "module":
+        code = f'{ours}\n\nmodel = scap_hub.load("{HERE}", model=dense_model)'
+        return f"`dense_model` is an instance of your own dense module; its weights do not matter.\n\n{_code(code)}"
+    timm = f'import timm{{}}\n\nmodel = timm.create_model("hf-hub:{HERE}", pretrained=True)'
+    auto = "from transformers import AutoModelForImageClassification{}\n\n"
+    auto += f'model = AutoModelForImageClassification.from_pretrained("{HERE}"{{}})'
+    if plain:
+        title = "The widths are arguments of the model's own constructor, so nothing of scap_hub is needed:"
+        doors = [timm.format("")] if loaded.library == "timm" else []
+        return "\n\n".join([title, *map(_code, [*doors, auto.format("", "")])])
+    parts = [
+        "With scap_hub; no code from this repository runs:",
+        _code(f'{ours}\n\nmodel = scap_hub.load("{HERE}")'),
+        "With scap_hub, through the calls you know:",
+        *([_code(timm.format(f"\n{ours}"))] if loaded.library == "timm" else []),
+        _code(auto.format(f"\n{ours}", "")),
+        "Without scap_hub; this runs `modeling_scap.py` from this repository:",
+        _code(auto.format("", ", trust_remote_code=True")),
+    ]
+    return "\n\n".join(parts)
+
+
+def _code(text: str) -> str:
+    return f"```python\n{text}\n```"
 
 
 def _numbers(values: tuple[float, ...]) -> str:

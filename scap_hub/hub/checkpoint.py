@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -11,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_model
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model as load_tensors
-from safetensors.torch import save_model as save_tensors
+from safetensors.torch import load_file
 from torch import nn
 
-from scap_hub.adapters import LoadedModel, rebuild
-from scap_hub.adapters.base import one_line
+from scap_hub.adapters import LoadedModel, rebuild, skeleton
+from scap_hub.adapters.base import Library, one_line
 from scap_hub.adapters.remote import fetch
-from scap_hub.errors import CheckpointError
+from scap_hub.errors import CheckpointError, PlanError
+from scap_hub.hub import modeling_scap
+from scap_hub.hub.layout import cut_of
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
 
@@ -29,6 +32,8 @@ CONFIG = "config.json"
 PLAN = "pruning_plan.json"
 RECIPE = "recipe.yaml"
 IMAGE_PROCESSOR = "preprocessor_config.json"
+CODE = "modeling_scap.py"
+SHARD = "5GB"
 _PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -50,7 +55,8 @@ def save_checkpoint(
     loaded: LoadedModel,
     plan: PruningPlan,
     recipe_yaml: str | None = None,
-    extra_files: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
+    plain: dict[str, Any] | None = None,
 ) -> Path:
     """Writes a pruned model: all of the folder, or nothing.
 
@@ -60,7 +66,8 @@ def save_checkpoint(
         loaded: The dense model that it was made from.
         plan: What was removed.
         recipe_yaml: The recipe of the run.
-        extra_files: More text files by name, such as README.md.
+        extra_files: More files by name, such as README.md.
+        plain: Config that builds the pruned model with nothing of ours, from `plain_config`.
 
     Returns:
         The folder.
@@ -69,7 +76,9 @@ def save_checkpoint(
         CheckpointError: The folder holds something, or cannot be written.
     """
     folder = check_output(folder)
-    documents = {CONFIG: _dump(_config(loaded, model)), PLAN: plan.to_json()}
+    documents = {CONFIG: _dump(_config(loaded, model, plan, plain)), PLAN: plan.to_json()}
+    if loaded.library != "module" and plain is None:
+        documents[CODE] = Path(modeling_scap.__file__).read_text(encoding="utf-8")
     if recipe_yaml is not None:
         documents[RECIPE] = recipe_yaml
     if loaded.image_processor is not None:
@@ -77,11 +86,13 @@ def save_checkpoint(
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        for name, text in {**documents, **(extra_files or {})}.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        save_tensors(model, str(partial / WEIGHTS), metadata={"format": "pt"})
-        # safetensors writes files that only their owner can read.
-        (partial / WEIGHTS).chmod((partial / CONFIG).stat().st_mode)
+        for name, content in {**documents, **(extra_files or {})}.items():
+            (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        shard_size = SHARD if loaded.library == "transformers" else 2**63  # timm reads one file only
+        save_torch_model(model, partial, max_shard_size=shard_size, metadata={"format": "pt"})
+        for weights in partial.glob("*.safetensors"):
+            # safetensors writes files that only their owner can read.
+            weights.chmod((partial / CONFIG).stat().st_mode)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
@@ -111,25 +122,55 @@ def load(
         ModelError: The dense model cannot be rebuilt.
         PlanError: The plan is malformed or made for another model.
     """
-    folder = Path(folder_or_repo_id).expanduser()
-    if not folder.is_dir():
-        folder = fetch(
-            str(folder_or_repo_id),
-            (CONFIG, PLAN, WEIGHTS),
-            revision=revision,
-            token=token,
-            advice="connect, or give a local folder",
-            error=CheckpointError,
-        )
+    folder = _local(folder_or_repo_id, revision, token)
     config = _read_config(folder)
-    plan = PruningPlan.from_json(_read(folder, PLAN))
-    dense = _rebuild(config) if model is None else model
-    small = apply_plan(dense, plan)
-    _load_tensors(small, folder / WEIGHTS, config["scap"].get("buffer_dtypes", {}))
+    # Everything is compared on tensors without memory first: a foreign file may claim any size.
+    dense = copy.deepcopy(model) if model is not None else skeleton(*_dense_config(config))
+    cut = _cut(config)
+    if (folder / PLAN).is_file() and not _is_uniform(config):
+        _check_plan(dense, PruningPlan.from_json(_read(folder, PLAN)), cut)
+    _shrink(dense, cut)
+    files = _weight_files(folder)
+    _check_weights(dense, files)
+    small = copy.deepcopy(model) if model is not None else rebuild(*_dense_config(config))
+    _shrink(small, cut)
+    _load_tensors(small, files, config["scap"].get("buffer_dtypes", {}))
     return small.eval()
 
 
-def _config(loaded: LoadedModel, model: nn.Module) -> dict[str, Any]:
+def input_size(folder_or_repo_id: str | Path) -> tuple[int, int, int]:
+    """(channels, height, width) that a pruned model was made for.
+
+    Raises:
+        CheckpointError: Not a pruned checkpoint, or one that was saved again without that entry.
+    """
+    config = _read_config(_local(folder_or_repo_id))
+    preprocessing: Any = config["scap"].get("preprocessing") or config.get("pretrained_cfg")
+    try:
+        channels, height, width = preprocessing["input_size"]
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{CONFIG} of {folder_or_repo_id} does not say the input size: save it again") from None
+    return channels, height, width
+
+
+def _local(folder_or_repo_id: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The folder itself, or the downloaded one."""
+    folder = Path(folder_or_repo_id).expanduser()
+    if folder.is_dir():
+        return folder
+    return fetch(
+        str(folder_or_repo_id),
+        (CONFIG, PLAN, "model*.safetensors*"),
+        revision=revision,
+        token=token,
+        advice="connect, or give a local folder",
+        error=CheckpointError,
+    )
+
+
+def _config(
+    loaded: LoadedModel, model: nn.Module, plan: PruningPlan, plain: dict[str, Any] | None = None
+) -> dict[str, Any]:
     scap: dict[str, Any] = {
         "version": FORMAT,
         "library": loaded.library,
@@ -144,23 +185,31 @@ def _config(loaded: LoadedModel, model: nn.Module) -> dict[str, Any]:
     rebuilt = {name: buffer.dtype for name, buffer in model.named_buffers() if name not in saved}
     if dtypes := {name: precisions[dtype] for name, dtype in rebuilt.items() if dtype in precisions}:
         scap["buffer_dtypes"] = dtypes
-    config = loaded.config
-    if loaded.library == "timm":
-        return {
-            **config,
-            "architecture": "scap_pruned",
-            "model_args": {"base": config["architecture"], **config["model_args"]},
-            "num_features": model.num_features,
-            **({"label_names": loaded.labels} if loaded.labels else {}),
-            "scap": scap,
-        }
+    config = dict(plain or loaded.config)
+    if loaded.library == "timm" and loaded.labels:
+        config["label_names"] = loaded.labels
     if loaded.library == "transformers":
-        names = {}
+        config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
         if loaded.labels:
-            id2label = dict(enumerate(loaded.labels))
-            names = {"id2label": id2label, "label2id": {label: index for index, label in id2label.items()}}
-        return {**config, **names, "dtype": str(model.dtype).removeprefix("torch."), "scap": scap}
-    return {"scap": {**scap, "num_classes": loaded.num_classes, "labels": loaded.labels, **config}}
+            config["id2label"] = dict(enumerate(loaded.labels))
+            config["label2id"] = {label: index for index, label in enumerate(loaded.labels)}
+    if plain:
+        return {**config, "scap": {**scap, "layout": "uniform"}}
+    cut = cut_of(plan, loaded, model)
+    if loaded.library == "timm":
+        # timm and its wrapper in transformers hand nothing but `model_args` on.
+        config["model_args"] = {"base": config["architecture"], **config["model_args"], "cut": cut}
+        config["architecture"] = "scap_pruned"
+        config["num_features"] = cut["attributes"].get("", {}).get("num_features", config["num_features"])
+        return {**config, "auto_map": _auto_map("TimmWrapperForImageClassification"), "scap": scap}
+    if loaded.library == "transformers":
+        return {**config, "auto_map": _auto_map(config["architectures"][0]), "scap": {**scap, "cut": cut}}
+    return {"scap": {**scap, "num_classes": loaded.num_classes, "labels": loaded.labels, "cut": cut, **config}}
+
+
+def _auto_map(model_class: str) -> dict[str, str]:
+    """Where transformers finds the model's code in the repository, if it is allowed to run it."""
+    return {"AutoModelForImageClassification": f"{Path(CODE).stem}.{model_class}"}
 
 
 def _dump(document: dict[str, Any]) -> str:
@@ -181,6 +230,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(_read(folder, CONFIG))
     except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG} is not JSON ({error}): save the checkpoint again") from None
+    if isinstance(config, dict) and config.get("architecture") == "scap_pruned":
+        config.setdefault("scap", {"version": FORMAT, "library": "timm"})  # timm saves no entries but its own
     scap = config.get("scap") if isinstance(config, dict) else None
     if not isinstance(scap, dict):
         raise CheckpointError(
@@ -193,37 +244,110 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _rebuild(config: dict[str, Any]) -> nn.Module:
-    """The untrained dense model."""
+def _is_uniform(config: dict[str, Any]) -> bool:
+    """Whether the zoo itself builds the pruned model."""
+    return config["scap"].get("layout") == "uniform"
+
+
+def _cut(config: dict[str, Any]) -> dict[str, Any]:
+    """The sizes that pruning left."""
+    if _is_uniform(config):
+        return {"version": modeling_scap.VERSION, "shapes": {}, "attributes": {}}
+    holder = config.get("model_args") if config["scap"].get("library") == "timm" else config["scap"]
+    if not isinstance(holder, dict) or "cut" not in holder:
+        raise CheckpointError("config.json lacks the sizes of the pruned model ('cut'): save the checkpoint again")
+    return holder["cut"]
+
+
+def _dense_config(config: dict[str, Any]) -> tuple[Library, dict[str, Any]]:
+    """Library and config of the dense model, as `rebuild` takes them."""
     library = config["scap"].get("library")
     if library == "module":
-        return rebuild(library, config["scap"])
-    dense = {key: value for key, value in config.items() if key != "scap"}
+        return library, config["scap"]
+    dense = {key: value for key, value in config.items() if key not in ("scap", "auto_map")}
     if library == "timm":
         try:
             arguments = dict(dense["model_args"])
+            arguments.pop("cut", None)
+            arguments.pop("num_classes", None)
             labels = {"label_names": dense["label_names"]} if "label_names" in dense else {}
-            dense |= {"architecture": arguments.pop("base"), "model_args": arguments}
+            if not _is_uniform(config):
+                dense["architecture"] = arguments.pop("base")
+            dense["model_args"] = arguments
             dense["pretrained_cfg"] = dense["pretrained_cfg"] | labels
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"config.json lacks what it takes to rebuild a timm model: {error!r}") from None
     elif library != "transformers":
         raise CheckpointError(f"config.json names the unknown library {library!r}: upgrade scap_hub")
-    return rebuild(library, dense)
+    return library, dense
 
 
-def _load_tensors(model: nn.Module, path: Path, buffer_dtypes: Mapping[str, str]) -> None:
-    """Loads weights strictly, in the precision in which they were saved."""
+def _shrink(model: nn.Module, cut: dict[str, Any]) -> None:
+    try:
+        modeling_scap.shrink(model, cut)
+    except ValueError as error:
+        raise PlanError(one_line(error)) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PlanError(f"'cut' in config.json is malformed ({error!r}): save the checkpoint again") from None
+
+
+def _check_plan(dense: nn.Module, plan: PruningPlan, cut: dict[str, Any]) -> None:
+    """The plan is the record of what was done; config.json repeats the sizes that it leaves."""
+    planned = {name: tensor.shape for name, tensor in apply_plan(dense, plan).state_dict().items()}
+    shrunk = copy.deepcopy(dense)
+    _shrink(shrunk, cut)
+    for name, tensor in shrunk.state_dict().items():
+        if tensor.shape != planned[name]:
+            raise CheckpointError(
+                f"{PLAN} leaves {tuple(planned[name])} of {name!r}, {CONFIG} leaves {tuple(tensor.shape)}: "
+                "they belong to different models; save the checkpoint again"
+            )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / f"{WEIGHTS}.index.json"
+    if not index.is_file():
+        return [folder / WEIGHTS]
+    try:
+        names = set(json.loads(_read(folder, index.name))["weight_map"].values())
+        return [folder / Path(name).name for name in sorted(names)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} lists no weights ({error!r}): save the checkpoint again") from None
+
+
+def _check_weights(model: nn.Module, files: list[Path]) -> None:
+    """Compares the files' headers with the model, before any weight is read."""
+    wanted = model.state_dict(keep_vars=True)
+    found: dict[str, list[int]] = {}
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read {path}: {one_line(error)}") from None
+    # Of tied tensors only one is stored.
+    stored = {id(tensor) for name, tensor in wanted.items() if name in found}
+    problems = [f"{name} is missing" for name, tensor in wanted.items() if id(tensor) not in stored]
+    for name, shape in found.items():
+        if name not in wanted:
+            problems.append(f"{name} is unknown")
+        elif list(wanted[name].shape) != shape:
+            problems.append(f"{name} has {tuple(shape)} instead of {tuple(wanted[name].shape)}")
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"{files[0]} does not fit the rebuilt model: {', '.join(problems[:3])}{more}")
+
+
+def _load_tensors(model: nn.Module, files: list[Path], buffer_dtypes: Mapping[str, str]) -> None:
+    """Loads weights in the precision in which they were saved."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     try:
         for name, dtype in buffer_dtypes.items():
             tensors[name].data = tensors[name].data.to(_PRECISIONS[dtype])
-        with safe_open(path, "pt") as file:
-            for name in file.keys() & tensors.keys():
-                tensors[name].data = tensors[name].data.to(file.get_tensor(name).dtype)
-        load_tensors(model, path, strict=True)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {one_line(error)}") from None
-    except (RuntimeError, KeyError) as error:
-        problems = " ".join(str(error).split()).partition(": ")[2][:300]
-        raise CheckpointError(f"{path} does not fit the rebuilt model: {problems}") from None
+    except KeyError as error:
+        raise CheckpointError(f"'buffer_dtypes' in config.json does not fit the rebuilt model: {error}") from None
+    state = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    for name in state.keys() & tensors.keys():
+        tensors[name].data = tensors[name].data.to(state[name].dtype)
+    # Checked already; what is missing is tied to what is there.
+    model.load_state_dict(state, strict=False)

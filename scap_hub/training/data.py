@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HTTPError
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.transforms.v2 import functional as transforms
 
-from scap_hub.adapters.base import Preprocessing
+from scap_hub.adapters.base import Preprocessing, one_line
+from scap_hub.adapters.remote import refusals
 from scap_hub.errors import DataError
 from scap_hub.recipe import DataSettings
 from scap_hub.training.distributed import main_first
@@ -63,7 +66,7 @@ def load_data(
     settings: DataSettings | None = None,
     *,
     num_classes: int = 0,
-    labelled: bool = True,
+    new_head: bool = False,
     seed: int = 0,
 ) -> Data:
     """Reads a data set into loaders.
@@ -75,7 +78,7 @@ def load_data(
         preprocessing: How the model wants its images.
         settings: The recipe's `data` block.
         num_classes: Width of the classifier, to check the labels against; 0 checks nothing.
-        labelled: False leaves labels out, for images whose classes are not the model's.
+        new_head: Whether the classifier will be replaced where the data names another number of classes.
         seed: Chooses the calibration images.
 
     Raises:
@@ -95,7 +98,7 @@ def load_data(
     else:
         splits = _as_splits(source)
         name = next(iter(splits.values())).info.dataset_name or "custom"
-    return _from_splits(splits, name, preprocessing, settings, num_classes, labelled, seed)
+    return _from_splits(splits, name, preprocessing, settings, num_classes, new_head, seed)
 
 
 def _open(name: str, settings: DataSettings) -> dict[str, Any]:
@@ -114,9 +117,11 @@ def _open(name: str, settings: DataSettings) -> dict[str, Any]:
             return _as_splits(datasets.load_from_disk(str(path)))
         if path.suffix == ".parquet" and path.is_file():
             return _as_splits(datasets.load_dataset("parquet", data_files=str(path), streaming=settings.streaming))
-        if not path.exists() and (path.is_absolute() or name.startswith(("~", "."))):
-            raise DataError(f"no data set {name!r}: there is no such file or folder")
         revision = None if path.exists() else settings.revision
+        if not path.exists():
+            if path.is_absolute() or name.startswith(("~", ".")):
+                raise DataError(f"no data set {name!r}: there is no such file or folder")
+            _ask_hub(name, revision)
         return _as_splits(datasets.load_dataset(name, revision=revision, streaming=settings.streaming))
     except (
         OSError,
@@ -126,6 +131,20 @@ def _open(name: str, settings: DataSettings) -> dict[str, Any]:
     ) as error:
         where = "as a folder" if path.exists() else "on the Hub, and there is no such folder"
         raise DataError(f"data set {name!r} cannot be loaded {where}: {' '.join(str(error).split())}") from error
+
+
+def _ask_hub(name: str, revision: str | None) -> None:
+    """One quick question: `datasets` repeats a refused connection for 23 s."""
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        with refusals(name, revision, DataError, "data set"):
+            HfApi().dataset_info(name, revision=revision, timeout=10)
+    except (HTTPError, OSError) as error:
+        raise DataError(
+            f"cannot reach the Hub for data set {name!r}, and there is no such folder ({one_line(error)}): connect, "
+            "give a local folder, or set HF_HUB_OFFLINE=1 to use the copy in the local cache"
+        ) from None
 
 
 def _as_splits(source: Any) -> dict[str, Any]:
@@ -154,7 +173,7 @@ def _from_splits(
     preprocessing: Preprocessing,
     settings: DataSettings,
     num_classes: int,
-    labelled: bool,
+    new_head: bool,
     seed: int,
 ) -> Data:
     train = _choose(splits, settings.train_split, ("train", *(splits if len(splits) == 1 else ())), "training")
@@ -163,7 +182,15 @@ def _from_splits(
     validation = _choose(splits, settings.validation_split, VALIDATION_SPLITS, "validation")
     test = _choose(splits, settings.test_split, ("test",), "testing")
     image, label = _columns(splits[train], name, settings)
-    reader = _Reader(name, image, label if labelled else None, preprocessing, num_classes)
+    names = getattr(_features(splits[train])[label], "names", None) if label else None
+    if names and num_classes and len(names) != num_classes:
+        if not new_head:
+            raise DataError(
+                f"{name!r} has {len(names)} classes, the classifier {num_classes}: set finetune.dense_epochs, which "
+                "gives the model a new head and tunes it first, or data.labels=false to use the images without labels"
+            )
+        num_classes = len(names)
+    reader = _Reader(name, image, label, preprocessing, num_classes)
 
     whole = reader.read(splits[train], train)
     final = reader.read(splits[test], test) if test else None
@@ -204,7 +231,7 @@ def _from_splits(
         train=loader(training, augment, shuffle=True),
         validation=loader(held_out) if held_out is not None and _labelled(held_out) else None,
         calibration=loader(calibration),
-        labels=getattr(_features(splits[train])[label], "names", None) if label and whole.labelled else None,
+        labels=names if whole.labelled else None,
         name=name,
         test=loader(final) if final is not None and final.labelled else None,
     )
@@ -254,7 +281,10 @@ def _checked(batch: Any, num_classes: int) -> Batch:
 def _check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
     if num_classes and len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
         value = labels.min() if labels.min() < 0 else labels.max()
-        raise DataError(f"label {value} in {where} is outside the classifier's range 0..{num_classes - 1}")
+        raise DataError(
+            f"label {value} in {where} is outside the classifier's range 0..{num_classes - 1}; for a new "
+            "classifier set model.num_classes and finetune.dense_epochs"
+        )
 
 
 def _features(rows: Any) -> Any:
@@ -277,6 +307,9 @@ def _columns(rows: Any, name: str, settings: DataSettings) -> tuple[str, str | N
     images = [column for column, kind in kinds.items() if kind == "Image"]
     if settings.image_column is None and len(images) != 1:
         raise DataError(f"{len(images) or 'no'} image columns; {listing}; set data.image_column")
+    image = settings.image_column or images[0]
+    if not settings.labels:
+        return image, None
     labels = [column for column, kind in kinds.items() if kind == "ClassLabel"]
     if not labels:
         labels = [column for column in ("label", "labels") if kinds.get(column, "").startswith(("int", "uint"))]
@@ -287,7 +320,7 @@ def _columns(rows: Any, name: str, settings: DataSettings) -> tuple[str, str | N
         raise DataError(
             f"column {label!r} holds {kinds[label]}, not class labels; {listing}; see Dataset.class_encode_column"
         )
-    return settings.image_column or images[0], label
+    return image, label
 
 
 @dataclass(frozen=True)
@@ -321,13 +354,14 @@ class _Reader:
     def pixels(self, row: Mapping[str, Any], where: str) -> Tensor:
         channels, height, width = self.preprocessing.input_size
         image = self.open(row, where).convert("L" if channels == 1 else "RGB")
+        resampling = Image.Resampling[self.preprocessing.interpolation.upper()]
         # Resizing so that the crop is `crop_pct` of it, then cropping, is cropping that share and resizing it.
-        image = ImageOps.fit(
-            image,
-            (width, height),
-            method=Image.Resampling[self.preprocessing.interpolation.upper()],
-            bleed=(1 - self.preprocessing.crop_pct) / 2,
-        )
+        border = (1 - self.preprocessing.crop_pct) / 2
+        if self.preprocessing.crop_mode == "squash":
+            left, top = border * image.width, border * image.height
+            image = image.resize((width, height), resampling, (left, top, image.width - left, image.height - top))
+        else:
+            image = ImageOps.fit(image, (width, height), method=resampling, bleed=border)
         return torch.from_numpy(np.array(image)).reshape(height, width, channels).permute(2, 0, 1)
 
 

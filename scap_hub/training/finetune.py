@@ -256,7 +256,10 @@ def _loss(model: nn.Module, batch: Any, settings: FinetuneSettings, teacher: nn.
     images, labels = batch if len(batch) == 2 else (batch[0], None)
     weight = settings.distillation.weight if teacher is not None else 0.0
     if labels is None and not weight:
-        raise DataError("these images have no labels; fine-tuning on them needs finetune.distillation.weight above 0")
+        raise DataError(
+            "these images have no labels: training the dense model (finetune.dense_epochs) needs them, fine-tuning the "
+            "pruned one does not if finetune.distillation.weight is above 0"
+        )
     share = 1.0
     if settings.mixup:
         # mixup (Zhang et al., arXiv 1710.09412); the batch is shuffled, so its reverse is a random partner.

@@ -39,3 +39,8 @@ def constant(call: Call) -> Ids | list[Ids]:
     """Made from sizes alone: carries no ids, and pins what it meets."""
     value = call.node.meta["val"]
     return [Ids(shape) for shape in call.shapes] if isinstance(value, list | tuple) else Ids(call.shape)
+
+
+@rule("_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")
+def assertion(call: Call) -> None:
+    """Checked while exporting; says nothing about channels."""

@@ -48,6 +48,7 @@ class Trace:
     consumers: list[Consumer] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     ids: dict[fx.Node, Any] = field(default_factory=dict)
+    outputs: list[Ids] = field(default_factory=list)
     states: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -125,7 +125,7 @@ def repeat(call: Call) -> Ids:
     layers = []
     for layer in call.tensors[0].layers:
         laid = layer.reshape((1,) * (len(times) - layer.ndim) + layer.shape)
-        tiles = [count if width > 1 else 1 for count, width in zip(times, laid.shape, strict=True)]
+        tiles: list[int] = [count if laid.shape[dim] > 1 else 1 for dim, count in enumerate(times)]
         layers.append(np.tile(laid, tiles))
     return Ids(call.shape, tuple(layers))
 
@@ -145,6 +145,14 @@ def repeat_interleave(call: Call) -> Ids:
 def slice_(call: Call) -> Ids:
     """A range along one dimension."""
     window = slice(call["start"], call["end"], call["step"])
+    x, dim = call.ids("self"), call.dim()
+    width = call.shape[dim]
+    first = (call["start"] or 0) % max(1, x.shape[dim])
+    if width < x.shape[dim] and x.shape[dim] % width == 0 and first % width == 0:
+        # One of several equal parts: where the code halves a width it must stay divisible.
+        for layer in x.layers:
+            if support(layer) == (dim,):
+                call.ledger.balance(np.split(layer.reshape(-1), x.shape[dim] // width), f"equal parts of {call.place}")
     return _mapped(call, lambda layer: _taken(layer, call.dim(), window))
 
 
@@ -188,16 +196,17 @@ def roll(call: Call) -> Ids:
 
 @rule("chunk", "split", "split_with_sizes")
 def split(call: Call) -> list[Ids]:
-    """Parts along one dimension. Equal parts keep equally many; unequal ones cannot shrink."""
+    """Parts along one dimension. Equal parts keep equally many; unequal ones need their sizes as a list."""
     x, dim = call.ids("self"), call.dim()
     ends = np.cumsum([shape[dim] for shape in call.shapes])
     starts = ends - [shape[dim] for shape in call.shapes]
     parts = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
-    if len({shape[dim] for shape in call.shapes}) > 1:
+    equal = len({shape[dim] for shape in call.shapes}) == 1
+    if not equal and "sizes" not in call.op:
         layers = tuple(_free(call, x, dim))
         return [Ids(shape, layers) for shape in call.shapes]
     for layer in x.layers:
-        if dim in support(layer):
+        if equal and dim in support(layer):
             call.ledger.balance([_taken(layer, dim, part) for part in parts], f"equal parts of {call.place}")
     return [
         Ids(shape, tuple(_taken(layer, dim, part) for layer in x.layers))

@@ -1,0 +1,122 @@
+"""Which channels stay, given how many of each group: the best ones with every balance kept.
+
+Groups that share a balance are solved together, as a mixed-integer programme (scipy's HiGHS): the highest total score
+with every block equally full, each group as near to its count as that allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix, lil_matrix
+
+from scap_hub.channels.group import ChannelGroup
+from scap_hub.channels.space import Balance
+from scap_hub.errors import TargetError
+
+_SOLVER_SECONDS = 5.0
+
+
+class Chooser:
+    """Which channels stay, given how many of each group; solved once for each cluster and its counts."""
+
+    def __init__(self, groups: Sequence[ChannelGroup], scores: dict[str, np.ndarray]) -> None:
+        self.scores = scores
+        self.groups = {group.name: group for group in groups if group.name in scores}
+        self.space = groups[0].space
+        self.clusters = _clusters(list(self.groups.values()))
+        self._cache: dict[tuple[tuple[str, int], ...], dict[str, np.ndarray]] = {}
+
+    def keep(self, counts: dict[str, int]) -> dict[str, list[int]]:
+        """Kept channel numbers by group, for groups that lose any."""
+        chosen: dict[str, list[int]] = {}
+        for names, balances in self.clusters:
+            wanted = tuple((name, counts.get(name, self.groups[name].size)) for name in names)
+            if wanted not in self._cache:
+                self._cache[wanted] = self._chosen(wanted, balances)
+            chosen |= {name: kept.tolist() for name, kept in self._cache[wanted].items()}
+        return {name: kept for name, kept in chosen.items() if len(kept) < self.groups[name].size}
+
+    def stays(self, counts: dict[str, int]) -> np.ndarray:
+        """(space.count,) whether each channel of the model stays."""
+        stays = np.ones(self.space.count, dtype=bool)
+        for name, kept in self.keep(counts).items():
+            stays[np.delete(self.groups[name].channels, kept)] = False
+        return stays
+
+    def _chosen(self, wanted: tuple[tuple[str, int], ...], balances: list[Balance]) -> dict[str, np.ndarray]:
+        if not balances:
+            return {name: _best(self.scores[name], count) for name, count in wanted}
+        return _solve([self.groups[name] for name, _ in wanted], self.scores, dict(wanted), balances, self.space.count)
+
+
+def _best(scores: np.ndarray, count: int) -> np.ndarray:
+    return np.sort(np.argsort(-scores, kind="stable")[:count])
+
+
+def _clusters(groups: list[ChannelGroup]) -> list[tuple[list[str], list[Balance]]]:
+    """Groups that share a balance, directly or through others, with these balances."""
+    clusters: list[tuple[list[str], list[Balance]]] = []
+    for group in groups:
+        own = list(group.constraint or ())
+        touching = [cluster for cluster in clusters if any(balance in cluster[1] for balance in own)]
+        names = [name for cluster in touching for name in cluster[0]] + [group.name]
+        balances = list(dict.fromkeys([b for cluster in touching for b in cluster[1]] + own))
+        clusters = [cluster for cluster in clusters if cluster not in touching] + [(names, balances)]
+    return clusters
+
+
+def _solve(
+    groups: list[ChannelGroup],
+    scores: dict[str, np.ndarray],
+    counts: dict[str, int],
+    balances: list[Balance],
+    channels: int,
+) -> dict[str, np.ndarray]:
+    """Best total score with every balance kept and each group as near to its count as the balances allow."""
+    column = np.full(channels, -1)
+    every = np.concatenate([group.channels for group in groups])
+    column[every] = np.arange(every.size)
+    x, many = every.size, len(groups)
+    # Columns: channels (binary), one level for each balance (integer), and each group's shortfall and excess.
+    width = x + len(balances) + 2 * many
+    rows = sum(len(balance.blocks) for balance in balances)
+    matrix, right = lil_matrix((rows + many, width)), np.zeros(rows + many)
+    row = 0
+    for level, balance in enumerate(balances):
+        for block in balance.blocks:
+            inside = column[block]
+            np.add.at(right, row, -float((inside < 0).sum()))
+            for place in inside[inside >= 0]:
+                matrix[row, place] += 1
+            matrix[row, x + level] = -1
+            row += 1
+    for number, group in enumerate(groups):
+        matrix[row + number, column[group.channels]] = 1
+        matrix[row + number, x + len(balances) + number] = 1
+        matrix[row + number, x + len(balances) + many + number] = -1
+        right[row + number] = counts[group.name]
+    value = np.concatenate([_scaled(scores[group.name]) for group in groups])
+    missed = np.full(2 * many, 2.0 * x)
+    answer = milp(
+        c=np.concatenate([-value, np.zeros(len(balances)), missed]),
+        constraints=LinearConstraint(csr_matrix(matrix), right, right),
+        integrality=np.concatenate([np.ones(x + len(balances)), np.zeros(2 * many)]),
+        bounds=Bounds(0, np.concatenate([np.ones(x), np.full(width - x, np.inf)])),
+        options={"time_limit": _SOLVER_SECONDS, "mip_rel_gap": 1e-3},
+    )
+    if answer.x is None:
+        raise TargetError(
+            f"no balanced choice found for {', '.join(group.name for group in groups[:3])} "
+            f"({balances[0].reason}): {answer.message}; protect them, or ask for another target"
+        )
+    kept = answer.x[:x] > 0.5
+    return {group.name: np.flatnonzero(kept[column[group.channels]]) for group in groups}
+
+
+def _scaled(scores: np.ndarray) -> np.ndarray:
+    """Scores on 0.01..1, so that no group's scale outweighs another's and every channel is worth keeping."""
+    low, high = float(scores.min()), float(scores.max())
+    return 0.01 + 0.99 * (scores - low) / (high - low) if high > low else np.full(scores.shape, 0.5)

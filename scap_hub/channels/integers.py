@@ -1,0 +1,293 @@
+"""Integers that modules hold for their forward pass, beyond those that follow from a weight's shape.
+
+A graph shows the number that a reshape, split or slice was called with, and how many of these channels stay; not where
+the number came from. If the forward pass reads it off a tensor's shape it adapts by itself. If it is an attribute of
+the calling module (`width`, `head_dim`, `splits[1]`) the attribute must change. So a pruned copy without weights is
+run: where it fails, the attributes of that module that held the number are tried, the same ones in all modules of its
+class.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from scap_hub.channels.capture import evaluating
+from scap_hub.channels.ids import Ids
+from scap_hub.channels.rules import Trace
+from scap_hub.channels.rules.registry import flat, owner
+from scap_hub.channels.trace import bind
+from scap_hub.errors import PlanError
+from scap_hub.plan import PruningPlan
+from scap_hub.surgery import apply_plan
+
+_MULTIPLES = (1, 2, 3, 4)
+
+
+class StuckError(PlanError):
+    """A pruned model that would not run, whatever attribute is changed."""
+
+    def __init__(self, failed: tuple[str, ...], message: str) -> None:
+        place = failed[0] or "the model's forward()"
+        super().__init__(
+            f"the pruned model would not run: {message} in {place!r}, which works with a fixed number of channels; "
+            "protect it, or report the model"
+        )
+        self.failed = failed
+
+
+Place = tuple[str, str, int | None]
+"""Module path, attribute, index into it if it is a list."""
+
+Choice = frozenset[tuple[type, str, int]]
+"""Attributes that change in every module of a class: class, attribute, multiple of the number in the graph."""
+
+
+@dataclass(frozen=True, eq=False)
+class Integer:
+    """A number in the forward pass that counts channels.
+
+    Attributes:
+        place: Where a module holds it.
+        channels: The channels that it counts; how many stay of them is the new number.
+        times: The held number is this multiple of the one in the graph.
+    """
+
+    place: Place
+    channels: np.ndarray
+    times: int
+
+
+@dataclass(eq=False)
+class Forward:
+    """What it takes to try a plan without weights.
+
+    Attributes:
+        model: A copy of the model on the meta device.
+        inputs: Meta tensors of the example's shapes.
+        outputs: Shapes of the model's outputs.
+        integers: Attributes that may have to change.
+        counted: The channels that are counted by a number in the graph, with the path of the module that does it.
+        chosen: What turned out to have to change.
+    """
+
+    model: nn.Module
+    inputs: tuple[Any, ...]
+    outputs: tuple[tuple[int, ...], ...]
+    integers: tuple[Integer, ...]
+    counted: tuple[tuple[str, np.ndarray], ...]
+    chosen: Choice = field(default_factory=frozenset)
+
+
+def forward_of(model: nn.Module, inputs: tuple[Any, ...], found: Trace, channel_of: np.ndarray) -> Forward | None:
+    """Collects a model's integers; None if its forward pass has none that counts channels.
+
+    Args:
+        model: On the meta device.
+        inputs: On the meta device.
+        found: The trace of the model.
+        channel_of: The channel number of each of its ids.
+    """
+    modules = dict(model.named_modules())
+    counted = [(node, old, channel_of[ids]) for node in found.ids for old, ids in _counts(node, found)]
+    if not counted:
+        return None
+    return Forward(
+        model=model,
+        inputs=inputs,
+        outputs=tuple(ids.shape for ids in found.outputs),
+        integers=tuple(i for node, old, channels in counted for i in _held(node, old, channels, modules)),
+        counted=tuple((owner(node), channels) for node, _, channels in counted),
+    )
+
+
+def solve_integers(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dict[str, dict[str, int | list[int]]]:
+    """Attributes that must change so that the pruned model runs, beside those that the plan already has.
+
+    Args:
+        forward: The model without weights; remembers what it took.
+        plan: The plan so far.
+        keep: Of every channel, whether it stays.
+
+    Raises:
+        StuckError: No choice makes it run.
+    """
+    changing = [integer for integer in forward.integers if not keep[integer.channels].all()]
+    kinds = {path: type(module) for path, module in forward.model.named_modules()}
+
+    def run(chosen: Choice) -> _Outcome:
+        return _run(forward, plan, _values(forward.model, changing, keep, kinds, chosen))
+
+    chosen = forward.chosen
+    outcome = run(chosen)
+    while outcome.failed is not None:
+        attempts = (chosen | own for kind in _kinds(outcome.failed, kinds) for own in _attempts(changing, kinds, kind))
+        better = next(((result, own) for own in attempts if (result := run(own)).finished > outcome.finished), None)
+        if better is None:
+            raise StuckError(outcome.failed, outcome.message)
+        outcome, chosen = better
+    forward.chosen |= chosen
+    return _values(forward.model, changing, keep, kinds, chosen)
+
+
+def stuck_channels(
+    forward: Forward, tensors: Mapping[str, Ids], failed: Sequence[str], free: np.ndarray
+) -> tuple[str, np.ndarray]:
+    """What to pin after a failure, as little as possible: what a number counts, or else what passes the parameters.
+
+    Args:
+        forward: Where the numbers are.
+        tensors: Channel numbers of the model's tensors.
+        failed: The modules around the failure, innermost first.
+        free: Of every channel, whether it can still be pruned.
+
+    Returns:
+        The path of the module to blame, and its free channels.
+    """
+    counted = [(path, channels) for path, channels in forward.counted]
+    passing = [(name, layer.reshape(-1)) for name, ids in tensors.items() for layer in ids.layers]
+    for places in (counted, passing):
+        for path in failed:
+            inside = [channels for place, channels in places if not path or f"{place}.".startswith(f"{path}.")]
+            channels = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *inside]))
+            if free[channels].any():
+                return path, channels[free[channels]]
+    raise AssertionError("a model of which nothing can be pruned runs as it did")
+
+
+def _counts(node: fx.Node, found: Trace) -> Iterator[tuple[int, np.ndarray]]:
+    """Numbers that a call was given and that count channels, with the ids that they count."""
+    if node.op != "call_function" or not hasattr(node.target, "_schema"):
+        return
+    name = str(node.target).removeprefix("aten.").split(".")[0].removesuffix("_")
+    arguments = bind(node)
+    own = flat(found.ids.get(node))
+    if name in ("view", "reshape", "expand", "unflatten", "_unsafe_view", "repeat", "new_zeros"):
+        sizes = arguments.get("size") or arguments.get("shape") or arguments.get("sizes") or ()
+        first = arguments["dim"] % len(own[0].shape) if name == "unflatten" else 0
+        for dim, size in enumerate(sizes, start=first):
+            if isinstance(size, int) and size > 1:
+                yield from _line(size, own[0], dim)
+    elif name in ("split_with_sizes", "split"):
+        parts = own if name == "split_with_sizes" else own[:1]
+        for part in parts:
+            dim = arguments["dim"] % len(part.shape)
+            yield from _line(part.shape[dim], part, dim)
+    elif name in ("slice", "narrow"):
+        whole = flat(found.ids[arguments["self"]])[0]
+        dim = arguments["dim"] % len(whole.shape)
+        start = arguments["start"] or 0
+        end = start + arguments["length"] if name == "narrow" else min(arguments["end"], whole.shape[dim])
+        if (ids := whole.along(dim)) is not None:
+            for bound in (start, end if end < ids.size or name == "slice" else 0):
+                if bound:
+                    yield bound % ids.size or ids.size, ids[:bound]
+    elif name in ("conv1d", "conv2d", "conv3d"):
+        whole = flat(found.ids[arguments["input"]])[0]
+        if 1 < arguments["groups"] == whole.shape[1]:
+            yield from _line(arguments["groups"], whole, 1)
+    elif name in ("layer_norm", "rms_norm"):
+        for offset, size in enumerate(reversed(arguments["normalized_shape"]), start=1):
+            yield from _line(size, own[0], -offset)
+    elif name == "group_norm" and arguments["num_groups"] == own[0].shape[1]:
+        yield from _line(arguments["num_groups"], own[0], 1)
+
+
+def _line(size: int, ids: Ids, dim: int) -> Iterator[tuple[int, np.ndarray]]:
+    if (line := ids.along(dim)) is not None and line.size == size:
+        yield size, line
+
+
+def _held(node: fx.Node, old: int, channels: np.ndarray, modules: dict[str, nn.Module]) -> Iterator[Integer]:
+    """Attributes of the calling module and of those around it that hold the number, or else a small multiple."""
+    for path, _ in node.meta.get("nn_module_stack", {}).values():
+        for times in _MULTIPLES:
+            places = list(_integers(path, modules[path], old * times))
+            yield from (Integer(place, channels, times) for place in places)
+            if places:
+                break
+
+
+def _integers(path: str, module: nn.Module, value: int) -> Iterator[Place]:
+    for name, held in vars(module).items():
+        if type(held) is int and held == value:
+            yield path, name, None
+        elif isinstance(held, list | tuple) and all(type(item) is int for item in held):
+            yield from ((path, name, index) for index, item in enumerate(held) if item == value)
+
+
+def _kinds(failed: Sequence[str], kinds: Mapping[str, type]) -> list[type]:
+    """Classes of the modules around a failure, innermost first."""
+    return list(dict.fromkeys(kinds[path] for path in failed))
+
+
+def _attempts(changing: Sequence[Integer], kinds: Mapping[str, type], kind: type) -> Iterator[Choice]:
+    """Attributes of one class that may have to change: one alone, all together, two at a time."""
+    names = sorted({(kind, i.place[1], i.times) for i in changing if kinds[i.place[0]] is kind}, key=str)
+    yield from (frozenset([name]) for name in names)
+    if len(names) > 1:
+        yield frozenset(names)
+    if len(names) > 2:
+        yield from (frozenset(pair) for pair in itertools.combinations(names, 2))
+
+
+def _values(
+    model: nn.Module, changing: Sequence[Integer], keep: np.ndarray, kinds: Mapping[str, type], chosen: Choice
+) -> dict[str, dict[str, Any]]:
+    values: dict[str, dict[str, Any]] = {}
+    for integer in changing:
+        path, name, index = integer.place
+        if (kinds[path], name, integer.times) not in chosen:
+            continue
+        new = int(keep[integer.channels].sum()) * integer.times
+        if index is None:
+            values.setdefault(path, {})[name] = new
+        else:
+            held = values.setdefault(path, {}).setdefault(name, list(getattr(model.get_submodule(path), name)))
+            held[index] = new
+    return values
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How many module calls finished, the modules around the failure (innermost first; None for none), and why."""
+
+    finished: float
+    failed: tuple[str, ...] | None = None
+    message: str = ""
+
+
+def _run(forward: Forward, plan: PruningPlan, values: dict[str, dict[str, Any]]) -> _Outcome:
+    attributes = {
+        path: {**plan.attributes.get(path, {}), **values.get(path, {})} for path in {**plan.attributes, **values}
+    }
+    finished, running = 0, [""]
+
+    def leave(*_: Any) -> None:
+        nonlocal finished
+        finished += 1
+        running.pop()
+
+    try:
+        small = apply_plan(forward.model, plan.model_copy(update={"attributes": attributes}))
+        for path, module in small.named_modules():
+            if path:
+                module.register_forward_pre_hook(lambda *_, path=path: running.append(path))
+                module.register_forward_hook(leave)
+        with torch.no_grad(), evaluating(small):
+            output = small(*forward.inputs)
+    except Exception as error:
+        return _Outcome(
+            finished, tuple(running[::-1]), f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        )
+    shapes = tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+    if shapes != forward.outputs:
+        return _Outcome(finished, ("",), f"outputs of shapes {shapes} instead of {forward.outputs}")
+    return _Outcome(float("inf"))

@@ -1,0 +1,153 @@
+"""The command line, in this process where one is enough."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import scap_hub
+from scap_hub import cli
+from scap_hub.errors import VerificationError
+from scap_hub.recipe import Recipe, recipe_schema, shipped_recipes
+
+TINY = [
+    *("prune", "test_resnet", "--data", "digits", "--target", "macs=0.6"),
+    *("--set", "model_pretrained=false", "--set", "model_num_classes=10", "--set", "model_input_size=[3, 32, 32]"),
+    *("--set", "criterion=l1", "--set", "evaluate_latency=false", "--set", "data_calibration_images=16"),
+]
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.setenv(variable, "")  # restored afterwards
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["scap-hub", *map(str, arguments)])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+def test_prune_prints_a_table_and_saves(run, tmp_path):
+    code, out, _ = run(*TINY, "--set", "finetune_epochs=0", "--out", tmp_path / "out")
+    assert code == 0 and "MACs" in out and f"saved in {tmp_path / 'out'}" in out
+    assert scap_hub.load(tmp_path / "out")(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_prune_prints_json_and_keeps_quiet(run):
+    code, out, error = run(*TINY, "--set", "finetune_epochs=0", "--json", "--quiet")
+    report = json.loads(out)
+    assert (code, error) == (0, "")
+    assert report["after"]["macs"] <= 0.6 * report["before"]["macs"]
+    code, out, error = run(*TINY, "--set", "finetune_epochs=0", "--quiet")
+    assert (code, out, error) == (0, "", "")
+
+
+def test_two_processes_print_once_and_save_once(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "scap_hub", *TINY, "--set", "finetune_epochs=1", "--out", str(tmp_path / "out"), "--json"]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert len(json.loads(ran.stdout)["history"]) == 2
+    assert (tmp_path / "out" / "model.safetensors").is_file() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_inspect(run):
+    code, out, _ = run("inspect", "test_resnet", "--untrained", "--json")
+    groups = json.loads(out)
+    assert code == 0 and sum(group["macs"] for group in groups) == pytest.approx(1, abs=0.02)
+    assert groups[-1]["pinned_because"] == "is an output of the model"
+    assert "layer1.0.conv1" in run("inspect", "test_resnet", "--untrained")[1]
+    assert run("inspect", "test_resnet", "--untrained", "--quiet")[:2] == (0, "")
+
+
+def test_verify(run, tmp_path, monkeypatch):
+    code, out, _ = run("verify", "test_resnet", "--json")
+    assert code == 0 and len(json.loads(out)) == 2 and all(error < 1e-9 for error in json.loads(out).values())
+    model = scap_hub.adapters.load_model("test_resnet", pretrained=False)
+    groups = scap_hub.channel_groups(model.module, torch.zeros(1, *model.preprocessing.input_size))
+    plan = scap_hub.PruningPlan.from_keep(groups, {"layer1.0.conv1": range(8)})
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    code, out, _ = run("verify", "test_resnet", "--plan", tmp_path / "plan.json")
+    assert code == 0 and "plan.json: pruned equals masked" in out
+
+    def disagree(*_):
+        raise VerificationError("the outputs differ")
+
+    monkeypatch.setattr("scap_hub.channels.oracle.verify", disagree)
+    code, _, error = run("verify", "test_resnet")
+    assert code == 1 and "scap-hub: the outputs differ" in error, "our fault, not the user's"
+
+
+def test_recipes(run, tmp_path):
+    assert json.loads(run("recipe", "list", "--json")[1]).keys() == shipped_recipes().keys()
+    assert "no-training" in run("recipe", "list")[1]
+    code, out, _ = run("recipe", "show", "half-macs", "--set", "finetune_epochs=20")
+    (tmp_path / "mine.yaml").write_text(out)
+    assert code == 0 and Recipe.from_yaml(tmp_path / "mine.yaml") == Recipe.resolve("half-macs", finetune_epochs=20)
+    assert json.loads(run("recipe", "show", tmp_path / "mine.yaml", "--json")[1])["finetune"]["epochs"] == 20
+    assert run("recipe", "show", "quick", "--quiet")[:2] == (0, "")
+    assert json.loads(run("recipe", "schema")[1]) == recipe_schema()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "resnet81", "--data", "digits"], "unknown model 'resnet81': did you mean 'resnet"),
+        (["prune", "test_resnet", "--target", "speed=2"], "target 'speed=2' is not one of"),
+        (["prune", "test_resnet", "--set", "epochs=2"], "unknown option 'epochs'; did you mean 'finetune_epochs'?"),
+        (["prune", "test_resnet", "--set", "epochs"], "--set 'epochs': write KEY=VALUE"),
+        (["prune", "test_resnet", "--set", "seed={"], "--set 'seed={': '{' is not a YAML value"),
+        (["prune", "test_resnet", "--recipe", "half-mac"], "did you mean 'half-macs'?"),
+        (["prune", "test_resnet", "--nonsense"], "--nonsense; see `scap-hub prune --help`"),
+        (["inspect"], "see `scap-hub inspect --help`"),
+        (["inspect", "resnet81", "--untrained"], "unknown model 'resnet81'"),
+        (["verify", "test_resnet", "--plan", "nowhere.json"], "'nowhere.json' does not exist"),
+        (["push", "nowhere", "me/net"], "nowhere"),
+        (["export", "./nowhere"], "nowhere"),
+        (["recipe"], "see `scap-hub recipe --help`"),
+        (["recipe", "show", "quik"], "did you mean 'quick'?"),
+        (["nonsense"], "see `scap-hub --help`"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(run, arguments, message, tmp_path):
+    out = ["--out", tmp_path / "out"] if arguments[0] == "prune" else []
+    code, _, error = run(*arguments, *out)
+    last = error.splitlines()[-1].rpartition("\r")[2].strip()
+    assert code == 2 and last.startswith("scap-hub: ") and message in last
+    assert "Traceback" not in error and not list(tmp_path.iterdir())
+
+
+def test_interrupting_says_how_to_go_on(run, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scap_hub.pruning.prune", interrupt)
+    monkeypatch.setattr(scap_hub, "prune", interrupt, raising=False)
+    code, _, error = run(*TINY)
+    assert code == 130 and error.startswith("scap-hub: interrupted; with the same --out")
+
+
+VERBS = [
+    *(["prune"], ["inspect"], ["verify"], ["push"], ["export"], ["demo"]),
+    *(["recipe", "list"], ["recipe", "show"], ["recipe", "schema"]),
+]
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_every_verb_has_an_example(run, verb):
+    code, out, _ = run(*verb, "--help")
+    assert code == 0 and f"Example: scap-hub {' '.join(verb)}" in out
+
+
+def test_help_tells_the_exit_codes(run):
+    assert run("--help")[1] == run()[1] and "Exit code 0" in run()[1]

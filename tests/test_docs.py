@@ -1,0 +1,47 @@
+"""The documentation says what the code does, and its links lead somewhere."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scap_hub.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def test_generated_pages_are_up_to_date():
+    command = [sys.executable, ROOT / "docs" / "generate.py", "--check"]
+    ran = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_blocks_of_code_are_valid(page):
+    for language, text in re.findall(r"^```(python|yaml)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        if language == "python":
+            compile(text, page.name, "exec")
+        else:
+            Recipe.resolve(yaml.safe_load(text))
+
+
+def test_the_site_builds_and_a_broken_link_is_an_error(tmp_path):
+    pytest.importorskip("mkdocs")
+
+    def build(config):
+        command = [sys.executable, "-m", "mkdocs", "build", "--config-file", config, "--site-dir", tmp_path / "site"]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    built = build(ROOT / "mkdocs.yml")
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "site" / "troubleshooting" / "index.html").is_file()
+    (tmp_path / "docs").mkdir()
+    for page in PAGES:
+        (tmp_path / "docs" / page.name).write_text(page.read_text().replace("(data.md)", "(date.md)"))
+    (tmp_path / "mkdocs.yml").write_text((ROOT / "mkdocs.yml").read_text())
+    broken = build(tmp_path / "mkdocs.yml")
+    assert broken.returncode != 0 and "date.md" in broken.stderr

@@ -1,0 +1,292 @@
+"""Every way into a published model, in fresh processes against a real HTTP Hub."""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from PIL import Image
+from transformers import MobileNetV2ImageProcessor
+
+from scap_hub.adapters import load_model
+from scap_hub.channels.groups import channel_groups
+from scap_hub.errors import PlanError
+from scap_hub.hub import modeling_scap
+from scap_hub.hub.checkpoint import load, save_checkpoint
+from scap_hub.hub.publish import push_to_hub
+from scap_hub.hub.uniform import plain_config
+from scap_hub.plan import PruningPlan
+from scap_hub.surgery import apply_plan
+from tests.hub_client import running_hub
+from tests.test_adapters import TRANSFORMERS, tiny_resnet
+from tests.test_checkpoint import SIZE, pruned, run
+
+IMAGES = torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def uniform(model, among=("",), **options):
+    """(pruned model, loaded, plan) with every second channel gone."""
+    loaded = load_model(model, pretrained=False, input_size=SIZE, **options)
+    groups = [group for group in channel_groups(loaded.module, torch.zeros(1, *SIZE)) if group.prunable]
+    keep = {g.name: range(0, g.size, 2) for g in groups if any(part in g.name for part in among)}
+    plan = PruningPlan.from_keep(groups, keep)
+    return apply_plan(loaded.module, plan).eval(), loaded, plan
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A Hub with pruned models of both libraries, and what they answer."""
+    root = tmp_path_factory.mktemp("world")
+    # transformers' processor lies beside the dense model, and goes with the pruned one.
+    tiny_resnet().save_pretrained(root / "dense")
+    MobileNetV2ImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}).save_pretrained(
+        root / "dense"
+    )
+    made = {
+        "timm-resnet": pruned("test_resnet", num_classes=4, labels=["a", "b", "c", "d"]),
+        "timm-efficientnet": pruned("test_efficientnet", num_classes=4),
+        "timm-blur": pruned("resnetblur18", num_classes=3),
+        "hf-resnet": pruned(root / "dense", labels=["x", "y"]),
+        "hf-convnext": pruned(TRANSFORMERS["convnext"]()),
+    }
+    plain = uniform("convnext_atto", num_classes=4, labels=["a", "b", "c", "d"])
+    with running_hub() as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        patch.setattr("scap_hub.hub.publish.HfApi", functools.partial(HfApi, endpoint=hub.endpoint))
+        for name, (small, loaded, plan) in made.items():
+            save_checkpoint(root / name, small, loaded, plan)
+            push_to_hub(root / name, f"me/{name}", token="hf_write")
+        config = plain_config(plain[1], plain[0])
+        save_checkpoint(root / "plain", *plain, plain=config)
+        push_to_hub(root / "plain", "me/plain", token="hf_write")
+        answers = {f"me/{name}": small(IMAGES) for name, (small, _, _) in made.items()}
+        answers["me/plain"] = plain[0](IMAGES)
+        logits = {name: getattr(answer, "logits", answer).detach() for name, answer in answers.items()}
+        torch.save(IMAGES, root / "images.pt")
+        yield hub, root, logits
+
+
+def fresh(world, code, *arguments, **environment):
+    """Runs code in a fresh process; returns what it saved as `out`."""
+    hub, root, _ = world
+    prelude = (
+        "import sys, torch\ntorch.manual_seed(0)\n"
+        f"root = {str(root)!r}\nimages = torch.load(root + '/images.pt')\nout = {{}}\n"
+    )
+    epilogue = f"\ntorch.save(out, {str(root / 'out.pt')!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", prelude + code + epilogue, *arguments],
+        env=hub.environment(root / "home", **environment), capture_output=True, text=True, cwd=root,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(root / "out.pt")
+
+
+def assert_close(ours, expected):
+    """Weights are the same bits; memory-mapped ones may lie so that the CPU rounds the last bit another way."""
+    assert torch.allclose(ours, expected, rtol=0, atol=4e-6), (ours - expected).abs().max()
+
+
+DOORS = """
+with torch.no_grad():
+    for name in ("me/timm-resnet", "me/timm-efficientnet", "me/timm-blur"):
+        out[name, "timm"] = timm.create_model(f"hf-hub:{name}", pretrained=True).eval()(images)
+        out[name, "auto"] = AutoModelForImageClassification.from_pretrained(name).eval()(images).logits
+        net = timm.create_model(f"hf-hub:{name}", pretrained=True, features_only=True).eval()
+        assert [maps.shape[1] for maps in net(images)] == net.feature_info.channels(), net.feature_info.channels()
+        out[name, "headless"] = AutoModel.from_pretrained(name).eval()(images).last_hidden_state
+        out[name, "features"] = net(images)[-1]
+    for name in ("me/hf-resnet", "me/hf-convnext"):
+        out[name, "auto"] = AutoModelForImageClassification.from_pretrained(name).eval()(images).logits
+        assert AutoModel.from_pretrained(name).eval()(images).pooler_output.shape[0] == 2
+"""
+
+
+@pytest.mark.parametrize("order", ["scap_hub first", "scap_hub last", "offline"])
+def test_doors_one_and_two(world, order):
+    ours, zoos = (
+        "import scap_hub\n",
+        "import timm\nfrom transformers import AutoModel, AutoModelForImageClassification\n",
+    )
+    imports = zoos + ours if order == "scap_hub last" else ours + zoos
+    environment = {"HF_HUB_OFFLINE": "1"} if order == "offline" else {}  # what the others cached
+    out = fresh(world, imports + DOORS, **environment)
+    for (name, door), answer in out.items():
+        if door in ("timm", "auto"):
+            assert_close(answer, world[2][name])
+        if door == "timm":
+            assert torch.equal(answer, world[2][name])
+        if (name, door) == ("me/timm-resnet", "features"):
+            assert_close(answer, out[name, "headless"])
+
+
+def test_door_three_runs_without_scap_hub(world):
+    code = """
+sys.modules["scap_hub"] = None  # importing it fails
+from transformers import AutoModelForImageClassification
+import os
+try:
+    import scap_hub
+except ImportError:
+    pass
+else:
+    raise AssertionError
+with torch.no_grad():
+    for name in ("me/timm-resnet", "me/timm-blur", "me/hf-resnet", "me/hf-convnext"):
+        model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=True).eval()
+        out[name] = model(images).logits
+        model.save_pretrained(root + "/again")
+        assert os.path.exists(root + "/again/modeling_scap.py")
+        again = AutoModelForImageClassification.from_pretrained(root + "/again", trust_remote_code=True).eval()
+        out[name, "again"] = again(images).logits
+    # A dense model of the same class is none of our business.
+    dense = AutoModelForImageClassification.from_pretrained(root + "/dense")
+    assert dense.resnet.embedder.embedder.convolution.out_channels == 8
+"""
+    for key, answer in fresh(world, code).items():
+        assert_close(answer, world[2][key if isinstance(key, str) else key[0]])
+
+
+def test_the_code_that_travels_is_our_own(world):
+    for name in ("timm-resnet", "hf-resnet"):
+        assert (world[1] / name / "modeling_scap.py").read_bytes() == Path(modeling_scap.__file__).read_bytes()
+    assert len(Path(modeling_scap.__file__).read_text().splitlines()) < 150
+    assert not (world[1] / "plain" / "modeling_scap.py").exists()
+
+
+def test_the_plain_layout_needs_nothing_of_ours(world):
+    code = """
+sys.modules["scap_hub"] = None
+import timm
+from transformers import AutoModelForImageClassification
+with torch.no_grad():
+    out["timm"] = timm.create_model("hf-hub:me/plain", pretrained=True).eval()(images)
+    model = AutoModelForImageClassification.from_pretrained("me/plain").eval()
+    out["auto"] = model(images).logits
+assert model.config.id2label[1] == "b"
+"""
+    for answer in fresh(world, code).values():
+        assert_close(answer, world[2]["me/plain"])
+    assert torch.equal(run(load(world[1] / "plain")), run(load(world[1] / "plain")))
+    assert_close(load(world[1] / "plain")(IMAGES).detach(), world[2]["me/plain"])
+
+
+def test_processors_pipelines_and_fine_tuning(world):
+    Image.new("RGB", (80, 90), (200, 30, 60)).save(world[1] / "red.png")
+    code = """
+import scap_hub, timm
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments, pipeline
+for name in ("me/timm-resnet", "me/hf-resnet"):
+    processor = AutoImageProcessor.from_pretrained(name)
+    answer = pipeline("image-classification", model=name)(root + "/red.png")
+    out[name, "labels"] = sorted(entry["label"] for entry in answer)
+    model = AutoModelForImageClassification.from_pretrained(name)
+    data = [{"pixel_values": image, "labels": 1} for image in images]
+    arguments = TrainingArguments(root + "/trainer", max_steps=2, report_to=[], use_cpu=True, save_strategy="no")
+    trainer = Trainer(model, arguments, train_dataset=data)
+    trainer.train()
+    folder = root + "/tuned-" + name[3:]
+    trainer.save_model(folder)
+    model = model.eval()
+    with torch.no_grad():
+        expected = model(images).logits
+        before = AutoModelForImageClassification.from_pretrained(name).eval()(images).logits
+        out[name, "moved"] = (expected - before).abs().max()
+        out[name, "auto"] = AutoModelForImageClassification.from_pretrained(folder).eval()(images).logits - expected
+        ours = scap_hub.load(folder)(images)
+        out[name, "load"] = getattr(ours, "logits", ours) - expected
+        if "timm" in name:
+            out[name, "timm"] = timm.create_model("local-dir:" + folder, pretrained=True).eval()(images) - expected
+    # A new task: another head on the pruned body.
+    other = AutoModelForImageClassification.from_pretrained(name, num_labels=7, ignore_mismatched_sizes=True)
+    assert other(images).logits.shape == (2, 7)
+net = timm.create_model("hf-hub:me/timm-resnet", pretrained=True, num_classes=9, in_chans=1)
+assert net(images[:, :1]).shape == (2, 9)
+net.reset_classifier(5)
+timm.models.save_for_hf(net, root + "/timm-again", safe_serialization=True)
+again = timm.create_model("local-dir:" + root + "/timm-again", pretrained=True).eval()
+out["timm again"] = again(images[:, :1]).detach() - net.eval()(images[:, :1]).detach()
+ours = scap_hub.load(root + "/timm-again")
+out["load again"] = ours(images[:, :1]).detach() - net.eval()(images[:, :1]).detach()
+"""
+    out = fresh(world, code)
+    assert out.pop(("me/timm-resnet", "labels")) == ["a", "b", "c", "d"]
+    assert out.pop(("me/hf-resnet", "labels")) == ["x", "y"]
+    for key, value in out.items():
+        if key[1] == "moved":
+            assert value > 1e-5, key
+        else:
+            assert_close(value, torch.zeros_like(value))
+
+
+def test_import_stays_light(world):
+    code = """
+import time
+start = time.perf_counter()
+import scap_hub
+out["seconds"] = time.perf_counter() - start
+out["heavy"] = [name for name in ("timm", "transformers", "pydantic", "huggingface_hub") if name in sys.modules]
+"""
+    out = fresh(world, code)
+    assert out["seconds"] < 0.3
+    assert out["heavy"] == []
+
+
+@pytest.mark.parametrize(
+    ("model", "among", "expected"),
+    [
+        ("resnet26", ("layer", "conv1."), {"channels": [32, 64, 128, 256], "base_width": 64}),
+        ("vit_tiny_patch16_224", ("mlp",), {"embed_dim": 192, "mlp_ratio": 2.0}),
+        (tiny_resnet, ("",), {"embedding_size": 4, "hidden_sizes": [4, 8]}),
+        ("mobilenetv2_050", ("",), None),
+    ],
+)
+def test_widths_that_constructor_arguments_express(model, among, expected):
+    small, loaded, _ = uniform(model() if callable(model) else model, among)
+    config = plain_config(loaded, small)
+    if expected is None:
+        assert config is None
+        return
+    arguments = config["model_args"] if loaded.library == "timm" else config
+    assert {key: arguments[key] for key in expected} == expected
+
+
+def test_random_widths_are_not_expressible(world):
+    small, loaded, _ = pruned("test_resnet", share=0.3, num_classes=4)
+    assert plain_config(loaded, small) is None
+
+
+def damaged(cut, change):
+    cut = json.loads(json.dumps(cut))
+    change(cut)
+    return cut
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda cut: cut.update(version=2), "upgrade scap_hub"),
+        (lambda cut: cut["shapes"].update({"fc.weight": "*,999999999999"}), "dense model has"),
+        (lambda cut: cut["shapes"].update({"fc.weight": "*"}), "dense model has"),
+        (lambda cut: cut["shapes"].update({"fc.weight": "*,0"}), "dense model has"),
+        (lambda cut: cut["shapes"].update({"fc.weight": "*,x"}), "invalid"),
+        (lambda cut: cut["shapes"].update({"fc.weight": 3}), "malformed"),
+        (lambda cut: cut["attributes"].update({"fc": {"in_features": 10**12}}), "dense model has"),
+        (lambda cut: cut["attributes"].update({"fc": {"in_features": "1"}}), "dense model has"),
+        (lambda cut: cut.pop("shapes"), "malformed"),
+    ],
+)
+def test_sizes_are_checked_before_anything_changes(world, tmp_path, change, message):
+    config = json.loads((world[1] / "timm-resnet" / "config.json").read_text())
+    config["model_args"]["cut"] = damaged(config["model_args"]["cut"], change)
+    for name in ("model.safetensors",):
+        (tmp_path / name).write_bytes((world[1] / "timm-resnet" / name).read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PlanError, match=message) as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,80 @@
+"""What users install: light to import, and complete outside the checkout."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TIMED = """
+import sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import scap_hub
+print(time.perf_counter() - start, *{name.partition(".")[0] for name in set(sys.modules) - before})
+"""
+
+
+def test_import_is_light():
+    seconds, *imported = _python(TIMED, cwd=ROOT).split()
+    assert float(seconds) < 0.3
+    assert not {"timm", "transformers", "datasets", "accelerate", "matplotlib", "pydantic"} & set(imported)
+
+
+SMOKE = """
+import sys
+import scap_hub
+from pathlib import Path
+assert Path(scap_hub.__file__).is_relative_to(sys.prefix), scap_hub.__file__
+from scap_hub.recipe import shipped_recipes
+assert len(shipped_recipes()) >= 7 and all(path.is_relative_to(sys.prefix) for path in shipped_recipes().values())
+import torch
+from torch import nn
+net = nn.Sequential(
+    nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(),
+    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+)
+result = scap_hub.prune(
+    net, "digits", "half-macs", output_dir="out", criterion="l1", finetune_epochs=1, model_input_size=(1, 8, 8),
+    evaluate_latency=False,
+)
+again = scap_hub.load("out", model=net)
+x = torch.randn(2, 1, 8, 8)
+assert torch.equal(again(x), result.model(x))
+assert Path("out/README.md").read_text().startswith("---")
+print("well")
+"""
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_the_checkout(tmp_path):
+    """Builds it, and installs it beside the dependencies of this environment; nothing is downloaded."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir"]
+    built = [*pip, "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", tmp_path, ROOT]
+    subprocess.run(built, check=True, timeout=300)
+    (wheel,) = tmp_path.glob("scap_hub-*.whl")
+    home = tmp_path / "venv"
+    venv.create(home, with_pip=False)
+    packages = sysconfig.get_path("purelib", vars={"base": str(home)})
+    # Only the folder itself is added, not the editable install that a .pth file in it names.
+    Path(packages, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = str(home / "bin" / "python")
+    subprocess.run([*pip, "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
+    assert _python(SMOKE, cwd=tmp_path, python=python) == "well"
+    listed = subprocess.run(
+        [home / "bin" / "scap-hub", "recipe", "show", "half-macs"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert listed.returncode == 0 and "macs: 0.5" in listed.stdout, listed.stderr
+
+
+def _python(script, cwd, python=sys.executable):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    ran = subprocess.run([python, "-c", script], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return ran.stdout.strip()

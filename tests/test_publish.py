@@ -1,0 +1,265 @@
+"""Publishing against a real HTTP Hub, with the real client."""
+
+import functools
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+
+import scap_hub
+from scap_hub.errors import CheckpointError, PublishError
+from scap_hub.hub import publish
+from scap_hub.hub.card import BEGIN, END, Measured, merged_card, model_card
+from scap_hub.hub.checkpoint import load, save_checkpoint
+from scap_hub.hub.publish import push_to_hub
+from scap_hub.recipe import Recipe
+from scap_hub.report import Measures, Report
+from scap_hub.result import Result
+from tests.hub_client import running_hub
+from tests.nets import Residual
+from tests.test_checkpoint import pruned, run
+from tests.test_pruning import QUICK, images
+
+SAVED = {"config.json", "model.safetensors", "modeling_scap.py", "pruning_plan.json", "recipe.yaml", "README.md"}
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with running_hub() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    return pruned("test_resnet", num_classes=4, labels=["a", "b", "c", "d"])
+
+
+@pytest.fixture(scope="module")
+def folder(resnet, tmp_path_factory):
+    small, loaded, plan = resnet
+    loaded.license = "mit"
+    card = model_card(loaded, plan, Measured({"top1": 0.9}, {"top1": 0.8}, "digits"), "target: macs=0.5\n")
+    out = tmp_path_factory.mktemp("saved") / "out"
+    return save_checkpoint(out, small, loaded, plan, "target: macs=0.5\n", {"README.md": card})
+
+
+@pytest.fixture(autouse=True)
+def online(hub, monkeypatch, tmp_path):
+    for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(tmp_path)}.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setattr("scap_hub.hub.publish.HfApi", functools.partial(HfApi, endpoint=hub.endpoint))
+    monkeypatch.setattr("scap_hub.hub.publish._WAITS", (0.01, 0.01, 0.01))
+    yield
+    hub.fail("", "")
+
+
+@pytest.fixture
+def api(hub):
+    return HfApi(endpoint=hub.endpoint, token="hf_write")
+
+
+@pytest.fixture
+def repo(request):
+    return "me/" + re.sub(r"\W+", "-", request.node.name)[:60].strip("-")
+
+
+def names(api, repo, revision=None):
+    return set(api.list_repo_files(repo, revision=revision)) - {".gitattributes"}
+
+
+def titles(api, repo):
+    return [commit.title for commit in api.list_repo_commits(repo)]
+
+
+def readme(api, repo, tmp_path):
+    return Path(api.hf_hub_download(repo, "README.md", cache_dir=tmp_path / "readme")).read_text(encoding="utf-8")
+
+
+def test_one_commit_with_everything_and_nothing_else(hub, api, folder, repo, tmp_path, resnet):
+    (folder / "optimizer.bin").write_bytes(b"pickle")
+    url = push_to_hub(folder, repo, token="hf_write", commit_message="First")
+    (folder / "optimizer.bin").unlink()
+    assert url == f"{hub.endpoint}/{repo}"
+    assert titles(api, repo) == ["First", "initial commit"]
+    assert names(api, repo) == SAVED
+    got = api.snapshot_download(repo, cache_dir=tmp_path / "cache")
+    assert torch.equal(run(load(got)), run(resnet[0]))
+    card = ModelCard(readme(api, repo, tmp_path))
+    assert f'timm.create_model("hf-hub:{repo}", pretrained=True)' in card.text
+    assert f'AutoModelForImageClassification.from_pretrained("{repo}", trust_remote_code=True)' in card.text
+    assert card.data.eval_results[0].metric_value == 0.8
+    assert card.data.license == "mit"
+    log = hub.log()
+    assert any(request["path"] == "/api/validate-yaml" for request in log)
+    uploads = [request for request in log if request["origin"] == "Storage"]
+    assert uploads and not any(request["token"] for request in uploads)
+    assert not api.repo_info(repo).private
+
+
+def test_private_repositories_stay_private(api, folder, repo, hub):
+    push_to_hub(folder, repo, private=True, token="hf_write")
+    assert api.model_info(repo).private
+    with pytest.raises(Exception, match=r"not found|401|404"):
+        HfApi(endpoint=hub.endpoint, token="hf_other").model_info(repo)
+    with pytest.raises(PublishError, match="may not write"):
+        push_to_hub(folder, repo, token="hf_other")
+
+
+def test_branches_and_pull_requests(hub, api, folder, repo):
+    assert push_to_hub(folder, repo, revision="v2", token="hf_write") == f"{hub.endpoint}/{repo}/tree/v2"
+    assert names(api, repo) == set()
+    assert names(api, repo, "v2") == SAVED
+    assert push_to_hub(folder, repo, create_pr=True, token="hf_write").endswith(f"{repo}/discussions/1")
+    assert names(api, repo) == set()
+    assert names(api, repo, "refs/pr/1") == SAVED
+    # A pull request can be pushed to as well.
+    push_to_hub(folder, repo, revision="refs/pr/1", token="hf_write")
+
+
+def test_foreign_files_stay_and_the_card_keeps_what_people_wrote(api, folder, repo, tmp_path):
+    api.create_repo(repo)
+    api.upload_file(path_or_fileobj=b"mine", path_in_repo="notes/data.txt", repo_id=repo)
+    written = "---\nlicense: cc-by-4.0\nlanguage: de\ntags: [mine]\n---\n# My words\n"
+    api.upload_file(path_or_fileobj=written.encode(), path_in_repo="README.md", repo_id=repo)
+    push_to_hub(folder, repo, token="hf_write")
+    assert names(api, repo) == SAVED | {"notes/data.txt"}
+    card = ModelCard(readme(api, repo, tmp_path))
+    assert card.text.strip().startswith("# My words") and card.text.count(BEGIN) == 1
+    assert (card.data.license, card.data.to_dict()["language"]) == ("cc-by-4.0", "de")
+    assert set(card.data.tags) == {"mine", "scap_hub", "pruning", "image-classification"}
+    # A person adds a line below our block and spoils the block; the next push repairs the block only.
+    text = readme(api, repo, tmp_path).replace("## Limits", "## No limits") + "\nBelow.\n"
+    api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repo)
+    push_to_hub(folder, repo, token="hf_write")
+    again = readme(api, repo, tmp_path)
+    assert "# My words" in again and again.rstrip().endswith("Below.")
+    assert "## Limits" in again and "No limits" not in again and again.count(END) == 1
+
+
+@pytest.mark.parametrize(
+    "theirs", ["", "no metadata", "---\n: [broken\n---\nbody", "---\r\nlicense: mit\r\n---\r\nbody"]
+)
+def test_any_card_can_be_merged(theirs):
+    merged = merged_card(theirs, f"---\nlicense: apache-2.0\n---\n\n{BEGIN}\nours\n{END}\n")
+    assert merged.count(BEGIN) == 1 and ModelCard(merged).data.license in ("mit", "apache-2.0")
+    assert merged_card(merged, f"{BEGIN}\nnew\n{END}").count(BEGIN) == 1
+    assert ("body" in merged) == ("body" in theirs)
+
+
+@pytest.mark.parametrize(
+    ("match", "action", "times"),
+    [
+        ("/commit/", "500", 2),
+        ("/commit/", "drop", 1),
+        ("/commit/", "412", 1),
+        ("repos/create", "500", 1),
+        ("/preupload/", "drop", 1),
+        ("info/lfs/objects/batch", "500", 1),
+    ],
+)
+def test_failures_that_pass(hub, api, folder, repo, match, action, times):
+    hub.fail(match, action, times)
+    push_to_hub(folder, repo, token="hf_write", commit_message="Once")
+    assert titles(api, repo) == ["Once", "initial commit"]
+    assert names(api, repo) == SAVED
+
+
+def test_retry_after_is_honoured(hub, api, folder, repo):
+    hub.fail("/commit/", "429")
+    start = time.monotonic()
+    push_to_hub(folder, repo, token="hf_write")
+    assert time.monotonic() - start > 1
+    assert names(api, repo) == SAVED
+
+
+@pytest.mark.parametrize("action", ["500", "drop", "412"])
+def test_network_gone_half_way(hub, api, folder, repo, action):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    hub.fail("/commit/", action, times=99)
+    with pytest.raises(PublishError, match="nothing was published") as caught:
+        push_to_hub(folder, repo, private=True, token="hf_write", revision="v2")
+    message = str(caught.value)
+    assert "\n" not in message and "hf_write" not in message
+    assert message.endswith(f"scap-hub push {folder} {repo} --private --revision v2")
+    assert names(api, repo) == set()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("token", "name", "message"),
+    [
+        (False, "me/x", "no Hub token"),
+        (None, "me/x", "no Hub token"),
+        ("hf_bad", "me/x", "refuses this token"),
+        ("hf_read", "me/x", "may only read"),
+        ("hf_write", "somebody/x", "may not write"),
+        ("hf_write", "me/x/y", "no Hub id"),
+        ("hf_write", "me/-x-", "no Hub id"),
+    ],
+)
+def test_who_may_not_push(api, folder, token, name, message, monkeypatch):
+    monkeypatch.setattr(publish, "get_token", lambda: None)
+    with pytest.raises(PublishError, match=message) as caught:
+        push_to_hub(folder, name, token=token)
+    assert "\n" not in str(caught.value)
+    assert not api.repo_exists("me/x")
+
+
+def test_a_hub_that_is_not_there(folder, monkeypatch):
+    monkeypatch.setattr(publish, "HfApi", functools.partial(HfApi, endpoint="http://127.0.0.1:9"))
+    with pytest.raises(PublishError, match="cannot be reached") as caught:
+        push_to_hub(folder, "me/x", token="hf_write")
+    assert "scap-hub push" in str(caught.value)
+
+
+@pytest.mark.parametrize("present", [[], ["config.json"], ["model.safetensors"]])
+def test_incomplete_folders(tmp_path, present):
+    for name in present:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match="no saved model"):
+        push_to_hub(tmp_path, "me/x", token="hf_write")
+
+
+def test_code_references_to_another_repository_are_made_our_own(api, folder, repo, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {key: f"other/repo--{value}" for key, value in config["auto_map"].items()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    push_to_hub(tmp_path, repo, token="hf_write")
+    assert names(api, repo) == {"config.json", "model.safetensors", "modeling_scap.py", "README.md"}
+    pushed = json.loads(Path(api.hf_hub_download(repo, "config.json")).read_text())
+    assert pushed["auto_map"] == {"AutoModelForImageClassification": "modeling_scap.TimmWrapperForImageClassification"}
+
+
+def test_a_result_publishes_itself(api, repo, resnet, tmp_path, monkeypatch):
+    small, loaded, plan = resnet
+    before, after = Measures(2000, 20, 80, 0.9, 3.0), Measures(1000, 10, 40, 0.8, 2.0)
+    result = Result(small, plan, Report(before, after), Recipe.resolve(data_dataset="me/flowers"), loaded)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    result.push_to_hub(repo, token="hf_write")
+    assert names(api, repo) - {"channels.png"} == SAVED | {"report.json"}
+    assert not list((tmp_path / "temporary").iterdir())
+    card = ModelCard(readme(api, repo, tmp_path))
+    assert card.data.datasets == ["me/flowers"]
+    assert {entry.metric_type: entry.metric_value for entry in card.data.eval_results} == {
+        "accuracy": 0.8, "macs": 1000, "params": 10, "bytes": 40, "latency_ms": 2.0,
+    }  # fmt: skip
+    with pytest.raises(PublishError) as caught:
+        result.push_to_hub(repo, token="hf_read")
+    kept = next((tmp_path / "temporary").iterdir()) / repo.rpartition("/")[2]
+    assert str(kept) in str(caught.value)
+    assert torch.equal(run(load(kept)), run(small))
+
+
+def test_a_recipe_can_publish(monkeypatch):
+    pushed = []
+    monkeypatch.setattr(Result, "push_to_hub", lambda self, *arguments: pushed.append(arguments))
+    options = {"model_input_size": (3, 64, 64), "publish_repo_id": "me/x", "publish_private": True}
+    scap_hub.prune(Residual(width=16), images(), QUICK, **options)
+    assert pushed == [("me/x", True)]
