@@ -41,14 +41,15 @@ def run(output_dir: str | Path) -> tuple[Result, float]:
     """
     check_output(output_dir)
     dense = train_dense()
-    result = prune(dense, "digits", "quick", output_dir=output_dir, model_input_size=INPUT_SIZE)
+    result = prune(dense, "digits", "quick", output_dir=output_dir, model_input_size=INPUT_SIZE, evaluate_latency=True)
     return result, reload_difference(result.model, Path(output_dir))
 
 
 def train_dense(epochs: int = 6) -> nn.Module:
     """A timm ResNet-10 with one input channel, trained on the digits from scratch."""
     torch.manual_seed(0)
-    model = timm.create_model("resnet10t", in_chans=1, num_classes=10)
+    grey = {"mean": (0.5,), "std": (0.5,)}
+    model = timm.create_model("resnet10t", in_chans=1, num_classes=10, pretrained_cfg_overlay=grey)
     preprocessing = load_model(model, input_size=INPUT_SIZE).preprocessing
     data = load_data("digits", preprocessing, DataSettings())
     finetune(model, data, FinetuneSettings(epochs=epochs, learning_rate=2e-3))

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from scap_hub.adapters import LoadedModel, load_model
 from scap_hub.channels.groups import ChannelGroup, channel_groups
 from scap_hub.criteria import score
-from scap_hub.criteria.base import criterion as criterion_of
+from scap_hub.criteria.base import criterion as criterion_named
+from scap_hub.criteria.diagnostics import Diagnosis, diagnose
 from scap_hub.errors import CalibrationError, DataError, RecipeError
 from scap_hub.hub.checkpoint import check_output
 from scap_hub.plan import PruningPlan
@@ -66,7 +67,7 @@ def prune(
     if isinstance(dataset, str | Path):
         overrides["data_dataset"] = str(dataset)
     recipe = Recipe.resolve(recipe, **overrides)
-    criterion = criterion_of(recipe.criterion.name, recipe.criterion.options)
+    criterion = criterion_named(recipe.criterion.name, recipe.criterion.options)
     if output_dir is not None:
         check_output(output_dir)
     set_seed(recipe.seed)
@@ -94,11 +95,16 @@ def prune(
             scores = score(small, calibration, criterion, groups=groups)
         if step == 0:
             dense_groups, dense_scores = groups, scores
+            with stages("diagnostics"):
+                diagnoses = (
+                    diagnose(small, groups, calibration, criterion, scores) if recipe.criterion.diagnostics else {}
+                )
         with stages("selection"):
             # Decided once: ranks may differ in the last bit of a score, never in the plan.
             step_plan = from_main(lambda: _select(groups, scores, target, recipe.target))  # noqa: B023
         with stages("refinement"):
-            step_plan = criterion.refine(small, groups, calibration, step_plan)
+            refined = criterion.refine(small, groups, calibration, step_plan)
+            step_plan = from_main(lambda: refined)  # noqa: B023
         with stages("surgery"):
             larger, small = small, apply_plan(small, step_plan)
             kept = _composed(kept, step_plan)
@@ -115,7 +121,7 @@ def prune(
     with stages("measure pruned"):
         after = _measure(small, loaded, data, recipe)
     plan = PruningPlan.from_keep(dense_groups, kept)
-    report = Report(before, after, _group_reports(dense_groups, dense_scores, kept), stages.seconds, history,
+    report = Report(before, after, _group_reports(dense_groups, dense_scores, kept, diagnoses), stages.seconds, history,
                     {group.name: group.pinned_because for group in dense_groups if group.pinned_because})  # fmt: skip
     result = Result(small, plan, report, recipe, loaded)
     if output_dir is not None:
@@ -230,10 +236,18 @@ def _composed(kept: dict[str, list[int]], plan: PruningPlan) -> dict[str, list[i
 
 
 def _group_reports(
-    groups: list[ChannelGroup], scores: dict[str, Tensor], kept: dict[str, list[int]]
+    groups: list[ChannelGroup],
+    scores: dict[str, Tensor],
+    kept: dict[str, list[int]],
+    diagnoses: dict[str, Diagnosis],
 ) -> dict[str, GroupReport]:
     return {
-        group.name: GroupReport(group.size, kept.get(group.name, list(range(group.size))), scores[group.name].tolist())
+        group.name: GroupReport(
+            group.size,
+            kept.get(group.name, list(range(group.size))),
+            scores[group.name].tolist(),
+            diagnoses.get(group.name),
+        )
         for group in groups
         if group.name in scores
     }

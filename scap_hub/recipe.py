@@ -78,6 +78,8 @@ class CriterionSettings(_Block):
     """Name of a registered criterion."""
     options: dict[str, Any] = {}
     """Keyword options of that criterion."""
+    diagnostics: bool = True
+    """Report dead channels, energies and the stability of the ranking; takes about another scoring."""
 
     @model_validator(mode="before")
     @classmethod

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from scap_hub.criteria.diagnostics import Diagnosis
 from scap_hub.training.data import Data
 from scap_hub.training.evaluate import count, evaluate, latency_ms
 
@@ -32,11 +33,12 @@ class Measures:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """What became of one channel group: its size, the channels that stay, and all channels' importances."""
+    """What became of one channel group: its size, the channels that stay, all importances, and diagnostics."""
 
     size: int
     kept: list[int]
     scores: list[float]
+    diagnosis: Diagnosis | None = None
 
 
 @dataclass

@@ -1,5 +1,10 @@
 """Elimination against plain least squares, and set criteria through every way that channels are read."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -196,3 +201,45 @@ def test_bad_input():
         OBS(ridge=0)
     flat = score(net, [torch.zeros(4, 3, 8, 8)], "obs", groups=groups)["0"]
     assert flat.isfinite().all()
+
+
+SCRIPT = """
+import sys, torch
+from accelerate import PartialState
+from scap_hub.channels.groups import channel_groups
+from scap_hub.criteria import base, score
+from scap_hub.selection import select
+from tests.nets import Residual
+state = PartialState(cpu=True)
+torch.manual_seed(0)
+net = Residual(width=16).eval()
+images = torch.randn(23, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+shards = [[images[:8], images[8:15]], [images[15:]]] if state.num_processes == 2 else [[images[:12], images[12:]]]
+batches = shards[state.process_index]
+groups = channel_groups(net, images[:1])
+saved = {}
+for name in ("activation", "taylor", "hrank", "obs", "scap-set"):
+    criterion = base.criterion(name)
+    scores = saved[name] = score(net, batches, criterion, groups=groups)
+    plan = select(groups, scores, "ratio=0.5", round_to=1)
+    saved[name, "plan"] = criterion.refine(net, groups, batches, plan).to_json()
+torch.save(saved, f"{sys.argv[1]}/{state.num_processes}-{state.process_index}.pt")
+state.destroy_process_group()
+"""
+
+
+def test_two_processes_give_the_scores_and_the_plan_of_one(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    for ranks in ("1", "2"):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
+        subprocess.run([*launch, tmp_path / "script.py", tmp_path], check=True, env=environment, timeout=120, cwd=root)
+    one = torch.load(tmp_path / "1-0.pt")
+    for process in range(2):
+        two = torch.load(tmp_path / f"2-{process}.pt")
+        for key, values in one.items():
+            if isinstance(key, tuple):
+                assert two[key] == values
+            else:
+                torch.testing.assert_close(two[key], values, rtol=0, atol=1e-6)

@@ -20,7 +20,7 @@ from tests.test_zoo import MODELS
 
 QUICK = {
     "data": {"calibration_images": 8, "batch_size": 8},
-    "criterion": {"name": "scap", "options": {"autoencoder": "pca"}},
+    "criterion": {"name": "scap", "options": {"autoencoder": "pca"}, "diagnostics": False},
     "finetune": {"epochs": 1},
     "evaluate": {"latency": False},
 }

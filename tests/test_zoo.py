@@ -49,7 +49,6 @@ SPECIAL = {
     "weight standardisation, group norm": lambda: hf.BitForImageClassification(
         hf.BitConfig(hidden_sizes=[32, 64], depths=[1, 1], embedding_size=16, num_groups=4)
     ),
-    "scaled standardisation": lambda: timm.create_model("test_nfnet"),
     "widths in attributes, splits": lambda: timm.create_model("res2net50_26w_4s"),
     "halves of an attribute": lambda: timm.create_model("skresnet18"),
     "unequal splits in a list": lambda: timm.create_model("inception_next_atto"),

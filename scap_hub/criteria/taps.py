@@ -169,7 +169,7 @@ def enough(seen: int) -> int:
 def image_means(
     model: nn.Module, taps: Sequence[Tap], batches: Iterable[Any], read: Callable[[Sequence[int], Tensor], Tensor]
 ) -> list[Tensor]:
-    """Mean over the images of all processes of what `read` gives for each image and row, (N, O).
+    """Mean over the images of all processes of what `read` gives for each image, (N, Q).
 
     Args:
         model: See `watch`.
@@ -178,23 +178,24 @@ def image_means(
         read: Called with the axes of a layer's input X and the channels as the next layer sees them.
 
     Returns:
-        For each tap, (O,) float64.
+        For each tap, (Q,) float64 on the CPU.
 
     Raises:
         CalibrationError, ModelError: See `watch`.
     """
+    if not taps:
+        return []
     device = next(model.parameters()).device
-    sums = [torch.zeros(len(tap.channel_of_row), dtype=torch.float64, device=device) for tap in taps]
+    sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in taps]
     seen = 0
     for batch in watch(model, taps, batches, lambda tap, x: x.shape[2:], lambda tap, grid, y: read(grid, y)):
         seen += len(batch[0]) if batch else 0
-        for total, values in zip(sums, batch, strict=True):
-            total += values.double().sum(0)
+        sums = [total + values.double().sum(0) for total, values in zip(sums, batch, strict=True)]
     return mean_over_processes(sums, seen)
 
 
 def mean_over_processes(sums: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Sums over this process's images, divided by the number of all images, (O,) float64 on the CPU each.
+    """Sums over this process's images, divided by the number of all images, on the CPU.
 
     Raises:
         CalibrationError: Fewer than 2 images over all processes.

@@ -51,10 +51,18 @@ def spectrum(maps: Tensor, grid: Sequence[int], bins: int) -> Tensor:
         (N, C, P), float64 for float64 maps, else float32; P is the product of min(bins, length) over the grid.
     """
     maps = maps.to(torch.float64 if maps.dtype == torch.float64 else torch.float32)
-    for axis in reversed(range(2, maps.ndim)):
-        rows = hartley(grid[axis - 2], bins, maps.shape[axis]).to(maps)
-        maps = torch.tensordot(maps, rows, dims=([axis], [1]))
-    return maps.flatten(2) if maps.ndim > 2 else maps[..., None]
+    images, channels = maps.shape[:2]
+    transforms = [hartley(size, bins, source).to(maps) for size, source in zip(grid, maps.shape[2:], strict=True)]
+    # A few rows from the left are several times faster than as many columns from the right.
+    if maps.movedim(1, -1).is_contiguous():
+        maps, done = maps.movedim(1, -1), images
+        for rows in transforms:
+            maps = rows @ maps.reshape(done, rows.shape[1], -1)
+            done *= len(rows)
+        return maps.reshape(images, -1, channels).transpose(1, 2)
+    for rows in reversed(transforms):
+        maps = rows @ maps.reshape(-1, rows.shape[1]).T
+    return maps.reshape(-1, images, channels).permute(1, 2, 0)
 
 
 def onto(maps: Tensor, grid: Sequence[int]) -> Tensor:
