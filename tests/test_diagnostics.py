@@ -55,7 +55,7 @@ def test_correlations(net):
 
 def test_a_run_reports_them_unless_told_not_to():
     given = dict(model_input_size=(3, 32, 32), finetune_epochs=0)
-    report = scap_hub.prune(Residual(width=16), images(), QUICK, **given).report
+    report = scap_hub.prune(Residual(width=16), images(), QUICK, criterion_diagnostics=True, **given).report
     assert all(len(group.diagnosis.energy) == group.size for group in report.groups.values())
     assert report.to_dict()["groups"]["stem"]["diagnosis"]["stability"] <= 1
     report = scap_hub.prune(Residual(width=16), images(), QUICK, criterion_diagnostics=False, **given).report
