@@ -319,7 +319,7 @@ class Api(Handler):
                 inside = [path for path in entries if path.startswith(prefix)]
                 if folder and not inside:
                     raise Failure(404, f"no such folder: {prefix}", "EntryNotFound")
-                if self.query.get("recursive") != ["True"]:
+                if self.query.get("recursive", ["false"])[0].lower() != "true":
                     inside = [path for path in inside if "/" not in path.removeprefix(prefix)]
                 self.answer([entries[path] for path in inside])
             case ["paths-info", revision]:
