@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,12 +31,17 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> nn.Module:
     for module in small.modules():
         for table in (module._parameters, module._buffers):
             table.update({own: smaller[id(tensor)] for own, tensor in table.items() if id(tensor) in smaller})
-    for path, values in plan.attributes.items():
-        module = small.get_submodule(path)
+    set_attributes(small, plan.attributes)
+    return small
+
+
+def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, int | list[int]]]) -> None:
+    """Gives modules their new integers; a list takes the place of whatever sequence was there."""
+    for path, values in attributes.items():
+        module = model.get_submodule(path)
         for attribute, value in values.items():
             old = getattr(module, attribute)
             setattr(module, attribute, type(old)(value))
-    return small
 
 
 def _check(model: nn.Module, plan: PruningPlan) -> None:

@@ -1,20 +1,27 @@
-"""Captures a model as a graph of ATen operators with `torch.export`."""
+"""Captures a model's forward pass as a graph of ATen operators."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.schema_check_mode import SchemaCheckMode
+from torch.nn.modules import module as module_hooks
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scap_hub.errors import ModelError
 
+_VALUES = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+"""What turns a tensor into a Python number."""
 
 @dataclass(frozen=True, eq=False)
 class Capture:
@@ -34,38 +41,138 @@ class Capture:
 
 
 def capture(model: nn.Module, inputs: tuple[Any, ...]) -> Capture:
-    """Exports `model` in eval mode; nothing is computed and the model is left as it was.
+    """Records one forward pass of `model` in eval mode; the model is left as it was.
+
+    On the meta device nothing is computed. `torch.export` records the same operators at five times the price, because
+    of its symbolic shapes and guards, which pruning has no use for.
 
     Args:
-        model: Any module whose forward pass has no data-dependent control flow.
-        inputs: Example positional arguments.
+        model: Any module whose forward pass does not depend on the values of its inputs.
+        inputs: Example positional arguments, on the model's device.
 
     Raises:
-        ModelError: The model cannot be exported; names the module where it failed.
+        ModelError: The forward pass fails, or looks at values; names the module and the operator where it did.
     """
+    recorder = _Recorder(model, inputs)
     try:
-        with evaluating(model), _no_autocast():
-            program = torch.export.export(model, inputs, strict=False)
+        with evaluating(model), _no_autocast(), torch.no_grad(), recorder.watching(), enable_python_dispatcher():
+            with recorder:
+                output = model(*inputs)
+            recorder.graph.output([recorder.node(leaf) for leaf in pytree.tree_leaves(output) if _is_tensor(leaf)])
     except Exception as error:
+        message = str(error).strip().splitlines() or ["no message"]
+        at = f" at {recorder.running}" if recorder.running else ""
         raise ModelError(
-            f"cannot capture {type(model).__name__}: {type(error).__name__} in {_culprit(model, error)}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}. "
-            "Check that it runs on these inputs; prune the submodules that can be exported, or remove "
-            "data-dependent control flow from forward()"
+            f"cannot capture {type(model).__name__}: {type(error).__name__} in {_culprit(model, error)}{at}: "
+            f"{message[0]}. Check that it runs on these inputs; prune the submodules that can be captured, or "
+            "remove what depends on values of tensors from forward()"
         ) from error
-    signature = program.graph_signature
-    states = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    owned = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    lifted = signature.inputs_to_lifted_tensor_constants
-    return Capture(
-        graph=program.graph,
-        states=states,
-        tensors={name: owned[name] for name in states.values()},
-        constants={placeholder: program.constants[name] for placeholder, name in lifted.items()},
-    )
+    return recorder.captured()
+
+
+class _Recorder(SchemaCheckMode):
+    """Writes every ATen operator into a graph before composite ones are taken apart.
+
+    Torch lets few classes of dispatch mode see operators that early; deriving from one of them is the way in.
+    """
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+        TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)
+        self.graph = fx.Graph()
+        self._last: fx.Node | None = None  # placeholder
+        self.running: str | None = None
+        self._paths = {id(module): name for name, module in model.named_modules()}
+        self._stack: dict[str, tuple[str, type]] = {}
+        self._calls = 0
+        self._nodes: dict[int, fx.Node] = {}
+        self._alive: list[Tensor] = []  # an id is a tensor's for as long as it lives
+        self._states: dict[str, str] = {}
+        self._constants: dict[str, Tensor] = {}
+        self._owned = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
+        for name, tensor in self._owned.items():
+            self._states[self._placeholder(tensor).name] = name
+        leaves = [leaf for leaf in pytree.tree_leaves(inputs) if _is_tensor(leaf)]
+        self._varying = {self._placeholder(leaf) for leaf in leaves}
+
+    def captured(self) -> Capture:
+        return Capture(self.graph, self._states, self._owned, self._constants)
+
+    def node(self, tensor: Tensor) -> fx.Node:
+        """The node that made a tensor; one that no operator made is a constant."""
+        if id(tensor) not in self._nodes:
+            constant = self._placeholder(tensor)
+            self._constants[constant.name] = tensor
+        return self._nodes[id(tensor)]
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Follows which module is running."""
+        before = module_hooks.register_module_forward_pre_hook(self._enter)
+        after = module_hooks.register_module_forward_hook(self._leave, always_call=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.running = str(func)
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_tensor(leaf)]
+        sources = {self.node(tensor) for tensor in tensors}
+        if func in _VALUES and not sources.isdisjoint(self._varying):
+            raise RuntimeError("it looks at the value of a tensor that depends on the input")
+        if func is torch.ops.aten.batch_norm.default and tensors[0].is_meta:
+            result = torch.empty_like(tensors[0])  # its kernel for shapes alone takes a millisecond
+        else:
+            result = func(*args, **kwargs)
+        if func not in _VALUES:
+            arguments = pytree.tree_map(lambda leaf: self.node(leaf) if _is_tensor(leaf) else leaf, (args, kwargs))
+            made = self._make(result, "call_function", func, *arguments)
+            if not sources.isdisjoint(self._varying):
+                self._varying.add(made)
+            parts: Iterable[Any] = result if isinstance(result, tuple | list) else ()
+            for index, item in enumerate(parts):
+                if _is_tensor(item):
+                    part = self._make(item, "call_function", operator.getitem, (made, index), {})
+                    self._varying |= {part} if made in self._varying else set()
+        self.running = None
+        return result
+
+    def _make(self, value: Any, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        made = self.graph.create_node(op, target, args, kwargs)
+        made.meta["val"] = pytree.tree_map(_shape, value)
+        made.meta["nn_module_stack"] = dict(self._stack)
+        if _is_tensor(value):
+            self._nodes[id(value)] = made
+            self._alive.append(value)
+        return made
+
+    def _placeholder(self, tensor: Tensor) -> fx.Node:
+        with self.graph.inserting_after(self._last):
+            self._last = self._make(tensor, "placeholder", f"given_{len(self.graph.nodes)}", (), {})
+        return self._last
+
+    def _enter(self, module: nn.Module, *_: Any) -> None:
+        if (path := self._paths.get(id(module))) is not None:
+            self._calls += 1
+            self._stack[f"{path}@{self._calls}"] = (path, type(module))
+
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        if id(module) in self._paths:
+            self._stack.popitem()
+
+
+def _shape(leaf: Any) -> Any:
+    """A tensor without its values."""
+    return leaf.detach().to("meta") if _is_tensor(leaf) and not leaf.is_meta else leaf
+
+
+def _is_tensor(leaf: Any) -> TypeGuard[Tensor]:
+    return isinstance(leaf, Tensor)
 
 
 def without_weights(model: nn.Module) -> nn.Module:

@@ -48,20 +48,21 @@ def channel_groups(model: nn.Module, inputs: tuple[Any, ...] | Tensor) -> list[C
         space = replace(space, forward=forward_of(bare, shapes, found, channel_of))
         groups = analyse(found, space, channel_of)
         stuck = _stuck(groups, space)
-        if stuck is None:
+        if not stuck:
             return groups
-        place, channels = stuck
-        found.ledger.pin(np.flatnonzero(np.isin(channel_of, channels)), f"is counted by a number fixed in {place!r}")
+        for place, channels in stuck.items():
+            ids = np.flatnonzero(np.isin(channel_of, channels))
+            found.ledger.pin(ids, f"is counted by a number fixed in {place!r}")
 
 
-def _stuck(groups: list[ChannelGroup], space: ChannelSpace) -> tuple[str, np.ndarray] | None:
-    """Tries uneven plans; where one would not run, the place and the channels that it counts."""
+def _stuck(groups: list[ChannelGroup], space: ChannelSpace) -> dict[str, np.ndarray]:
+    """Tries an uneven plan; where it would not run, the places and the channels that they count."""
     if space.forward is None:
-        return None
+        return {}
     generator = np.random.default_rng(0)
     scores = {group.name: generator.random(group.size) for group in groups if group.prunable}
     if not scores:
-        return None
+        return {}
     chooser = Chooser(groups, scores)
     counts = {name: max(1, int(generator.uniform(0.4, 0.8) * score.size)) for name, score in scores.items()}
     keep = chooser.keep(counts)
@@ -73,7 +74,7 @@ def _stuck(groups: list[ChannelGroup], space: ChannelSpace) -> tuple[str, np.nda
         for name in scores:
             free[channels[name]] = True
         return stuck_channels(space.forward, space.tensors, error.failed, free)
-    return None
+    return {}
 
 
 def analyse(found: Trace, space: ChannelSpace, channel_of: np.ndarray) -> list[ChannelGroup]:
@@ -99,6 +100,7 @@ def analyse(found: Trace, space: ChannelSpace, channel_of: np.ndarray) -> list[C
     consumers = _touching(group_of, reads, len(channels))
     names = _names([_path(found.producers[touching[0]].weight) for touching in producers])
     members = _members(space, group_of, len(channels))
+    constraints = _touching(group_of, [np.concatenate(balance.blocks) for balance in space.balances], len(channels))
     calls = module_calls(found)
     groups = []
     for number, own in enumerate(channels):
@@ -106,9 +108,6 @@ def analyse(found: Trace, space: ChannelSpace, channel_of: np.ndarray) -> list[C
         place = np.full(space.count, -1)
         place[numbers] = np.arange(numbers.size)
         reason = pinned.get(own[0]) or ("is a single channel" if numbers.size == 1 else None)
-        balances = tuple(
-            balance for balance in space.balances if any((place[block] >= 0).any() for block in balance.blocks)
-        )
         taps = [tap(found, found.producers[i], place[rows[i]], calls) for i in producers[number]]
         groups.append(
             ChannelGroup(
@@ -117,7 +116,7 @@ def analyse(found: Trace, space: ChannelSpace, channel_of: np.ndarray) -> list[C
                 producers=_paths([found.producers[i].weight for i in producers[number]]),
                 consumers=_paths([found.consumers[i].weight for i in consumers[number]]),
                 members=members[number],
-                constraint=balances or None,
+                constraint=tuple(space.balances[i] for i in constraints[number]) or None,
                 prunable=reason is None,
                 pinned_because=reason,
                 taps=tuple(found_tap for found_tap in taps if found_tap is not None),

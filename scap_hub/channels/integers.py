@@ -10,7 +10,7 @@ class.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +21,13 @@ from torch.utils import _pytree as pytree
 
 from scap_hub.channels.capture import evaluating
 from scap_hub.channels.ids import Ids
+from scap_hub.channels.layers import layers_of
 from scap_hub.channels.rules import Trace
 from scap_hub.channels.rules.registry import flat, owner
 from scap_hub.channels.trace import bind
 from scap_hub.errors import PlanError
 from scap_hub.plan import PruningPlan
-from scap_hub.surgery import apply_plan
+from scap_hub.surgery import apply_plan, set_attributes
 
 _MULTIPLES = (1, 2, 3, 4)
 
@@ -96,7 +97,13 @@ def forward_of(model: nn.Module, inputs: tuple[Any, ...], found: Trace, channel_
         channel_of: The channel number of each of its ids.
     """
     modules = dict(model.named_modules())
-    counted = [(node, old, channel_of[ids]) for node in found.ids for old, ids in _counts(node, found)]
+    standard = {layer.path for layer in layers_of(model)}
+    counted = [
+        (node, old, channel_of[ids])
+        for node in found.ids
+        if owner(node) not in standard
+        for old, ids in _counts(node, found)
+    ]
     if not counted:
         return None
     return Forward(
@@ -122,8 +129,10 @@ def solve_integers(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dic
     changing = [integer for integer in forward.integers if not keep[integer.channels].all()]
     kinds = {path: type(module) for path, module in forward.model.named_modules()}
 
+    trial = _Trial(forward, plan)
+
     def run(chosen: Choice) -> _Outcome:
-        return _run(forward, plan, _values(forward.model, changing, keep, kinds, chosen))
+        return trial(_values(forward.model, changing, keep, kinds, chosen))
 
     chosen = forward.chosen
     outcome = run(chosen)
@@ -139,8 +148,10 @@ def solve_integers(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dic
 
 def stuck_channels(
     forward: Forward, tensors: Mapping[str, Ids], failed: Sequence[str], free: np.ndarray
-) -> tuple[str, np.ndarray]:
+) -> dict[str, np.ndarray]:
     """What to pin after a failure, as little as possible: what a number counts, or else what passes the parameters.
+
+    Modules of one class run the same code: what is stuck in one is pinned in all of them.
 
     Args:
         forward: Where the numbers are.
@@ -149,19 +160,27 @@ def stuck_channels(
         free: Of every channel, whether it can still be pruned.
 
     Returns:
-        The path of the module to blame, and its free channels.
+        Free channels by the path of the module to blame.
     """
     passing = [(name, layer.reshape(-1)) for name, ids in tensors.items() for layer in ids.layers]
+    kinds = {path: type(module) for path, module in forward.model.named_modules()}
     for places, nested in ((forward.counted, False), (forward.counted, True), (passing, True)):
         for path in failed:
-            own = (
-                place == path or (nested and f"{place}.".startswith(f"{path}." if path else "")) for place, _ in places
-            )
-            inside = [channels for (_, channels), chosen in zip(places, own, strict=True) if chosen]
-            channels = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *inside]))
-            if free[channels].any():
-                return path, channels[free[channels]]
+            alike = [path]
+            if places is forward.counted and not kinds[path].__module__.startswith("torch.nn"):
+                alike = [other for other, kind in kinds.items() if kind is kinds[path]]
+            stuck = {other: _inside(other, places, nested, free) for other in alike}
+            if stuck[path].size:
+                return {other: channels for other, channels in stuck.items() if channels.size}
     raise AssertionError("a model of which nothing can be pruned runs as it did")
+
+
+def _inside(path: str, places: Iterable[tuple[str, np.ndarray]], nested: bool, free: np.ndarray) -> np.ndarray:
+    """The free channels of the places at a path, or also below it."""
+    prefix = f"{path}." if path else ""
+    own = [channels for place, channels in places if place == path or (nested and f"{place}.".startswith(prefix))]
+    channels = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *own]))
+    return channels[free[channels]]
 
 
 def _counts(node: fx.Node, found: Trace) -> Iterator[tuple[int, np.ndarray]]:
@@ -266,30 +285,37 @@ class _Outcome:
     message: str = ""
 
 
-def _run(forward: Forward, plan: PruningPlan, values: dict[str, dict[str, Any]]) -> _Outcome:
-    attributes = {
-        path: {**plan.attributes.get(path, {}), **values.get(path, {})} for path in {**plan.attributes, **values}
-    }
-    finished, running = 0, [""]
+class _Trial:
+    """A pruned model without weights, run with one set of attributes after another."""
 
-    def leave(*_: Any) -> None:
-        nonlocal finished
-        finished += 1
-        running.pop()
-
-    try:
-        small = apply_plan(forward.model, plan.model_copy(update={"attributes": attributes}))
-        for path, module in small.named_modules():
+    def __init__(self, forward: Forward, plan: PruningPlan) -> None:
+        self.forward = forward
+        self.small = apply_plan(forward.model, plan)
+        self.finished = 0
+        self.running = [""]
+        for path, module in self.small.named_modules():
             if path:
-                module.register_forward_pre_hook(lambda *_, path=path: running.append(path))
-                module.register_forward_hook(leave)
-        with torch.no_grad(), evaluating(small):
-            output = small(*forward.inputs)
-    except Exception as error:
-        return _Outcome(
-            finished, tuple(running[::-1]), f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        )
-    shapes = tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
-    if shapes != forward.outputs:
-        return _Outcome(finished, ("",), f"outputs of shapes {shapes} instead of {forward.outputs}")
-    return _Outcome(float("inf"))
+                module.register_forward_pre_hook(lambda *_, path=path: self.running.append(path))
+                module.register_forward_hook(self._leave)
+
+    def _leave(self, *_: Any) -> None:
+        self.finished += 1
+        self.running.pop()
+
+    def __call__(self, values: dict[str, dict[str, Any]]) -> _Outcome:
+        before = {path: {name: getattr(self.small.get_submodule(path), name) for name in own}
+                  for path, own in values.items()}  # fmt: skip
+        self.finished, self.running = 0, [""]
+        set_attributes(self.small, values)
+        try:
+            with torch.no_grad(), evaluating(self.small):
+                output = self.small(*self.forward.inputs)
+        except Exception as error:
+            message = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            return _Outcome(self.finished, tuple(self.running[::-1]), message)
+        finally:
+            set_attributes(self.small, before)
+        shapes = tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+        if shapes != self.forward.outputs:
+            return _Outcome(self.finished, ("",), f"outputs of shapes {shapes} instead of {self.forward.outputs}")
+        return _Outcome(float("inf"))

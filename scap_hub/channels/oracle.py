@@ -110,7 +110,7 @@ def masked_output(dense: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...]) 
     stays = keep[channel_of]
     interpreter = _Masked(captured.graph, found.ids, stays)
     values = []
-    leaves = iter([leaf for leaf in pytree.tree_leaves(inputs)])
+    leaves = iter([leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)])
     for node in captured.graph.nodes:
         if node.op != "placeholder":
             continue

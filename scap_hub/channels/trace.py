@@ -25,7 +25,7 @@ def trace(captured: Capture) -> Trace:
         elif node.op == "call_function":
             found.ids[node] = _call(found, node)
         elif node.op == "output":
-            for source in node.all_input_nodes:
+            for source in node.args[0]:
                 found.outputs += flat(found.ids[source])
             found.ledger.pin_all(found.outputs, "is an output of the model")
     return found
