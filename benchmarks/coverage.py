@@ -34,16 +34,21 @@ def build(library: str, name: str) -> Any:
     import transformers
 
     call = ast.parse(name, mode="eval").body
-    options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    config = getattr(transformers, call.func.id)(**options)
+    if call.args:
+        # Model(Config(...)): a class by name.
+        return getattr(transformers, call.func.id)(configured(call.args[0]))
+    config = configured(call)
     # Some configs of two model classes need to be told which.
     config.architectures = [type(config).__name__.replace("Config", "ForImageClassification")]
-    for auto in ("AutoModelForImageClassification", "AutoBackbone", "AutoModel"):
-        try:
-            return getattr(transformers, auto).from_config(config)
-        except ValueError:
-            continue
-    raise ValueError(f"transformers builds no model from {name}")
+    return transformers.AutoModelForImageClassification.from_config(config)
+
+
+def configured(call: ast.Call) -> Any:
+    """The transformers config that a call writes down."""
+    import transformers
+
+    options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    return getattr(transformers, call.func.id)(**options)
 
 
 def measure(library: str, name: str, size: int) -> dict[str, Any]:
