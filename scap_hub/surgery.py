@@ -36,12 +36,25 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> nn.Module:
 
 
 def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, int | list[int]]]) -> None:
-    """Gives modules their new integers; a list takes the place of whatever sequence was there."""
+    """Gives modules, or their `config`, their new integers; a list takes the place of whatever sequence was there."""
     for path, values in attributes.items():
         module = model.get_submodule(path)
         for attribute, value in values.items():
-            old = getattr(module, attribute)
-            setattr(module, attribute, type(old)(value))
+            holder, name = _holder(module, attribute)
+            setattr(holder, name, _renewed(getattr(holder, name), value))
+
+
+def _holder(module: Any, attribute: str) -> tuple[Any, str]:
+    prefix, _, name = attribute.rpartition(".")
+    return (getattr(module, "config", None) if prefix == "config" else module), name
+
+
+def _renewed(old: Any, value: int | list[int]) -> Any:
+    if isinstance(value, int):
+        return value
+    pairs = zip(old, value, strict=True)
+    # timm's feature_info holds the width among other things.
+    return type(old)({**item, "num_chs": new} if isinstance(item, dict) else new for item, new in pairs)
 
 
 def _check(model: nn.Module, plan: PruningPlan) -> None:
@@ -58,7 +71,8 @@ def _check(model: nn.Module, plan: PruningPlan) -> None:
         except AttributeError:
             raise PlanError(f"the model has no module {path!r}; the plan was made for another model") from None
         for attribute, value in values.items():
-            old = module.__dict__.get(attribute)
+            holder, name = _holder(module, attribute)
+            old = getattr(holder, "__dict__", {}).get(name)
             fits = (isinstance(value, int) and type(old) is int) or (
                 isinstance(value, list) and _integers(old, len(value))
             )
@@ -67,7 +81,11 @@ def _check(model: nn.Module, plan: PruningPlan) -> None:
 
 
 def _integers(old: object, count: int) -> bool:
-    return isinstance(old, list | tuple) and len(old) == count and all(type(item) is int for item in old)
+    return (
+        isinstance(old, list | tuple)
+        and len(old) == count
+        and all(type(item.get("num_chs") if isinstance(item, dict) else item) is int for item in old)
+    )
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

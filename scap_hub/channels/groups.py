@@ -40,8 +40,9 @@ def channel_groups(model: nn.Module, inputs: tuple[Any, ...] | Tensor) -> list[C
     try:
         captured = capture(bare, shapes)
     except ModelError:
-        # Its forward pass looks at values. Exporting may leave caches behind: not in the caller's model.
-        captured = capture(copy.deepcopy(model), arguments)
+        # Its forward pass makes tensors on a device of its own, or looks at their values.
+        bare, shapes = copy.deepcopy(model), arguments
+        captured = capture(bare, shapes)
     found = trace(captured)
     while True:
         space, channel_of = solve(captured, found, model)
@@ -57,7 +58,8 @@ def channel_groups(model: nn.Module, inputs: tuple[Any, ...] | Tensor) -> list[C
 
 def _stuck(groups: list[ChannelGroup], space: ChannelSpace) -> dict[str, np.ndarray]:
     """Tries an uneven plan; where it would not run, the places and the channels that they count."""
-    if space.forward is None:
+    assert space.forward is not None
+    if not space.forward.counted:
         return {}
     generator = np.random.default_rng(0)
     scores = {group.name: generator.random(group.size) for group in groups if group.prunable}
@@ -68,7 +70,7 @@ def _stuck(groups: list[ChannelGroup], space: ChannelSpace) -> dict[str, np.ndar
     keep = chooser.keep(counts)
     channels = {group.name: group.channels for group in groups}
     try:
-        space.document(channels, keep)
+        space.cut(channels, keep)
     except StuckError as error:
         free = np.zeros(space.count, dtype=bool)
         for name in scores:

@@ -25,6 +25,7 @@ from scap_hub.channels.layers import layers_of
 from scap_hub.channels.rules import Trace
 from scap_hub.channels.rules.registry import flat, owner
 from scap_hub.channels.trace import bind
+from scap_hub.channels.widths import Features, features_of, widths
 from scap_hub.errors import PlanError
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan, set_attributes
@@ -71,12 +72,13 @@ class Forward:
     """What it takes to try a plan without weights.
 
     Attributes:
-        model: A copy of the model on the meta device.
-        inputs: Meta tensors of the example's shapes.
+        model: A copy of the model, on the meta device wherever it runs there.
+        inputs: The example's tensors on that device.
         outputs: Shapes of the model's outputs.
         integers: Attributes that may have to change.
         counted: The channels that are counted by a number in the graph, with the path of the module that does it.
         chosen: What turned out to have to change.
+        features: The dense model's, once somebody asked.
     """
 
     model: nn.Module
@@ -85,10 +87,11 @@ class Forward:
     integers: tuple[Integer, ...]
     counted: tuple[tuple[str, np.ndarray], ...]
     chosen: Choice = field(default_factory=frozenset)
+    features: Features | None = None
 
 
-def forward_of(model: nn.Module, inputs: tuple[Any, ...], found: Trace, channel_of: np.ndarray) -> Forward | None:
-    """Collects a model's integers; None if its forward pass has none that counts channels.
+def forward_of(model: nn.Module, inputs: tuple[Any, ...], found: Trace, channel_of: np.ndarray) -> Forward:
+    """Collects the integers of a model's forward pass that count channels, beyond those of standard layers.
 
     Args:
         model: On the meta device.
@@ -104,8 +107,6 @@ def forward_of(model: nn.Module, inputs: tuple[Any, ...], found: Trace, channel_
         if owner(node) not in standard
         for old, ids in _counts(node, found)
     ]
-    if not counted:
-        return None
     return Forward(
         model=model,
         inputs=inputs,
@@ -144,6 +145,14 @@ def solve_integers(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dic
         outcome, chosen = better
     forward.chosen |= chosen
     return _values(forward.model, changing, keep, kinds, chosen)
+
+
+def new_widths(forward: Forward, plan: PruningPlan) -> dict[str, dict[str, Any]]:
+    """The numbers that describe a model's widths to other code, where a plan that runs changes them."""
+    if forward.features is None:
+        forward.features = features_of(forward.model, forward.inputs)
+    small = apply_plan(forward.model, plan)
+    return widths(forward.model, forward.features, features_of(small, forward.inputs))
 
 
 def stuck_channels(

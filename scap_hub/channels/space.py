@@ -11,7 +11,7 @@ from torch import nn
 
 from scap_hub.channels.capture import Capture
 from scap_hub.channels.ids import Ids, support
-from scap_hub.channels.integers import Forward, solve_integers
+from scap_hub.channels.integers import Forward, new_widths, solve_integers
 from scap_hub.channels.layers import Layer, layers_of
 from scap_hub.channels.rules import Cost, Trace
 from scap_hub.channels.trace import count_staying
@@ -47,7 +47,7 @@ class ChannelSpace:
         balances: What must stay balanced, non-trivial ones only.
         layers: Modules whose integers follow from their weights.
         parameters: Names in `tensors` that are parameters, not buffers.
-        forward: What it takes to find the integers that the forward pass holds; None where there are none.
+        forward: What it takes to find the integers that modules hold; None for a trace that is never cut.
     """
 
     count: int
@@ -77,6 +77,14 @@ class ChannelSpace:
         Raises:
             PlanError: A keep is empty, out of range or repeated, or channels that must stay balanced are not.
         """
+        document = self.cut(channels, keep)
+        if self.forward is not None and document["tensors"]:
+            for path, values in new_widths(self.forward, PruningPlan(**document)).items():
+                document["attributes"].setdefault(path, {}).update(values)
+        return document
+
+    def cut(self, channels: Mapping[str, np.ndarray], keep: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """The same with no more than the forward pass needs."""
         stays = np.ones(self.count, dtype=bool)
         kept = {name: _checked(name, wanted, channels[name].size) for name, wanted in keep.items()}
         for name, indices in kept.items():
@@ -125,7 +133,7 @@ class ChannelSpace:
             "tensors": tensors,
             "attributes": attributes,
         }
-        if self.forward is not None and tensors:
+        if self.forward is not None and self.forward.counted and tensors:
             for path, values in solve_integers(self.forward, PruningPlan(**document), stays).items():
                 attributes[path] = {**attributes.get(path, {}), **values}
         return document

@@ -195,7 +195,7 @@ def _config(
             config["label2id"] = {label: index for index, label in enumerate(loaded.labels)}
     if plain:
         return {**config, "scap": {**scap, "layout": "uniform"}}
-    cut = cut_of(plan, loaded, model)
+    cut = cut_of(plan, loaded)
     if loaded.library == "timm":
         # timm and its wrapper in transformers hand nothing but `model_args` on.
         config["model_args"] = {"base": config["architecture"], **config["model_args"], "cut": cut}

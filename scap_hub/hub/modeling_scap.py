@@ -63,6 +63,8 @@ def _shape(name: str, text: str, old: torch.Size) -> list[int]:
 def _value(name: str, old: Any, new: Any) -> Any:
     if isinstance(old, list | tuple) and isinstance(new, list) and len(old) == len(new):
         return type(old)(_value(name, *pair) for pair in zip(old, new, strict=True))
+    if isinstance(old, dict) and "num_chs" in old:  # timm's feature_info
+        return {**old, "num_chs": _value(name, old["num_chs"], new)}
     if type(old) is int and type(new) is int and 0 < new <= old:
         return new
     raise ValueError(f"config.json sets {name!r} to {new!r}, but the dense model has {old!r}")
