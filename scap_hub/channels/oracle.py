@@ -8,6 +8,7 @@ the surgery is used, so a wrong index anywhere shows as a difference.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -153,24 +154,38 @@ class _Masked(fx.Interpreter):
         return any(not self.stays[layer].all() for ids in read for layer in ids.layers)
 
     def _kept(self, ids: Ids) -> list[tuple[int, Tensor]]:
-        return [
-            (support(layer)[0], torch.from_numpy(np.flatnonzero(self.stays[layer.reshape(-1)])))
-            for layer in ids.layers
-            if len(support(layer)) == 1
-        ]
+        """Of each dimension that loses elements which ones stay: a shape that broadcasts, indices along the dimension.
+
+        The blocks of a grouped convolution's weight lose different columns, equally many each.
+        """
+        masks = {support(layer): torch.from_numpy(self.stays[layer]) for layer in ids.layers}
+        kept = []
+        for dims, mask in sorted(masks.items(), key=lambda item: len(item[0])):
+            for dim in dims[:-1]:
+                if (dim,) in masks:
+                    mask = mask.index_select(dim, masks[dim,].flatten().nonzero().flatten())
+            stay = mask.movedim(dims[-1], -1)
+            columns = stay.nonzero()[:, -1].view(*stay.shape[:-1], -1)
+            kept.append((dims[-1], columns.movedim(-1, dims[-1])))
+        return kept
 
     def _compact(self, value: Any, ids: Any) -> Any:
         if isinstance(value, Tensor) and isinstance(ids, Ids):
             for dim, kept in self._kept(ids):
-                value = value.index_select(dim, kept)
+                value = value.take_along_dim(_stretched(kept, value.shape, dim), dim)
         return value
 
     def _scatter(self, value: Tensor, ids: Ids) -> Tensor:
-        for dim, kept in self._kept(ids):
+        for dim, kept in reversed(self._kept(ids)):
             full = list(value.shape)
             full[dim] = ids.shape[dim]
-            value = value.new_zeros(full).index_copy(dim, kept, value)
+            value = value.new_zeros(full).scatter(dim, _stretched(kept, value.shape, dim), value)
         return value
+
+
+def _stretched(indices: Tensor, shape: Sequence[int], dim: int) -> Tensor:
+    """Indices along `dim` for a tensor of this shape."""
+    return indices.expand([indices.shape[dim] if d == dim else size for d, size in enumerate(shape)])
 
 
 def _masked(tensor: Tensor, name: str, plan: PruningPlan) -> Tensor:
