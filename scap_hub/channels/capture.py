@@ -23,6 +23,7 @@ from scap_hub.errors import ModelError
 _VALUES = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
 """What turns a tensor into a Python number."""
 
+
 @dataclass(frozen=True, eq=False)
 class Capture:
     """A captured forward pass.

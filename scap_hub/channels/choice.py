@@ -75,36 +75,49 @@ def _solve(
     balances: list[Balance],
     channels: int,
 ) -> dict[str, np.ndarray]:
-    """Best total score with every balance kept and each group as near to its count as the balances allow."""
+    """Best total score with every balance kept and each group as near to its count as the balances allow.
+
+    Channels of one group that the balances cannot tell apart form a cell. Only how many stay of each cell has to be an
+    integer: which ones, their scores decide.
+    """
     column = np.full(channels, -1)
     every = np.concatenate([group.channels for group in groups])
     column[every] = np.arange(every.size)
     x, many = every.size, len(groups)
-    # Columns: channels (binary), one level for each balance (integer), and each group's shortfall and excess.
-    width = x + len(balances) + 2 * many
-    rows = sum(len(balance.blocks) for balance in balances)
-    matrix, right = lil_matrix((rows + many, width)), np.zeros(rows + many)
-    row = 0
-    for level, balance in enumerate(balances):
-        for block in balance.blocks:
-            inside = column[block]
-            np.add.at(right, row, -float((inside < 0).sum()))
-            for place in inside[inside >= 0]:
-                matrix[row, place] += 1
-            matrix[row, x + level] = -1
-            row += 1
-    for number, group in enumerate(groups):
-        matrix[row + number, column[group.channels]] = 1
-        matrix[row + number, x + len(balances) + number] = 1
-        matrix[row + number, x + len(balances) + many + number] = -1
-        right[row + number] = counts[group.name]
+    cell = _cells(groups, balances, column, x)
+    cells = int(cell.max()) + 1
+    # Columns: channels, how many stay of each cell and the level of each balance (integers), and each group's
+    # shortfall and excess.
+    levels = x + cells
+    width = levels + len(balances) + 2 * many
+    blocks = [(level, balance, i) for level, balance in enumerate(balances) for i in range(len(balance.blocks))]
+    matrix, right = lil_matrix((cells + len(blocks) + many, width)), np.zeros(cells + len(blocks) + many)
+    matrix[cell, np.arange(x)] = 1
+    matrix[np.arange(cells), x + np.arange(cells)] = -1
+    for row, (level, balance, i) in enumerate(blocks, start=cells):
+        inside = column[balance.blocks[i]]
+        right[row] = -float((inside < 0).sum()) - balance.offsets[i]
+        members, often = np.unique(cell[inside[inside >= 0]], return_counts=True)
+        # A channel that fills several places of a block counts as often.
+        sizes = np.bincount(cell[np.unique(inside[inside >= 0])], minlength=cells)[members]
+        matrix[row, x + members] = often / sizes
+        matrix[row, levels + level] = -1
+    for row, group in enumerate(groups, start=cells + len(blocks)):
+        number = row - cells - len(blocks)
+        matrix[row, column[group.channels]] = 1
+        matrix[row, levels + len(balances) + number] = 1
+        matrix[row, levels + len(balances) + many + number] = -1
+        right[row] = counts[group.name]
     value = np.concatenate([_scaled(scores[group.name]) for group in groups])
-    missed = np.full(2 * many, 2.0 * x)
+    lower = np.zeros(width)
+    lower[levels : levels + len(balances)] = [1 + max(balance.offsets) for balance in balances]
+    upper = np.full(width, np.inf)
+    upper[:x] = 1
     answer = milp(
-        c=np.concatenate([-value, np.zeros(len(balances)), missed]),
+        c=np.concatenate([-value, np.zeros(cells + len(balances)), np.full(2 * many, 2.0 * x)]),
         constraints=LinearConstraint(csr_matrix(matrix), right, right),
-        integrality=np.concatenate([np.ones(x + len(balances)), np.zeros(2 * many)]),
-        bounds=Bounds(0, np.concatenate([np.ones(x), np.full(width - x, np.inf)])),
+        integrality=np.concatenate([np.zeros(x), np.ones(cells + len(balances)), np.zeros(2 * many)]),
+        bounds=Bounds(lower, upper),
         options={"time_limit": _SOLVER_SECONDS, "mip_rel_gap": 1e-3},
     )
     if answer.x is None:
@@ -112,8 +125,25 @@ def _solve(
             f"no balanced choice found for {', '.join(group.name for group in groups[:3])} "
             f"({balances[0].reason}): {answer.message}; protect them, or ask for another target"
         )
-    kept = answer.x[:x] > 0.5
+    kept = np.zeros(x, dtype=bool)
+    for number, count in enumerate(np.rint(answer.x[x:levels]).astype(int)):
+        own = np.flatnonzero(cell == number)
+        kept[own[_best(value[own], count)]] = True
     return {group.name: np.flatnonzero(kept[column[group.channels]]) for group in groups}
+
+
+def _cells(groups: list[ChannelGroup], balances: list[Balance], column: np.ndarray, x: int) -> np.ndarray:
+    """(x,) the cell of each channel: the same group, in the same blocks as often."""
+    random = np.random.default_rng(0)
+    signature = np.zeros(x, dtype=np.uint64)
+    for group in groups:
+        signature[column[group.channels]] = random.integers(1, 2**63, dtype=np.uint64)
+    for balance in balances:
+        for block in balance.blocks:
+            inside = column[block]
+            inside, often = np.unique(inside[inside >= 0], return_counts=True)
+            signature[inside] += random.integers(1, 2**63, dtype=np.uint64) * often.astype(np.uint64)
+    return np.unique(signature, return_inverse=True)[1].reshape(-1)
 
 
 def _scaled(scores: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scap_hub.channels.capture import capture, on_meta, without_weights
 from scap_hub.channels.choice import Chooser
 from scap_hub.channels.group import ChannelGroup
-from scap_hub.channels.integers import StuckError, forward_of, stuck_channels
+from scap_hub.channels.integers import StuckError, forward_of, shared_numbers, stuck_channels
 from scap_hub.channels.rules import Trace
 from scap_hub.channels.space import ChannelSpace, solve
 from scap_hub.channels.taps import Tap, module_calls, tap
@@ -44,39 +44,44 @@ def channel_groups(model: nn.Module, inputs: tuple[Any, ...] | Tensor) -> list[C
         bare, shapes = copy.deepcopy(model), arguments
         captured = capture(bare, shapes)
     found = trace(captured)
+    balanced: set[str] = set()
     while True:
         space, channel_of = solve(captured, found, model)
         space = replace(space, forward=forward_of(bare, shapes, found, channel_of))
         groups = analyse(found, space, channel_of)
         stuck = _stuck(groups, space)
-        if not stuck:
+        if stuck is None:
             return groups
-        for place, channels in stuck.items():
+        assert space.forward is not None
+        shared = shared_numbers(space.forward, stuck.failed)
+        if shared.keys() - balanced:
+            id_of = np.unique(channel_of, return_index=True)[1]
+            for name in shared.keys() - balanced:
+                found.ledger.balance([id_of[channels] for channels in shared[name]], f"places of {name}")
+            balanced |= shared.keys()
+            continue
+        free = np.zeros(space.count, dtype=bool)
+        for group in groups:
+            free[group.channels] = group.prunable
+        for place, channels in stuck_channels(space.forward, space.tensors, stuck.failed, free).items():
             ids = np.flatnonzero(np.isin(channel_of, channels))
             found.ledger.pin(ids, f"is counted by a number fixed in {place!r}")
 
 
-def _stuck(groups: list[ChannelGroup], space: ChannelSpace) -> dict[str, np.ndarray]:
-    """Tries an uneven plan; where it would not run, the places and the channels that they count."""
+def _stuck(groups: list[ChannelGroup], space: ChannelSpace) -> StuckError | None:
+    """Tries an uneven plan; how it fails, if it does."""
     assert space.forward is not None
-    if not space.forward.counted:
-        return {}
     generator = np.random.default_rng(0)
     scores = {group.name: generator.random(group.size) for group in groups if group.prunable}
-    if not scores:
-        return {}
+    if not scores or not space.forward.counted:
+        return None
     chooser = Chooser(groups, scores)
     counts = {name: max(1, int(generator.uniform(0.4, 0.8) * score.size)) for name, score in scores.items()}
-    keep = chooser.keep(counts)
-    channels = {group.name: group.channels for group in groups}
     try:
-        space.cut(channels, keep)
+        space.cut({group.name: group.channels for group in groups}, chooser.keep(counts))
     except StuckError as error:
-        free = np.zeros(space.count, dtype=bool)
-        for name in scores:
-            free[channels[name]] = True
-        return stuck_channels(space.forward, space.tensors, error.failed, free)
-    return {}
+        return error
+    return None
 
 
 def analyse(found: Trace, space: ChannelSpace, channel_of: np.ndarray) -> list[ChannelGroup]:
@@ -136,8 +141,8 @@ def _pins(found: Trace, space: ChannelSpace, channel_of: np.ndarray) -> dict[int
         for channel in np.unique(channel_of[ids]).tolist():
             pinned.setdefault(channel, reason)
     read = np.zeros(space.count, dtype=bool)
-    for consumer in found.consumers:
-        read[channel_of[consumer.ids]] = True
+    for ids in (*(consumer.ids for consumer in found.consumers), *found.summed):
+        read[channel_of[ids]] = True
     made = np.zeros(space.count, dtype=bool)
     for producer in found.producers:
         made[channel_of[producer.ids]] = True

@@ -155,6 +155,28 @@ def new_widths(forward: Forward, plan: PruningPlan) -> dict[str, dict[str, Any]]
     return widths(forward.model, forward.features, features_of(small, forward.inputs))
 
 
+def shared_numbers(forward: Forward, failed: Sequence[str]) -> dict[str, list[np.ndarray]]:
+    """Channels that one attribute counts in several places of one module: they must stay equally many.
+
+    Args:
+        forward: Where the numbers are.
+        failed: The modules around a failure, innermost first.
+
+    Returns:
+        For each such attribute, in all modules of the classes that failed, the channels of its places.
+    """
+    kinds = {path: type(module) for path, module in forward.model.named_modules()}
+    blamed = {kinds[path] for path in failed[:1]}
+    shared: dict[str, dict[bytes, np.ndarray]] = {}
+    for integer in forward.integers:
+        path, name, index = integer.place
+        if kinds[path] in blamed:
+            places = shared.setdefault(f"{path}.{name}" + ("" if index is None else f"[{index}]"), {})
+            places[np.sort(integer.channels).tobytes()] = integer.channels
+    alike = {name: list(places.values()) for name, places in shared.items()}
+    return {name: places for name, places in alike.items() if len({len(p) for p in places}) == 1 < len(places)}
+
+
 def stuck_channels(
     forward: Forward, tensors: Mapping[str, Ids], failed: Sequence[str], free: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -206,8 +228,9 @@ def _counts(node: fx.Node, found: Trace) -> Iterator[tuple[int, np.ndarray]]:
             if isinstance(size, int) and size > 1:
                 yield from _line(size, own[0], dim)
     elif name in ("split_with_sizes", "split"):
-        parts = own if name == "split_with_sizes" else own[:1]
-        for part in parts:
+        whole = flat(found.ids[arguments["self"]])[0]
+        # The last size is often written as the whole less the others.
+        for part in [*own, whole] if name == "split_with_sizes" else own[:1]:
             dim = arguments["dim"] % len(part.shape)
             yield from _line(part.shape[dim], part, dim)
     elif name in ("slice", "narrow"):

@@ -135,7 +135,8 @@ class _Masked(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         name = str(n.target).removeprefix("aten.").split(".")[0]
-        if n.op != "call_function" or name not in _SURVIVORS or not self._loses(n):
+        counts = name in _SURVIVORS or (name.startswith("conv") and self._slides_over_channels(n))
+        if n.op != "call_function" or not counts or not self._loses(n):
             return super().run_node(n)
         arguments = {
             key: fx.map_arg(value, lambda node: self._compact(self.env[node], self.ids[node.name]))
@@ -148,6 +149,10 @@ class _Masked(fx.Interpreter):
         if isinstance(result, Tensor):
             return self._scatter(result, ids[0])
         return [self._scatter(value, own) for value, own in zip(result, ids, strict=True)]
+
+    def _slides_over_channels(self, n: fx.Node) -> bool:
+        x = self.ids[bind(n)["input"].name]
+        return any(max(support(layer)) > 1 for layer in x.layers)
 
     def _loses(self, n: fx.Node) -> bool:
         read = [ids for node in n.all_input_nodes for ids in flat(self.ids[node.name])]

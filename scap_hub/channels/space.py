@@ -21,7 +21,7 @@ from scap_hub.plan import PruningPlan, ranges
 
 @dataclass(frozen=True, eq=False)
 class Balance:
-    """Blocks of channels that must keep equally many each.
+    """Blocks of channels that must lose equally many each.
 
     Attributes:
         blocks: Channel numbers of each block; one that fills several places stands there as often.
@@ -31,9 +31,15 @@ class Balance:
     blocks: tuple[np.ndarray, ...]
     reason: str
 
-    def counts(self, keep: np.ndarray) -> list[int]:
-        """How many places of each block stay."""
-        return [int(keep[block].sum()) for block in self.blocks]
+    @property
+    def offsets(self) -> list[int]:
+        """How much smaller than the largest each block is: a chunk into uneven parts has a smaller last one."""
+        largest = max(block.size for block in self.blocks)
+        return [largest - block.size for block in self.blocks]
+
+    def lost(self, keep: np.ndarray) -> list[int]:
+        """How many places of each block go."""
+        return [int((~keep[block]).sum()) for block in self.blocks]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +96,10 @@ class ChannelSpace:
         for name, indices in kept.items():
             stays[np.delete(channels[name], indices)] = False
         for balance in self.balances:
-            counts = balance.counts(stays)
-            if len(set(counts)) > 1:
+            lost = balance.lost(stays)
+            if len(set(lost)) > 1:
                 raise PlanError(
-                    f"unbalanced keep: {balance.reason} must keep equally many channels each, not {counts[:8]}; "
+                    f"unbalanced keep: {balance.reason} must lose equally many channels each, not {lost[:8]}; "
                     "scap_hub.select chooses balanced ones"
                 )
         entries: dict[str, int] = {}

@@ -38,6 +38,8 @@ def contraction(call: Call, operands: list[Ids], labels: list[str], out: str, we
             for ids in present[1:]:
                 ledger.equate(present[0], ids, reason)
             along[name] = present[0]
+            if name not in out:
+                call.trace.summed.append(present[0])
     every = list(size)
     space = Ids(tuple(size.values()), tuple(line(ids, every.index(name), len(every)) for name, ids in along.items()))
     call.trace.costs.append(Cost(space, 1, weight))

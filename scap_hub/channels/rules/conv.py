@@ -18,6 +18,10 @@ def conv(call: Call) -> Ids:
     """
     x, w, groups, name = call.ids("input"), call.ids("weight"), call["groups"], call.state("weight")
     ledger, batched = call.ledger, len(call.shape) == len(w.shape)
+    if w.shape[:2] == (1, 1) and call.shape == x.shape:
+        # Channel attention (ECA) slides over the channels: what is left of them are neighbours then.
+        call.trace.costs.append(Cost(x, int(np.prod(w.shape[2:])), name))
+        return x
     channels = x.along(1) if batched else None
     _pin_all_but(call, x, (1,) if batched else ())
     _pin_all_but(call, w, (0,), (1,), (0, 1))

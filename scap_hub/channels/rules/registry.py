@@ -46,6 +46,8 @@ class Trace:
     ledger: Ledger = field(default_factory=Ledger)
     producers: list[Producer] = field(default_factory=list)
     consumers: list[Consumer] = field(default_factory=list)
+    summed: list[np.ndarray] = field(default_factory=list)
+    """Ids that products sum over: being read by another tensor is being read."""
     costs: list[Cost] = field(default_factory=list)
     ids: dict[fx.Node, Any] = field(default_factory=dict)
     outputs: list[Ids] = field(default_factory=list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from scap_hub.channels.ids import Ids, support
+from scap_hub.channels.ids import STAYS, Ids, support
 from scap_hub.channels.rules.registry import Call, rule
 
 
@@ -40,17 +40,32 @@ def pool2d(call: Call) -> Ids | list[Ids]:
     return [Ids(shape, layers) for shape in call.shapes] if isinstance(value, tuple | list) else Ids(call.shape, layers)
 
 
+@rule("unfold")
+def unfold(call: Call) -> Ids:
+    """Windows along one dimension, laid along a new last one."""
+    x, dim = call.ids("self"), call["dimension"] % len(call.ids("self").shape)
+    for layer in x.layers:
+        if dim in support(layer):
+            call.ledger.pin(layer, f"lies along the window of {call.place}")
+    kept = [layer[..., None] for layer in x.layers if dim not in support(layer)]
+    return Ids(call.shape, tuple(kept))
+
+
 @rule("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d")
 def pad(call: Call) -> Ids:
-    """Padded dimensions cannot shrink; a constant keeps its place."""
+    """Constants around the channels stay; whatever copies elements to the border holds them."""
     amounts = call.args.get("pad") or call.args["padding"]
     x = call.ids("self")
     rank = len(x.shape)
-    padded = {rank - 1 - index // 2 for index, amount in enumerate(amounts) if amount}
+    padded = {rank - 1 - i: (amounts[2 * i], amounts[2 * i + 1]) for i in range(len(amounts) // 2)}
+    constant = call.args.get("mode", "constant") == "constant" and not call.op.startswith(("reflection", "replication"))
     kept = []
     for layer in x.layers:
-        if padded & set(support(layer)):
-            call.ledger.pin(layer, f"is padded ({call.place})")
-        else:
+        around = [padded.get(dim, (0, 0)) if dim in support(layer) else (0, 0) for dim in range(rank)]
+        if not any(map(any, around)):
             kept.append(layer)
+        elif constant and support(layer) == tuple(dim for dim in range(rank) if any(around[dim])) and min(amounts) >= 0:
+            kept.append(np.pad(layer, around, constant_values=STAYS))
+        else:
+            call.ledger.pin(layer, f"is padded ({call.place})")
     return Ids(call.shape, tuple(kept))

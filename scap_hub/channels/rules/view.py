@@ -196,17 +196,16 @@ def roll(call: Call) -> Ids:
 
 @rule("chunk", "split", "split_with_sizes")
 def split(call: Call) -> list[Ids]:
-    """Parts along one dimension. Equal parts keep equally many; unequal ones need their sizes as a list."""
+    """Parts along one dimension. Where the code does not list their sizes, all lose equally many: equal parts stay
+    equal, and a last part that is smaller stays smaller by as much.
+    """
     x, dim = call.ids("self"), call.dim()
     ends = np.cumsum([shape[dim] for shape in call.shapes])
     starts = ends - [shape[dim] for shape in call.shapes]
     parts = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
     equal = len({shape[dim] for shape in call.shapes}) == 1
-    if not equal and "sizes" not in call.op:
-        layers = tuple(_free(call, x, dim))
-        return [Ids(shape, layers) for shape in call.shapes]
     for layer in x.layers:
-        if equal and dim in support(layer):
+        if dim in support(layer) and (equal or "sizes" not in call.op):
             call.ledger.balance([_taken(layer, dim, part) for part in parts], f"equal parts of {call.place}")
     return [
         Ids(shape, tuple(_taken(layer, dim, part) for layer in x.layers))
