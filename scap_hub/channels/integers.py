@@ -100,7 +100,7 @@ def forward_of(model: nn.Module, inputs: tuple[Any, ...], found: Trace, channel_
         channel_of: The channel number of each of its ids.
     """
     modules = dict(model.named_modules())
-    standard = {layer.path for layer in layers_of(model)}
+    standard = {layer.path for layer in layers_of(model) if layer.kind != "group_norm"}
     counted = [
         (node, old, channel_of[ids])
         for node in found.ids

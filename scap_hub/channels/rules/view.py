@@ -148,7 +148,7 @@ def slice_(call: Call) -> Ids:
     x, dim = call.ids("self"), call.dim()
     width = call.shape[dim]
     first = (call["start"] or 0) % max(1, x.shape[dim])
-    if width < x.shape[dim] and x.shape[dim] % width == 0 and first % width == 0:
+    if 1 < width < x.shape[dim] and x.shape[dim] % width == 0 and first % width == 0:
         # One of several equal parts: where the code halves a width it must stay divisible.
         for layer in x.layers:
             if support(layer) == (dim,):
