@@ -3,6 +3,7 @@
     python benchmarks/coverage.py --json out/coverage.json                    # the development list
     python benchmarks/coverage.py --quick --json out/coverage.json            # four models
     python benchmarks/coverage.py --models my-list.txt --json out/coverage.json
+    python benchmarks/coverage.py --peer torch-pruning --json out/coverage.json   # Torch-Pruning beside it
 
 Weights are random and randomised once more (norms and statistics too), so that no zero hides a fault. Every model is
 pruned to half of each group and to a random fraction of each, and each time its float64 output must equal that of the
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
+import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +54,27 @@ def configured(call: ast.Call) -> Any:
 
 
 def measure(library: str, name: str, size: int) -> dict[str, Any]:
-    """Analyses, prunes and verifies one model."""
+    """Analyses, prunes and verifies one model; CPU seconds."""
     import numpy as np
     import torch
     from torch import nn
 
     from scap_hub import apply_plan, channel_groups, select, verify
+    from scap_hub.channels.capture import capture, on_meta, without_weights
     from scap_hub.channels.oracle import randomize
+    from scap_hub.errors import ModelError
     from scap_hub.training.evaluate import count
 
-    torch.set_num_threads(1)
     model = randomize(build(library, name)).eval()
     example = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     row: dict[str, Any] = {}
     start = time.process_time()
+    with contextlib.suppress(ModelError):
+        capture(without_weights(model), on_meta((example,)))
+    row["capture_s"] = time.process_time() - start
+    start = time.process_time()
     groups = channel_groups(model, example)
-    row["analysis_s"] = time.process_time() - start
+    row["analysis_s"] = time.process_time() - start  # its own capture included
     row["groups"], row["prunable"] = len(groups), sum(group.prunable for group in groups)
     row["pinned"] = sorted({group.pinned_because for group in groups if group.pinned_because})
     free = np.zeros(groups[0].space.count, dtype=bool)
@@ -102,37 +109,101 @@ def measure(library: str, name: str, size: int) -> dict[str, Any]:
     return row
 
 
-def worker(library: str, name: str, size: int) -> None:
-    """Prints one JSON line, whatever happens."""
+def measure_peer(library: str, name: str, size: int) -> dict[str, Any]:
+    """Torch-Pruning at ratio 0.5 with the options of its own timm example: L2, heads kept, classifier ignored."""
+    import torch
+    import torch_pruning
+    from torch import nn
+
+    from scap_hub.training.evaluate import count
+
+    model = build(library, name).eval()
+    example = torch.randn(1, 3, size, size)
+    before = count(model, (3, size, size))["macs"]
+    outputs = [tuple(x.shape) for x in torch.utils._pytree.tree_leaves(model(example)) if hasattr(x, "shape")]
+    classes = getattr(model, "num_classes", None) or getattr(getattr(model, "config", None), "num_labels", None)
+    ignored = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
+    if hasattr(model, "get_classifier") and isinstance(model.get_classifier(), nn.Module):
+        ignored.append(model.get_classifier())
+    heads = {m.qkv: m.num_heads for m in model.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")}
+    start = time.process_time()
+    pruner = torch_pruning.pruner.MagnitudePruner(
+        model, example, torch_pruning.importance.MagnitudeImportance(), pruning_ratio=0.5, ignored_layers=ignored,
+        num_heads={layer: number for layer, number in heads.items() if isinstance(layer, nn.Module)},
+    )  # fmt: skip
+    analysed = time.process_time()
+    pruner.step()
+    pruned = time.process_time()
+    after = [tuple(x.shape) for x in torch.utils._pytree.tree_leaves(model(example)) if hasattr(x, "shape")]
+    return {
+        "status": "ok" if after == outputs else "other output shapes",
+        "analysis_s": analysed - start,
+        "surgery_s": pruned - analysed,
+        "macs": count(model, (3, size, size))["macs"] / before,
+    }
+
+
+def isolated(job: Callable[..., dict[str, Any]], model: tuple[str, str, int], limit: float) -> dict[str, Any]:
+    """Runs a measurement in a process of its own, forked from this one so that nothing is imported twice."""
+    fork = multiprocessing.get_context("fork")
+    parent, child = fork.Pipe()
+
+    def work() -> None:
+        try:
+            row = job(*model)
+        except Exception as error:
+            message = (str(error).strip() or type(error).__name__).split("\n")[0]
+            row = {"status": type(error).__name__, "message": message[:300]}
+        child.send(row)
+
+    process = fork.Process(target=work)
     start = time.perf_counter()
-    row: dict[str, Any] = {"library": library, "name": name, "size": size}
-    try:
-        row |= measure(library, name, size)
-    except Exception as error:
-        row |= {"status": type(error).__name__, "message": str(error).strip().split("\n")[0][:300]}
-    print(json.dumps(row | {"seconds": time.perf_counter() - start}))
+    process.start()
+    child.close()
+    row: dict[str, Any] = {"status": "timeout"}
+    if parent.poll(limit):
+        try:
+            row = parent.recv()
+        except EOFError:
+            row = {"status": "crash"}
+    process.kill()
+    process.join()
+    return row | {"seconds": time.perf_counter() - start}
 
 
-def run(models: list[tuple[str, str, int]], done: dict[str, Any], limit: float, path: Path | None) -> dict[str, Any]:
+def run(
+    models: list[tuple[str, str, int]], done: dict[str, Any], limit: float, path: Path | None, peer: bool
+) -> dict[str, Any]:
     """Measures what is not done yet, and writes after each model."""
     for library, name, size in models:
-        if name in done:
-            continue
-        command = [sys.executable, __file__, "--one", library, name, str(size)]
-        try:
-            output = subprocess.run(
-                command, capture_output=True, text=True, timeout=limit, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
-            row = json.loads(output.stdout.strip().split("\n")[-1])
-        except subprocess.TimeoutExpired:
-            row = {"library": library, "name": name, "size": size, "status": "timeout"}
-        except ValueError:
-            row = {"library": library, "name": name, "size": size, "status": "crash", "message": output.stderr[-300:]}
-        done[name] = row
-        print(line(row), flush=True)
+        if name not in done:
+            row = {"library": library, "name": name, "size": size}
+            done[name] = row | isolated(measure, (library, name, size), limit)
+            print(line(done[name]), flush=True)
+        if peer and "torch_pruning" not in done[name]:
+            done[name]["torch_pruning"] = isolated(measure_peer, (library, name, size), limit)
         if path:
-            path.write_text(json.dumps(list(done.values()), indent=1) + "\n")
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(list(done.values()), indent=1) + "\n")
+            temporary.replace(path)
     return done
+
+
+def compared(rows: list[dict[str, Any]]) -> str:
+    """What both did, and the ratio of their times."""
+    theirs = [row for row in rows if row.get("torch_pruning", {}).get("status") == "ok"]
+    both = [row for row in theirs if row["status"] == "ok"]
+    if not both:
+        return "Torch-Pruning: nothing to compare"
+    ratio = statistics.median(row["analysis_s"] / row["torch_pruning"]["analysis_s"] for row in both)
+    ours, peer = (
+        statistics.median(values)
+        for values in ([r["uniform_macs"] for r in both], [r["torch_pruning"]["macs"] for r in both])
+    )
+    return (
+        f"Torch-Pruning prunes {len(theirs)} of {len(rows)}; over the {len(both)} that both prune, our analysis takes "
+        f"{ratio:.2f} times the CPU seconds of its constructor (median), MACs left x{ours:.2f} against x{peer:.2f}"
+    )
 
 
 def line(row: dict[str, Any]) -> str:
@@ -155,11 +226,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     parser.add_argument("--only", help="only names that contain this")
     parser.add_argument("--limit", type=float, default=300, help="seconds a model")
-    parser.add_argument("--one", nargs=3, metavar=("LIBRARY", "NAME", "SIZE"), help=argparse.SUPPRESS)
+    parser.add_argument("--peer", choices=["torch-pruning"], help="prune with it as well")
     options = parser.parse_args()
-    if options.one:
-        worker(options.one[0], options.one[1], int(options.one[2]))
-        return
+    import timm  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+
+    torch.set_num_threads(1)
     listed = [text.split("\t") for text in options.models.read_text().splitlines() if text and not text.startswith("#")]
     models = [(library, name, int(size)) for library, name, size, *_ in listed]
     if options.quick:
@@ -167,9 +240,11 @@ def main() -> None:
     if options.only:
         models = [model for model in models if options.only in model[1]]
     known = json.loads(options.json.read_text()) if options.json and options.json.is_file() else []
-    done = run(models, {row["name"]: row for row in known}, options.limit, options.json)
-    good = sum(row["status"] == "ok" for row in done.values())
-    print(f"{good} of {len(done)} models pruned and proven")
+    done = run(models, {row["name"]: row for row in known}, options.limit, options.json, options.peer is not None)
+    rows = list(done.values())
+    print(f"{sum(row['status'] == 'ok' for row in rows)} of {len(rows)} models pruned and proven")
+    if options.peer:
+        print(compared(rows))
 
 
 if __name__ == "__main__":
