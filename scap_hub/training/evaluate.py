@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Iterator
@@ -104,9 +105,11 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
         bytes: Size of parameters and buffers.
     """
     first = next(model.parameters())
-    with _eval_mode(model), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, *input_size, dtype=first.dtype, device=first.device))
     tensors = [*model.parameters(), *model.buffers()]
+    # A copy around the same tensors: some models cache what they compute, and fake tensors must not stay in them.
+    around = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        around(torch.empty(1, *input_size, dtype=first.dtype, device=first.device))
     return {
         "macs": counter.get_total_flops() // 2,
         "params": sum(parameter.numel() for parameter in model.parameters()),
