@@ -4,6 +4,7 @@ import functools
 import json
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,9 @@ from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
 from tests.hub_client import running_hub
 from tests.test_adapters import TRANSFORMERS, tiny_resnet
-from tests.test_checkpoint import SIZE, pruned, run
+from tests.test_checkpoint import SIZE, pruned
 
+SHARDED = ("hf-convnext", "timm-blur")  # timm reads no shards, so its models get none
 IMAGES = torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(1))
 
 
@@ -59,6 +61,7 @@ def world(tmp_path_factory):
         patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         patch.setattr("scap_hub.hub.publish.HfApi", functools.partial(HfApi, endpoint=hub.endpoint))
         for name, (small, loaded, plan) in made.items():
+            patch.setattr("scap_hub.hub.checkpoint.SHARD", "5KB" if name in SHARDED else "5GB")
             save_checkpoint(root / name, small, loaded, plan)
             push_to_hub(root / name, f"me/{name}", token="hf_write")
         config = plain_config(plain[1], plain[0])
@@ -71,16 +74,33 @@ def world(tmp_path_factory):
         yield hub, root, logits
 
 
-def fresh(world, code, *arguments, **environment):
-    """Runs code in a fresh process; returns what it saved as `out`."""
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """All that is installed here, less scap_hub and what makes its checkout importable."""
+    folder = tmp_path_factory.mktemp("site")
+    for path in {path for name in ("purelib", "platlib") for path in Path(sysconfig.get_path(name)).iterdir()}:
+        if "scap_hub" not in path.name and path.suffix != ".pth":
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+def fresh(world, code, packages=None, **environment):
+    """Runs code in a fresh process, with these packages and no others if given; returns what it saved as `out`."""
     hub, root, _ = world
+    isolated = [] if packages is None else ["-I", "-S"]  # neither PYTHONPATH nor site-packages
     prelude = (
+        f"import sys\nsys.path.append({str(packages)!r})\nimport importlib.util\n"
+        "assert importlib.util.find_spec('scap_hub') is None\n"
+        if isolated
+        else ""
+    )
+    prelude += (
         "import sys, torch\ntorch.manual_seed(0)\n"
         f"root = {str(root)!r}\nimages = torch.load(root + '/images.pt')\nout = {{}}\n"
     )
     epilogue = f"\ntorch.save(out, {str(root / 'out.pt')!r})\n"
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", prelude + code + epilogue, *arguments],
+        [sys.executable, *isolated, "-W", "ignore", "-c", prelude + code + epilogue],
         env=hub.environment(root / "home", **environment), capture_output=True, text=True, cwd=root,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -102,6 +122,7 @@ with torch.no_grad():
         out[name, "headless"] = AutoModel.from_pretrained(name).eval()(images).last_hidden_state
         out[name, "features"] = net(images)[-1]
     for name in ("me/hf-resnet", "me/hf-convnext"):
+        out[name, "load"] = scap_hub.load(name)(images).logits
         out[name, "auto"] = AutoModelForImageClassification.from_pretrained(name).eval()(images).logits
         assert AutoModel.from_pretrained(name).eval()(images).pooler_output.shape[0] == 2
 """
@@ -117,25 +138,18 @@ def test_doors_one_and_two(world, order):
     environment = {"HF_HUB_OFFLINE": "1"} if order == "offline" else {}  # what the others cached
     out = fresh(world, imports + DOORS, **environment)
     for (name, door), answer in out.items():
-        if door in ("timm", "auto"):
+        if door in ("timm", "auto", "load"):
             assert_close(answer, world[2][name])
-        if door == "timm":
+        if door in ("timm", "load"):
             assert torch.equal(answer, world[2][name])
         if (name, door) == ("me/timm-resnet", "features"):
             assert_close(answer, out[name, "headless"])
 
 
-def test_door_three_runs_without_scap_hub(world):
+def test_door_three_runs_without_scap_hub(world, others):
     code = """
-sys.modules["scap_hub"] = None  # importing it fails
 from transformers import AutoModelForImageClassification
 import os
-try:
-    import scap_hub
-except ImportError:
-    pass
-else:
-    raise AssertionError
 with torch.no_grad():
     for name in ("me/timm-resnet", "me/timm-blur", "me/hf-resnet", "me/hf-convnext"):
         model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=True).eval()
@@ -148,8 +162,23 @@ with torch.no_grad():
     dense = AutoModelForImageClassification.from_pretrained(root + "/dense")
     assert dense.resnet.embedder.embedder.convolution.out_channels == 8
 """
-    for key, answer in fresh(world, code).items():
+    for key, answer in fresh(world, code, others).items():
         assert_close(answer, world[2][key if isinstance(key, str) else key[0]])
+
+
+def test_large_transformers_models_are_sharded(world):
+    api = HfApi(endpoint=world[0].endpoint)
+    for name in SHARDED:
+        local = {path.name for path in (world[1] / name).glob("model*")} - {"modeling_scap.py"}
+        assert local == {
+            path for path in api.list_repo_files(f"me/{name}") if path.startswith("model.") or "-of-" in path
+        }
+        if name.startswith("hf"):
+            assert len(local) > 3 and "model.safetensors.index.json" in local and "model.safetensors" not in local
+            index = json.loads((world[1] / name / "model.safetensors.index.json").read_text())
+            assert set(index["weight_map"].values()) == local - {"model.safetensors.index.json"}
+        else:
+            assert local == {"model.safetensors"}
 
 
 def test_the_code_that_travels_is_our_own(world):
@@ -159,9 +188,8 @@ def test_the_code_that_travels_is_our_own(world):
     assert not (world[1] / "plain" / "modeling_scap.py").exists()
 
 
-def test_the_plain_layout_needs_nothing_of_ours(world):
+def test_the_plain_layout_needs_nothing_of_ours(world, others):
     code = """
-sys.modules["scap_hub"] = None
 import timm
 from transformers import AutoModelForImageClassification
 with torch.no_grad():
@@ -170,9 +198,8 @@ with torch.no_grad():
     out["auto"] = model(images).logits
 assert model.config.id2label[1] == "b"
 """
-    for answer in fresh(world, code).values():
+    for answer in fresh(world, code, others).values():
         assert_close(answer, world[2]["me/plain"])
-    assert torch.equal(run(load(world[1] / "plain")), run(load(world[1] / "plain")))
     assert_close(load(world[1] / "plain")(IMAGES).detach(), world[2]["me/plain"])
 
 
