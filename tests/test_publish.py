@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from scap_hub.report import Measures, Report
 from scap_hub.result import Result
 from tests.hub_client import running_hub
 from tests.nets import Residual
+from tests.test_adapters import tiny_resnet
 from tests.test_checkpoint import pruned, run
 from tests.test_pruning import QUICK, images
 
@@ -184,6 +186,43 @@ def test_failures_that_pass(hub, api, new_weights, repo, match, action, times, t
     assert names(api, repo) == SAVED
     got = api.hf_hub_download(repo, "model.safetensors", cache_dir=tmp_path / "cache")
     assert Path(got).read_bytes() == (new_weights / "model.safetensors").read_bytes()
+
+
+def test_a_broken_download_goes_on_where_it_stopped(hub, api, new_weights, repo, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1024)
+    push_to_hub(new_weights, repo, token="hf_write")
+    weights = (new_weights / "model.safetensors").read_bytes()
+    hub.fail(STORED, "half", method="GET")
+    got = api.hf_hub_download(repo, "model.safetensors", cache_dir=tmp_path / "cache")
+    assert Path(got).read_bytes() == weights
+    first, second = [entry["range"] for entry in hub.log() if entry["path"].endswith(sha256(weights).hexdigest())][-2:]
+    assert first is None and 0 < int(re.fullmatch(r"bytes=(\d+)-", second)[1]) < len(weights)
+
+
+def test_shards_replace_a_single_file_and_the_other_way_round(api, repo, tmp_path, monkeypatch):
+    loaded = {}
+    for share, shard in ((0.3, "5GB"), (0.5, "5KB"), (0.7, "8KB"), (0.9, "5GB")):
+        monkeypatch.setattr("scap_hub.hub.checkpoint.SHARD", shard)
+        small, dense, plan = pruned(tiny_resnet(), share)
+        folder = save_checkpoint(tmp_path / f"{share}", small, dense, plan)
+        push_to_hub(folder, repo, token="hf_write")
+        weights = {path.name for path in folder.glob("model[.-]*")}
+        assert {name for name in names(api, repo) if name.startswith(("model.", "model-"))} == weights
+        loaded[share] = len(weights)
+        got = api.snapshot_download(repo, cache_dir=tmp_path / "cache")
+        assert torch.equal(run(load(got)), run(small))
+    assert loaded[0.3] == loaded[0.9] == 1 and min(loaded[0.5], loaded[0.7]) > 2
+    next((tmp_path / "0.5").glob("model-*")).unlink()
+    with pytest.raises(CheckpointError, match=r"it lacks model-0.*safetensors"):
+        push_to_hub(tmp_path / "0.5", repo, token="hf_write")
+
+
+def test_the_report_page_goes_along(api, folder, repo, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "report.html").write_text("<!doctype html>")
+    push_to_hub(copy, repo, token="hf_write")
+    assert names(api, repo) == SAVED | {"report.html"}
+    assert Path(api.hf_hub_download(repo, "report.html")).read_text() == "<!doctype html>"
 
 
 def test_retry_after_is_honoured(hub, api, folder, repo):
