@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import HfApi
 from PIL import Image
-from transformers import MobileNetV2ImageProcessor
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageClassification, MobileNetV2ImageProcessor
 
+import scap_hub
 from scap_hub.adapters import load_model
 from scap_hub.channels.groups import channel_groups
 from scap_hub.errors import PlanError
@@ -27,7 +30,15 @@ from tests.test_adapters import TRANSFORMERS, tiny_resnet
 from tests.test_checkpoint import SIZE, pruned
 
 SHARDED = ("hf-convnext", "timm-blur")  # timm reads no shards, so its models get none
+HIDDEN = ("fc1", "intermediate")  # where transformers widens a block, by release
 IMAGES = torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def tiny_vit(family="ViT", suffix=""):
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=64, num_labels=4
+    )
+    return getattr(transformers, f"{family}ForImageClassification{suffix}")(config)
 
 
 def uniform(model, among=("",), **options):
@@ -55,7 +66,12 @@ def world(tmp_path_factory):
         "hf-resnet": pruned(root / "dense", labels=["x", "y"]),
         "hf-convnext": pruned(TRANSFORMERS["convnext"]()),
     }
-    plain = uniform("convnext_atto", num_classes=4, labels=["a", "b", "c", "d"])
+    plain = {
+        "plain": uniform("convnext_atto", num_classes=4, labels=["a", "b", "c", "d"]),
+        "plain-vit": uniform(tiny_vit(), HIDDEN),
+        "plain-deit": uniform(tiny_vit("DeiT"), HIDDEN),
+        "plain-teacher": uniform(tiny_vit("DeiT", "WithTeacher"), HIDDEN),
+    }
     with running_hub() as hub, pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
@@ -64,11 +80,10 @@ def world(tmp_path_factory):
             patch.setattr("scap_hub.hub.checkpoint.SHARD", "5KB" if name in SHARDED else "5GB")
             save_checkpoint(root / name, small, loaded, plan)
             push_to_hub(root / name, f"me/{name}", token="hf_write")
-        config = plain_config(plain[1], plain[0])
-        save_checkpoint(root / "plain", *plain, plain=config)
-        push_to_hub(root / "plain", "me/plain", token="hf_write")
-        answers = {f"me/{name}": small(IMAGES) for name, (small, _, _) in made.items()}
-        answers["me/plain"] = plain[0](IMAGES)
+        for name, (small, loaded, plan) in plain.items():
+            save_checkpoint(root / name, small, loaded, plan, plain=plain_config(loaded, small))
+            push_to_hub(root / name, f"me/{name}", token="hf_write")
+        answers = {f"me/{name}": small(IMAGES) for name, (small, _, _) in {**made, **plain}.items()}
         logits = {name: getattr(answer, "logits", answer).detach() for name, answer in answers.items()}
         torch.save(IMAGES, root / "images.pt")
         yield hub, root, logits
@@ -194,13 +209,33 @@ import timm
 from transformers import AutoModelForImageClassification
 with torch.no_grad():
     out["timm"] = timm.create_model("hf-hub:me/plain", pretrained=True).eval()(images)
-    model = AutoModelForImageClassification.from_pretrained("me/plain").eval()
-    out["auto"] = model(images).logits
-assert model.config.id2label[1] == "b"
+    for name in ("plain", "plain-vit", "plain-deit", "plain-teacher"):
+        model = AutoModelForImageClassification.from_pretrained("me/" + name).eval()
+        out[name] = model(images).logits
+        assert name == "plain" or model.config.intermediate_size == 16
+        assert name != "plain" or model.config.id2label[1] == "b"
 """
-    for answer in fresh(world, code, others).values():
-        assert_close(answer, world[2]["me/plain"])
+    for name, answer in fresh(world, code, others).items():
+        assert_close(answer, world[2]["me/plain" if name == "timm" else f"me/{name}"])
     assert_close(load(world[1] / "plain")(IMAGES).detach(), world[2]["me/plain"])
+
+
+def test_a_uniform_layout_that_is_impossible_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("scap_hub.pruning.finetune", lambda *args, **kwargs: pytest.fail("trained for nothing"))
+    images = [(torch.randn(3, 64, 64), index % 4) for index in range(8)]
+    options = {"target": "ratio=0.5", "round_to": 1, "publish_layout": "uniform", "criterion": "l1"}
+    settings = {"data": {"calibration_images": 8, "batch_size": 8}, "evaluate": {"latency": False}}
+    data = DataLoader(images, batch_size=8)
+    with pytest.raises(PlanError, match=r"intermediate_size=16 .*16\), and .*8\) in .*layout=pruned") as caught:
+        scap_hub.prune(tiny_vit(), data, settings, output_dir=tmp_path / "out", finetune_epochs=1, **options)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    # With the residual stream protected only the blocks' hidden widths shrink, which one argument sets.
+    options |= {"protect": ["*patch_embeddings*"], "finetune_epochs": 0}
+    result = scap_hub.prune(tiny_vit(), data, settings, output_dir=tmp_path / "out", **options)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["intermediate_size"] == 16 and "auto_map" not in config
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+    assert_close(model(IMAGES).logits.detach(), result.model(IMAGES).logits.detach())
 
 
 def test_processors_pipelines_and_fine_tuning(world):
@@ -269,23 +304,26 @@ out["heavy"] = [name for name in ("timm", "transformers", "pydantic", "huggingfa
     [
         ("resnet26", ("layer", "conv1."), {"channels": [32, 64, 128, 256], "base_width": 64}),
         ("vit_tiny_patch16_224", ("mlp",), {"embed_dim": 192, "mlp_ratio": 2.0}),
+        (tiny_vit, HIDDEN, {"intermediate_size": 16}),
         (tiny_resnet, ("",), {"embedding_size": 4, "hidden_sizes": [4, 8]}),
         ("mobilenetv2_050", ("",), None),
     ],
 )
 def test_widths_that_constructor_arguments_express(model, among, expected):
     small, loaded, _ = uniform(model() if callable(model) else model, among)
-    config = plain_config(loaded, small)
     if expected is None:
-        assert config is None
+        with pytest.raises(PlanError, match="not known here"):
+            plain_config(loaded, small)
         return
+    config = plain_config(loaded, small)
     arguments = config["model_args"] if loaded.library == "timm" else config
     assert {key: arguments[key] for key in expected} == expected
 
 
 def test_random_widths_are_not_expressible(world):
     small, loaded, _ = pruned("test_resnet", share=0.3, num_classes=4)
-    assert plain_config(loaded, small) is None
+    with pytest.raises(PlanError, match="in the pruned model"):
+        plain_config(loaded, small)
 
 
 def damaged(cut, change):
