@@ -2,16 +2,20 @@
 
 import functools
 import json
+import os
+import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import transformers
 from huggingface_hub import HfApi
 from PIL import Image
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, MobileNetV2ImageProcessor
 
@@ -31,6 +35,8 @@ from tests.test_checkpoint import SIZE, pruned
 
 SHARDED = ("hf-convnext", "timm-blur")  # timm reads no shards, so its models get none
 HIDDEN = ("fc1", "intermediate")  # where transformers widens a block, by release
+# What older releases of timm and transformers get wrong together, for dense models as well: a buffer that is no weight.
+WRONG = () if hasattr(timm.layers.BlurPool2d, "init_non_persistent_buffers") else ("me/timm-blur",)
 IMAGES = torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(1))
 
 
@@ -67,7 +73,7 @@ def world(tmp_path_factory):
         "hf-convnext": pruned(TRANSFORMERS["convnext"]()),
     }
     plain = {
-        "plain": uniform("convnext_atto", num_classes=4, labels=["a", "b", "c", "d"]),
+        "plain": uniform("test_resnet", ("layer2", "layer3", "layer4"), num_classes=4, labels=["a", "b", "c", "d"]),
         "plain-vit": uniform(tiny_vit(), HIDDEN),
         "plain-deit": uniform(tiny_vit("DeiT"), HIDDEN),
         "plain-teacher": uniform(tiny_vit("DeiT", "WithTeacher"), HIDDEN),
@@ -153,7 +159,7 @@ def test_doors_one_and_two(world, order):
     environment = {"HF_HUB_OFFLINE": "1"} if order == "offline" else {}  # what the others cached
     out = fresh(world, imports + DOORS, **environment)
     for (name, door), answer in out.items():
-        if door in ("timm", "auto", "load"):
+        if door in ("timm", "load") or (door == "auto" and name not in WRONG):
             assert_close(answer, world[2][name])
         if door in ("timm", "load"):
             assert torch.equal(answer, world[2][name])
@@ -178,7 +184,9 @@ with torch.no_grad():
     assert dense.resnet.embedder.embedder.convolution.out_channels == 8
 """
     for key, answer in fresh(world, code, others).items():
-        assert_close(answer, world[2][key if isinstance(key, str) else key[0]])
+        name = key if isinstance(key, str) else key[0]
+        if name not in WRONG:
+            assert_close(answer, world[2][name])
 
 
 def test_large_transformers_models_are_sharded(world):
@@ -241,7 +249,7 @@ def test_a_uniform_layout_that_is_impossible_is_refused_before_training(tmp_path
 def test_processors_pipelines_and_fine_tuning(world):
     Image.new("RGB", (80, 90), (200, 30, 60)).save(world[1] / "red.png")
     code = """
-import scap_hub, timm
+import json, scap_hub, timm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments, pipeline
 for name in ("me/timm-resnet", "me/hf-resnet"):
     processor = AutoImageProcessor.from_pretrained(name)
@@ -270,7 +278,10 @@ for name in ("me/timm-resnet", "me/hf-resnet"):
 net = timm.create_model("hf-hub:me/timm-resnet", pretrained=True, num_classes=9, in_chans=1)
 assert net(images[:, :1]).shape == (2, 9)
 net.reset_classifier(5)
-timm.models.save_for_hf(net, root + "/timm-again", safe_serialization=True)
+keeps = hasattr(net, "_model_args")  # what a model was made with, which timm writes down since 1.0.31
+made = json.load(open(root + "/timm-resnet/config.json"))["model_args"] | {"in_chans": 1}
+options = {} if keeps else {"model_args": made}
+timm.models.save_for_hf(net, root + "/timm-again", safe_serialization=True, **options)
 again = timm.create_model("local-dir:" + root + "/timm-again", pretrained=True).eval()
 out["timm again"] = again(images[:, :1]).detach() - net.eval()(images[:, :1]).detach()
 ours = scap_hub.load(root + "/timm-again")
@@ -284,6 +295,26 @@ out["load again"] = ours(images[:, :1]).detach() - net.eval()(images[:, :1]).det
             assert value > 1e-5, key
         else:
             assert_close(value, torch.zeros_like(value))
+
+
+@pytest.mark.parametrize("changes", [{}, {"custom_load": True}])
+def test_timm_never_unpickles(world, tmp_path, changes):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "trapped"),)
+
+    repo = shutil.copytree(world[1] / "timm-resnet", tmp_path / "repo")
+    config = json.loads((repo / "config.json").read_text())
+    config["pretrained_cfg"] |= changes
+    (repo / "config.json").write_text(json.dumps(config))
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        torch.save(Trap(), repo / name)
+    with pytest.raises(SafetensorError):
+        timm.create_model(f"local-dir:{repo}", pretrained=True)
+    (repo / "model.safetensors").unlink()
+    with pytest.raises(OSError):
+        timm.create_model(f"local-dir:{repo}", pretrained=True)
+    assert not (tmp_path / "trapped").exists()
 
 
 def test_import_stays_light(world):
@@ -303,10 +334,11 @@ out["heavy"] = [name for name in ("timm", "transformers", "pydantic", "huggingfa
     ("model", "among", "expected"),
     [
         ("resnet26", ("layer", "conv1."), {"channels": [32, 64, 128, 256], "base_width": 64}),
-        ("vit_tiny_patch16_224", ("mlp",), {"embed_dim": 192, "mlp_ratio": 2.0}),
+        ("test_convnext", ("",), {"dims": [12, 16, 24, 32]}),
+        ("test_vit", ("mlp",), {"embed_dim": 64, "mlp_ratio": 1.5}),
         (tiny_vit, HIDDEN, {"intermediate_size": 16}),
         (tiny_resnet, ("",), {"embedding_size": 4, "hidden_sizes": [4, 8]}),
-        ("mobilenetv2_050", ("",), None),
+        ("test_efficientnet", ("",), None),
     ],
 )
 def test_widths_that_constructor_arguments_express(model, among, expected):
