@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from scap_hub.errors import RecipeError, ScapHubError, VerificationError
+from scap_hub.errors import PlanError, RecipeError, ScapHubError, VerificationError
 from scap_hub.progress import announce, set_quiet
 
 EXIT_CODES = (
@@ -88,12 +88,14 @@ def prune(
     _report(result.report, result.report.to_dict(), quiet, as_json)
     if out is not None:
         _say(f"saved in {out}", quiet or as_json)
-    if result.recipe.publish.layout == "pruned" and plain_config(result.loaded, result.model):
-        _say(
-            "constructor arguments can express these widths: with --set publish_layout=uniform the saved model loads "
-            "without scap_hub",
-            quiet or as_json,
-        )
+    if result.recipe.publish.layout == "pruned":
+        with contextlib.suppress(PlanError):
+            plain_config(result.loaded, result.model)
+            _say(
+                "constructor arguments can express these widths: with --set publish_layout=uniform the saved model "
+                "loads without scap_hub",
+                quiet or as_json,
+            )
 
 
 @app.command()

@@ -23,6 +23,7 @@ from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.criteria.diagnostics import Diagnosis, diagnose
 from scap_hub.errors import CalibrationError, DataError, RecipeError
 from scap_hub.hub.checkpoint import check_output
+from scap_hub.hub.uniform import plain_config
 from scap_hub.plan import PruningPlan
 from scap_hub.progress import announce, track
 from scap_hub.recipe import DataSettings, Recipe, TargetSettings
@@ -108,6 +109,8 @@ def prune(
         with stages("surgery"):
             larger, small = small, apply_plan(small, step_plan)
             kept = _composed(kept, step_plan)
+            if recipe.publish.layout == "uniform" and step + 1 == recipe.schedule.steps:
+                plain_config(loaded, small)  # refuses before the training what saving would refuse after it
         with stages("repair"):
             if recipe.repair.least_squares:
                 compensate(larger, small, step_plan, calibration, recipe.repair.ridge)

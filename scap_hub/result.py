@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from scap_hub.adapters import LoadedModel
-from scap_hub.errors import PlanError
 from scap_hub.hub.card import PICTURE, Measured, model_card
 from scap_hub.hub.checkpoint import save_checkpoint
 from scap_hub.hub.picture import channels_picture
@@ -56,14 +55,7 @@ class Result:
             PlanError: The recipe asks for the uniform layout, and the plan is not expressible in it.
         """
         recipe = self.recipe.to_yaml()
-        plain = None
-        if self.recipe.publish.layout == "uniform":
-            plain = plain_config(self.loaded, self.model)
-            if plain is None:
-                raise PlanError(
-                    f"the widths that are left cannot be given to {self.loaded.name} as constructor arguments: save "
-                    "with publish.layout=pruned, or prune with target.scope=uniform"
-                )
+        plain = plain_config(self.loaded, self.model) if self.recipe.publish.layout == "uniform" else None
         files: dict[str, str | bytes] = {"report.json": json.dumps(self.report.to_dict(), indent=1) + "\n"}
         if picture := channels_picture(self.plan):
             files[PICTURE] = picture

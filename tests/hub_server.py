@@ -2,8 +2,9 @@
 
 `python tests/hub_server.py` prints {"endpoint": ..., "storage": ...} and serves until its stdin closes. Git storage and
 LFS storage are two origins, as on the real Hub. `POST /_control {"fail": [{"match": "/commit/", "action": "500"}]}`
-makes the next matching request fail (actions: "500", "429", "412", "drop"; "times" and "method" optional); `GET /_log`
-lists the requests so far with whether each carried a token.
+makes the next matching request fail (actions: "500", "429", "412"; "drop", no answer and no look at the body; "half",
+an answer that breaks off in the middle; "times" and "method" optional); `GET /_log` lists the requests so far with the
+range that each asked for and whether it carried a token.
 """
 
 from __future__ import annotations
@@ -142,17 +143,18 @@ class Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         parts = urlsplit(self.path)
         self.query = parse_qs(parts.query, keep_blank_values=True)
-        self.body = self._read_body()
         self.hub.log.append({
             "origin": type(self).__name__, "method": self.command, "path": parts.path,
-            "token": "authorization" in self.headers,
+            "range": self.headers.get("range"), "token": "authorization" in self.headers,
         })  # fmt: skip
         action = self.hub.injected(self.command, parts.path)
+        self.breaks_off = action == "half"
+        if action == "drop":
+            self.close_connection = True
+            return
+        self.body = self._read_body()
         try:
-            if action == "drop":
-                self.close_connection = True
-                return
-            if action:
+            if action and not self.breaks_off:
                 raise Failure(int(action), f"injected {action}", **({"Retry-After": "1"} if action == "429" else {}))
             with self.hub.lock:
                 self.route([unquote(part) for part in parts.path.strip("/").split("/")])
@@ -179,7 +181,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if self.breaks_off else body)
+            self.close_connection |= self.breaks_off
 
     def answer_file(self, content: bytes, **headers: str) -> None:
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range", ""))

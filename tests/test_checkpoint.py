@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -297,6 +299,9 @@ def test_card(resnet, base_model):
     assert "Latency" not in text
     assert 'scap_hub.load("path/to/this/folder")' in text
     assert "target: macs=0.5" in text
+    citation = re.search(r"```bibtex\n.*?\n```\n", text, re.DOTALL)[0]
+    assert "eprint        = {2601.09352}" in citation
+    assert citation in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     for name, cut in plan.groups.items():
         assert f"| `{name}` | {cut.size} | {len(plan.kept(name))} |" in text
     assert "$" not in text

@@ -13,7 +13,7 @@ from torch import nn
 
 from scap_hub.channels.groups import channel_groups
 from scap_hub.channels.oracle import randomize
-from scap_hub.criteria import OBS, ScapSet, score
+from scap_hub.criteria import OBS, ScapSet, base, score
 from scap_hub.criteria import obs as module
 from scap_hub.criteria.elimination import Reading, eliminate
 from scap_hub.criteria.scap.elimination import offsets
@@ -203,27 +203,30 @@ def test_bad_input():
     assert flat.isfinite().all()
 
 
+def decided(*shards):
+    """Scores and refined plans of each criterion, on this process's share of the same 23 images."""
+    torch.manual_seed(0)
+    net = Residual(width=16).eval()
+    images = torch.randn(23, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    batches = [images[shard] for shard in shards]
+    groups = channel_groups(net, images[:1])
+    saved = {}
+    for name in ("activation", "taylor", "hrank", "obs", "scap-set"):
+        criterion = base.criterion(name)
+        scores = saved[name] = score(net, batches, criterion, groups=groups)
+        plan = select(groups, scores, "ratio=0.5", round_to=1)
+        saved[name, "plan"] = criterion.refine(net, groups, batches, plan).to_json()
+    return saved
+
+
 SCRIPT = """
 import sys, torch
 from accelerate import PartialState
-from scap_hub.channels.groups import channel_groups
-from scap_hub.criteria import base, score
-from scap_hub.selection import select
-from tests.nets import Residual
+from tests.test_obs import decided
 state = PartialState(cpu=True)
-torch.manual_seed(0)
-net = Residual(width=16).eval()
-images = torch.randn(23, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-shards = [[images[:8], images[8:15]], [images[15:]]] if state.num_processes == 2 else [[images[:12], images[12:]]]
-batches = shards[state.process_index]
-groups = channel_groups(net, images[:1])
-saved = {}
-for name in ("activation", "taylor", "hrank", "obs", "scap-set"):
-    criterion = base.criterion(name)
-    scores = saved[name] = score(net, batches, criterion, groups=groups)
-    plan = select(groups, scores, "ratio=0.5", round_to=1)
-    saved[name, "plan"] = criterion.refine(net, groups, batches, plan).to_json()
-torch.save(saved, f"{sys.argv[1]}/{state.num_processes}-{state.process_index}.pt")
+assert state.num_processes == 2
+shards = [(slice(0, 8), slice(8, 15)), (slice(15, 23),)][state.process_index]
+torch.save(decided(*shards), f"{sys.argv[1]}/{state.process_index}.pt")
 state.destroy_process_group()
 """
 
@@ -232,12 +235,11 @@ def test_two_processes_give_the_scores_and_the_plan_of_one(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     root = Path(__file__).parents[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    for ranks in ("1", "2"):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
-        subprocess.run([*launch, tmp_path / "script.py", tmp_path], check=True, env=environment, timeout=120, cwd=root)
-    one = torch.load(tmp_path / "1-0.pt")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*launch, tmp_path / "script.py", tmp_path], check=True, env=environment, timeout=120, cwd=root)
+    one = decided(slice(0, 12), slice(12, 23))
     for process in range(2):
-        two = torch.load(tmp_path / f"2-{process}.pt")
+        two = torch.load(tmp_path / f"{process}.pt")
         for key, values in one.items():
             if isinstance(key, tuple):
                 assert two[key] == values

@@ -3,12 +3,16 @@
 import functools
 import json
 import re
+import shutil
 import time
+from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file, save_file
 
 import scap_hub
 from scap_hub.errors import CheckpointError, PublishError
@@ -21,9 +25,11 @@ from scap_hub.report import Measures, Report
 from scap_hub.result import Result
 from tests.hub_client import running_hub
 from tests.nets import Residual
+from tests.test_adapters import tiny_resnet
 from tests.test_checkpoint import pruned, run
 from tests.test_pruning import QUICK, images
 
+STORED = "^/[0-9a-f]{64}$"
 SAVED = {"config.json", "model.safetensors", "modeling_scap.py", "pruning_plan.json", "recipe.yaml", "README.md"}
 
 
@@ -45,6 +51,16 @@ def folder(resnet, tmp_path_factory):
     card = model_card(loaded, plan, Measured({"top1": 0.9}, {"top1": 0.8}, "digits"), "target: macs=0.5\n")
     out = tmp_path_factory.mktemp("saved") / "out"
     return save_checkpoint(out, small, loaded, plan, "target: macs=0.5\n", {"README.md": card})
+
+
+@pytest.fixture
+def new_weights(folder, tmp_path):
+    """A copy with weights that the storage cannot have yet."""
+    copy = shutil.copytree(folder, tmp_path / "new")
+    weights = load_file(copy / "model.safetensors")
+    weights["fc.bias"] = torch.from_numpy(np.random.default_rng().random(4, dtype=np.float32))
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    return copy
 
 
 @pytest.fixture(autouse=True)
@@ -159,13 +175,54 @@ def test_any_card_can_be_merged(theirs):
         ("repos/create", "500", 1),
         ("/preupload/", "drop", 1),
         ("info/lfs/objects/batch", "500", 1),
+        (STORED, "500", 2),
+        (STORED, "drop", 1),
     ],
 )
-def test_failures_that_pass(hub, api, folder, repo, match, action, times):
-    hub.fail(match, action, times)
-    push_to_hub(folder, repo, token="hf_write", commit_message="Once")
+def test_failures_that_pass(hub, api, new_weights, repo, match, action, times, tmp_path):
+    hub.fail(match, action, times, "PUT" if match == STORED else "POST")
+    push_to_hub(new_weights, repo, token="hf_write", commit_message="Once")
     assert titles(api, repo) == ["Once", "initial commit"]
     assert names(api, repo) == SAVED
+    got = api.hf_hub_download(repo, "model.safetensors", cache_dir=tmp_path / "cache")
+    assert Path(got).read_bytes() == (new_weights / "model.safetensors").read_bytes()
+
+
+def test_a_broken_download_goes_on_where_it_stopped(hub, api, new_weights, repo, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1024)
+    push_to_hub(new_weights, repo, token="hf_write")
+    weights = (new_weights / "model.safetensors").read_bytes()
+    hub.fail(STORED, "half", method="GET")
+    got = api.hf_hub_download(repo, "model.safetensors", cache_dir=tmp_path / "cache")
+    assert Path(got).read_bytes() == weights
+    first, second = [entry["range"] for entry in hub.log() if entry["path"].endswith(sha256(weights).hexdigest())][-2:]
+    assert first is None and 0 < int(re.fullmatch(r"bytes=(\d+)-", second)[1]) < len(weights)
+
+
+def test_shards_replace_a_single_file_and_the_other_way_round(api, repo, tmp_path, monkeypatch):
+    loaded = {}
+    for share, shard in ((0.3, "5GB"), (0.5, "5KB"), (0.7, "8KB"), (0.9, "5GB")):
+        monkeypatch.setattr("scap_hub.hub.checkpoint.SHARD", shard)
+        small, dense, plan = pruned(tiny_resnet(), share)
+        folder = save_checkpoint(tmp_path / f"{share}", small, dense, plan)
+        push_to_hub(folder, repo, token="hf_write")
+        weights = {path.name for path in folder.glob("model[.-]*")}
+        assert {name for name in names(api, repo) if name.startswith(("model.", "model-"))} == weights
+        loaded[share] = len(weights)
+        got = api.snapshot_download(repo, cache_dir=tmp_path / "cache")
+        assert torch.equal(run(load(got)), run(small))
+    assert loaded[0.3] == loaded[0.9] == 1 and min(loaded[0.5], loaded[0.7]) > 2
+    next((tmp_path / "0.5").glob("model-*")).unlink()
+    with pytest.raises(CheckpointError, match=r"it lacks model-0.*safetensors"):
+        push_to_hub(tmp_path / "0.5", repo, token="hf_write")
+
+
+def test_the_report_page_goes_along(api, folder, repo, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "report.html").write_text("<!doctype html>")
+    push_to_hub(copy, repo, token="hf_write")
+    assert names(api, repo) == SAVED | {"report.html"}
+    assert Path(api.hf_hub_download(repo, "report.html")).read_text() == "<!doctype html>"
 
 
 def test_retry_after_is_honoured(hub, api, folder, repo):
@@ -176,17 +233,26 @@ def test_retry_after_is_honoured(hub, api, folder, repo):
     assert names(api, repo) == SAVED
 
 
-@pytest.mark.parametrize("action", ["500", "drop", "412"])
-def test_network_gone_half_way(hub, api, folder, repo, action):
+@pytest.mark.parametrize(
+    ("match", "action"),
+    [("/commit/", "500"), ("/commit/", "drop"), ("/commit/", "412"), (STORED, "500"), (STORED, "drop")],
+)
+def test_network_gone_half_way(hub, api, new_weights, repo, match, action, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub waits half a minute each time
+    folder = new_weights
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    hub.fail("/commit/", action, times=99)
+    hub.fail(match, action, 99, "PUT" if match == STORED else "POST")
     with pytest.raises(PublishError, match="nothing was published") as caught:
         push_to_hub(folder, repo, private=True, token="hf_write", revision="v2")
     message = str(caught.value)
     assert "\n" not in message and "hf_write" not in message
     assert message.endswith(f"scap-hub push {folder} {repo} --private --revision v2")
-    assert names(api, repo) == set()
+    assert names(api, repo) == names(api, repo, "v2") == set()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    # The network is back: the same call publishes.
+    hub.fail("", "")
+    push_to_hub(folder, repo, private=True, token="hf_write", revision="v2")
+    assert names(api, repo, "v2") == SAVED
 
 
 @pytest.mark.parametrize(

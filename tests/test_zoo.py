@@ -9,18 +9,26 @@ from scap_hub import PruningPlan, apply_plan, channel_groups, verify
 from scap_hub.channels.oracle import randomize
 from tests.nets import Residual, random_plan
 
-TIMM = ["resnet18", "vgg16_bn", "mobilenetv2_100", "convnext_atto", "densenet121", "regnety_002"]
+# Fewer layers and a narrower head where the rest would only repeat itself.
+TIMM = {
+    "resnet18": {},
+    "vgg16_bn": {"mlp_ratio": 0.0625},
+    "mobilenetv2_100": {},
+    "convnext_atto": {},
+    "densenet121": {"block_config": [3, 4, 4, 3]},
+    "regnety_002": {},
+}
 TRANSFORMERS = {
     "resnet": lambda: hf.ResNetForImageClassification(
         hf.ResNetConfig(depths=[2, 2, 2, 2], layer_type="basic", hidden_sizes=[64, 128, 256, 512], num_labels=10)
     ),
     "convnext": lambda: hf.ConvNextForImageClassification(
-        hf.ConvNextConfig(hidden_sizes=[48, 96, 192, 384], num_labels=10)
+        hf.ConvNextConfig(hidden_sizes=[48, 96, 192, 384], depths=[2, 2, 2, 2], num_labels=10)
     ),
     "mobilenet_v2": lambda: hf.MobileNetV2ForImageClassification(hf.MobileNetV2Config(num_labels=10)),
 }
 MODELS = {
-    **{name: lambda name=name: timm.create_model(name) for name in TIMM},
+    **{name: lambda name=name, options=options: timm.create_model(name, **options) for name, options in TIMM.items()},
     **TRANSFORMERS,
     "module": lambda: Residual(width=16),
 }
@@ -49,7 +57,7 @@ SPECIAL = {
     "weight standardisation, group norm": lambda: hf.BitForImageClassification(
         hf.BitConfig(hidden_sizes=[32, 64], depths=[1, 1], embedding_size=16, num_groups=4)
     ),
-    "widths in attributes, splits": lambda: timm.create_model("res2net50_26w_4s"),
+    "widths in attributes, splits": lambda: timm.create_model("res2net50_26w_4s", layers=[2, 2, 2, 2]),
     "halves of an attribute": lambda: timm.create_model("skresnet18"),
     "unequal splits in a list": lambda: timm.create_model("inception_next_atto"),
     "a buffer as a filter": lambda: timm.create_model("resnetblur18"),

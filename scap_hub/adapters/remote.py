@@ -52,7 +52,7 @@ def fetch(
     except (HTTPError, OSError):
         pass
     try:
-        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), local_files_only=True))
     except LocalEntryNotFoundError:
         raise error(f"cannot reach the Hub for {repo_id!r}, and it is not in the local cache: {advice}") from None
 

@@ -28,6 +28,7 @@ from scap_hub.surgery import apply_plan
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 CONFIG = "config.json"
 PLAN = "pruning_plan.json"
 RECIPE = "recipe.yaml"
@@ -130,7 +131,7 @@ def load(
     if (folder / PLAN).is_file() and not _is_uniform(config):
         _check_plan(dense, PruningPlan.from_json(_read(folder, PLAN)), cut)
     _shrink(dense, cut)
-    files = _weight_files(folder)
+    files = weight_files(folder)
     _check_weights(dense, files)
     small = copy.deepcopy(model) if model is not None else rebuild(*_dense_config(config))
     _shrink(small, cut)
@@ -304,9 +305,14 @@ def _check_plan(dense: nn.Module, plan: PruningPlan, cut: dict[str, Any]) -> Non
             )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / f"{WEIGHTS}.index.json"
-    if not index.is_file():
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: one, or the shards that the index lists; they need not exist.
+
+    Raises:
+        CheckpointError: The index is malformed.
+    """
+    index = folder / INDEX
+    if (folder / WEIGHTS).is_file() or not index.is_file():  # in the order of transformers
         return [folder / WEIGHTS]
     try:
         names = set(json.loads(_read(folder, index.name))["weight_map"].values())

@@ -41,15 +41,14 @@ def shrink(model: nn.Module, cut: dict[str, Any], prefix: str = "") -> None:
             smaller[id(old)] = (old, _shape(name, text, old.shape), cut.get("buffers", {}).get(name, {}))
     for path, attributes in cut["attributes"].items():
         module = modules.get(f"{path}.".removeprefix(prefix)[:-1], nn.Module())
-        for attribute in attributes.keys() & vars(module).keys():
-            before, after = vars(module)[attribute], attributes[attribute]
-            values.append((module, attribute, _value(f"{path}.{attribute}", before, after)))
+        for name in attributes.keys() & vars(module).keys():
+            values.append((module, name, _value(f"{path}.{name}", vars(module)[name], attributes[name])))
     tensors = {key: _narrowed(*job) for key, job in smaller.items()}
     for module in modules.values():
         for table in (module._parameters, module._buffers):
             table.update({leaf: tensors[id(old)] for leaf, old in table.items() if id(old) in tensors})
-    for module, attribute, value in values:
-        setattr(module, attribute, value)
+    for module, name, value in values:
+        setattr(module, name, value)
 
 
 def _shape(name: str, text: str, old: torch.Size) -> list[int]:
@@ -91,16 +90,18 @@ def scap_pruned(
     if pretrained_cfg:
         known = pretrained_cfg if isinstance(pretrained_cfg, dict) else vars(pretrained_cfg)
         known = {**known, **(pretrained_cfg_overlay or {}), "architecture": "scap_pruned"}
-        known["hf_hub_filename"] = WEIGHTS  # left to itself, timm falls back on pickle files
-        if known.get("source") == "local-dir":
-            known |= {"source": "file", "file": str(Path(known["file"]) / WEIGHTS)}
         arguments["pretrained_cfg"] = cfg = timm.PretrainedCfg(**known)
     in_chans = arguments.get("in_chans", 3)
 
     def finish(model: Any, num_classes: int) -> Any:
         shrink(model, cut)
         if pretrained:
-            timm.load_pretrained(model, cfg.to_dict(), num_classes, in_chans, cache_dir=cache_dir)
+            weights = cfg.to_dict()
+            if cfg.source in ("hf-hub", "local-dir"):  # left to itself, timm falls back on pickle files
+                pull = import_module("timm.models._hub").download_from_hf
+                file = Path(cfg.file, WEIGHTS) if cfg.source == "local-dir" else pull(cfg.hf_hub_id, WEIGHTS, cache_dir)
+                weights |= {"source": "file", "file": str(file), "custom_load": False}
+            timm.load_pretrained(model, weights, num_classes, in_chans, cache_dir=cache_dir)
         return model
 
     def features(model: Any, out_indices: Any, **_: Any) -> nn.Module:
@@ -135,7 +136,7 @@ def shrink_pretrained(model: Any) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """The transformers class of that name, with the pruned sizes; what auto_map in config.json asks for."""
+    """The transformers class that auto_map in config.json asks for: of the pruned sizes, and saved with this file."""
     if not name.endswith("ForImageClassification"):
         raise AttributeError(name)
     base = getattr(import_module("transformers"), name)
@@ -146,4 +147,5 @@ def __getattr__(name: str) -> Any:
         base.__init__(self, config, *inputs, **options)
         shrink_pretrained(self)
 
-    return globals().setdefault(name, type(name, (base,), {"__init__": __init__, "__module__": __name__}))
+    own = {"__init__": __init__, "__module__": __name__, "_auto_class": "AutoModelForImageClassification"}
+    return globals().setdefault(name, type(name, (base,), own))

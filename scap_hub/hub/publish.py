@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
+import re
 import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -26,12 +26,12 @@ from scap_hub.adapters.base import one_line
 from scap_hub.errors import CheckpointError, PublishError
 from scap_hub.hub import modeling_scap
 from scap_hub.hub.card import HERE, PICTURE, merged_card
-from scap_hub.hub.checkpoint import CODE, CONFIG, IMAGE_PROCESSOR, PLAN, RECIPE
+from scap_hub.hub.checkpoint import CODE, CONFIG, IMAGE_PROCESSOR, INDEX, PLAN, RECIPE, WEIGHTS, weight_files
 
 CARD = "README.md"
-# Whatever else lies in the folder is nobody's business; pickle is never among these.
-FILES = (CONFIG, PLAN, RECIPE, IMAGE_PROCESSOR, CODE, CARD, PICTURE, "report.json", "report.html", "model*.safetensors",
-         "model.safetensors.index.json")  # fmt: skip
+# Beside the weights; whatever else lies in the folder is nobody's business, and pickle is never among these.
+FILES = (CONFIG, PLAN, RECIPE, IMAGE_PROCESSOR, CODE, CARD, PICTURE, "report.json", "report.html")
+_WEIGHT_NAMES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _WAITS = (1.0, 2.0, 4.0)
 _TRANSIENT = (429, 500, 502, 503, 504)
 _STALE = 412
@@ -99,16 +99,26 @@ class _Push:
         self.create_pr, self.message = create_pr, message
 
     def __call__(self, files: dict[str, Path | bytes]) -> str:
-        head = self.api.model_info(self.repo_id, revision=self.revision).sha
-        files = {**files, CARD: self._card(files[CARD], head)}
-        info = self.api.create_commit(
-            self.repo_id,
-            [CommitOperationAdd(name, content) for name, content in files.items()],
-            commit_message=self.message,
-            revision=self.revision,
-            create_pr=self.create_pr,
-            parent_commit=head,
-        )
+        there = self.api.model_info(self.repo_id, revision=self.revision)
+        files = {**files, CARD: self._card(files[CARD], there.sha)}
+        names = [file.rfilename for file in there.siblings or ()]
+        # Weights of an earlier push under other names, shards or none, would be loaded instead of these.
+        stale = [name for name in names if _WEIGHT_NAMES.fullmatch(name) and name not in files]
+        additions = [CommitOperationAdd(name, content) for name, content in files.items()]
+        try:
+            info = self.api.create_commit(
+                self.repo_id,
+                [*map(CommitOperationDelete, stale), *additions],
+                commit_message=self.message,
+                revision=self.revision,
+                create_pr=self.create_pr,
+                parent_commit=there.sha,
+            )
+        except RuntimeError as error:
+            # How huggingface_hub reports a storage that fails.
+            if isinstance(error.__cause__, HTTPError | OSError):
+                raise error.__cause__ from None
+            raise
         url = f"{self.api.endpoint}/{self.repo_id}"
         return info.pr_url or (f"{url}/tree/{self.revision}" if self.revision else url)
 
@@ -124,16 +134,17 @@ class _Push:
 
 def _files(folder: Path) -> dict[str, Path | bytes]:
     """What is published, by name."""
-    present = {path.name: path for path in sorted(folder.glob("*")) if path.is_file()}
-    files: dict[str, Path | bytes] = {
-        name: path for name, path in present.items() if any(fnmatch.fnmatchcase(name, known) for known in FILES)
-    }
+    weights = [path.name for path in weight_files(folder)]
+    names = [*FILES, *weights] if weights == [WEIGHTS] else [*FILES, *weights, INDEX]
+    files: dict[str, Path | bytes] = {name: folder / name for name in names if (folder / name).is_file()}
+    if absent := [name for name in (CONFIG, *weights) if name not in files]:
+        raise CheckpointError(f"{folder} holds no saved model: it lacks {', '.join(absent)}; save it again")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = None
-    if not isinstance(config, dict) or not any(name.endswith(".safetensors") for name in files):
-        raise CheckpointError(f"{folder} holds no saved model: it needs {CONFIG} and model.safetensors")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder} holds no saved model: its {CONFIG} is not JSON; save it again")
     if "auto_map" in config:
         files[CODE] = Path(modeling_scap.__file__)
         own = {auto: reference.rpartition("--")[2] for auto, reference in config["auto_map"].items()}

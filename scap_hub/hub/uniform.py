@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from scap_hub.adapters import LoadedModel, logits, rebuild
-from scap_hub.errors import ModelError
+from scap_hub.adapters.base import one_line
+from scap_hub.errors import ModelError, PlanError
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def plain_config(loaded: LoadedModel, small: nn.Module) -> dict[str, Any] | None:
+def plain_config(loaded: LoadedModel, small: nn.Module) -> dict[str, Any]:
     """The dense model's config with the pruned model's widths in it, in the zoo's own layout.
 
     Args:
@@ -24,30 +25,43 @@ def plain_config(loaded: LoadedModel, small: nn.Module) -> dict[str, Any] | None
         small: The pruned model.
 
     Returns:
-        A config.json that needs nothing of ours; None where the widths are not expressible.
+        A config.json that needs nothing of ours.
+
+    Raises:
+        PlanError: The widths are no constructor arguments; says which tensor shows it.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
+    reason = "which of its arguments set widths is not known here"
     for widths in _guesses(loaded, shapes):
         config = json.loads(json.dumps(loaded.config))
         (config["model_args"] if loaded.library == "timm" else config).update(widths)
-        with contextlib.suppress(ModelError):
+        try:
             plain: Any = rebuild(loaded.library, config)
-            if _same(plain, small, loaded.preprocessing.input_size):
-                return config | ({"num_features": plain.num_features} if loaded.library == "timm" else {})
-    return None
+        except ModelError as error:
+            reason = one_line(error)
+            continue
+        difference = _difference(plain, small, loaded.preprocessing.input_size)
+        if difference is None:
+            return config | ({"num_features": plain.num_features} if loaded.library == "timm" else {})
+        reason = f"with {', '.join(f'{name}={value!r}' for name, value in widths.items())} {difference}"
+    raise PlanError(
+        f"the widths that are left cannot be given to {loaded.name} as constructor arguments ({reason}): save with "
+        "publish.layout=pruned, or prune with target.scope=uniform and protect what has no argument of its own"
+    )
 
 
-def _same(plain: nn.Module, small: nn.Module, input_size: tuple[int, int, int]) -> bool:
-    """Equal names and shapes do not prove it: a head count, say, shows in neither."""
-    state = small.state_dict()
-    fresh = plain.state_dict()
-    if {name: tensor.shape for name, tensor in fresh.items()} != {name: tensor.shape for name, tensor in state.items()}:
-        return False
+def _difference(plain: nn.Module, small: nn.Module, input_size: tuple[int, int, int]) -> str | None:
+    """What distinguishes the two; equal names and shapes prove nothing, for a head count shows in neither."""
+    state, fresh = small.state_dict(), plain.state_dict()
+    for name in sorted(state.keys() | fresh.keys(), key=[*state, *fresh].index):
+        ours, theirs = (tuple(own[name].shape) if name in own else "absent" for own in (state, fresh))
+        if ours != theirs:
+            return f"its {name!r} is {theirs}, and {ours} in the pruned model"
     weight = next(small.parameters())
     plain.to(weight.device, weight.dtype).load_state_dict(state)
     images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)).to(weight)
     with torch.no_grad():
-        return torch.equal(_run(plain, images), _run(small, images))
+        return None if torch.equal(_run(plain, images), _run(small, images)) else "it computes other logits"
 
 
 def _run(model: nn.Module, images: Tensor) -> Tensor:
@@ -110,4 +124,5 @@ _FAMILIES: dict[tuple[str, str], Callable[[Shapes], dict[str, Any]]] = {
     ("transformers", "ConvNext"): _convnext,
     ("transformers", "ViT"): _vit,
     ("transformers", "DeiT"): _vit,
+    ("transformers", "DeiTForImageClassificationWithTeacher"): _vit,
 }
