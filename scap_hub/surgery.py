@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from scap_hub.errors import PlanError
 from scap_hub.plan import PruningPlan, TensorCut
+
+RESHAPE = "forward.reshape"
+"""In a plan's attributes, [rank, dim]: reshapes of that module to `rank` sizes take that of `dim` from the tensor."""
+
+
+class Reshaping(TorchFunctionMode):
+    """Where a forward pass reshapes to a width that it read off another tensor, the tensor's own width counts."""
+
+    def __init__(self, rank: int, dim: int) -> None:
+        super().__init__()
+        self.rank, self.dim = rank, dim
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.reshape, torch.Tensor.view, torch.reshape) and len(args) > 1:
+            sizes = args[1] if isinstance(args[1], tuple | list) else args[1:]
+            if len(sizes) == self.rank and -1 not in sizes and math.prod(sizes) != args[0].numel():
+                args = (args[0], [-1 if dim == self.dim else size for dim, size in enumerate(sizes)])
+        return func(*args, **kwargs or {})
+
+
+def reshaping(module: nn.Module, rank: int, dim: int, *args: Any, **kwargs: Any) -> Any:
+    """The forward pass of the module's class, with such reshapes."""
+    with Reshaping(rank, dim):
+        return type(module).forward(module, *args, **kwargs)
 
 
 def apply_plan(model: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -40,6 +67,9 @@ def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, int |
     for path, values in attributes.items():
         module = model.get_submodule(path)
         for attribute, value in values.items():
+            if attribute == RESHAPE:
+                module.forward = functools.partial(reshaping, module, *value)  # type: ignore[misc]
+                continue
             holder, name = _holder(module, attribute)
             setattr(holder, name, _renewed(getattr(holder, name), value))
 
@@ -71,6 +101,8 @@ def _check(model: nn.Module, plan: PruningPlan) -> None:
         except AttributeError:
             raise PlanError(f"the model has no module {path!r}; the plan was made for another model") from None
         for attribute, value in values.items():
+            if attribute == RESHAPE and isinstance(value, list) and len(value) == 2:
+                continue
             holder, name = _holder(module, attribute)
             old = getattr(holder, "__dict__", {}).get(name)
             fits = (isinstance(value, int) and type(old) is int) or (

@@ -53,16 +53,16 @@ def channel_groups(model: nn.Module, inputs: tuple[Any, ...] | Tensor) -> list[C
         if stuck is None:
             return groups
         assert space.forward is not None
-        shared = shared_numbers(space.forward, stuck.failed)
+        free = np.zeros(space.count, dtype=bool)
+        for group in groups:
+            free[group.channels] = group.prunable
+        shared = shared_numbers(space.forward, stuck.failed, free)
         if shared.keys() - balanced:
             id_of = np.unique(channel_of, return_index=True)[1]
             for name in shared.keys() - balanced:
                 found.ledger.balance([id_of[channels] for channels in shared[name]], f"places of {name}")
             balanced |= shared.keys()
             continue
-        free = np.zeros(space.count, dtype=bool)
-        for group in groups:
-            free[group.channels] = group.prunable
         for place, channels in stuck_channels(space.forward, space.tensors, stuck.failed, free).items():
             ids = np.flatnonzero(np.isin(channel_of, channels))
             found.ledger.pin(ids, f"is counted by a number fixed in {place!r}")

@@ -28,7 +28,7 @@ from scap_hub.channels.trace import bind
 from scap_hub.channels.widths import Features, features_of, widths
 from scap_hub.errors import PlanError
 from scap_hub.plan import PruningPlan
-from scap_hub.surgery import apply_plan, set_attributes
+from scap_hub.surgery import RESHAPE, apply_plan, set_attributes
 
 _MULTIPLES = (1, 2, 3, 4)
 
@@ -48,8 +48,9 @@ class StuckError(PlanError):
 Place = tuple[str, str, int | None]
 """Module path, attribute, index into it if it is a list."""
 
-Choice = frozenset[tuple[type, str, int]]
-"""Attributes that change in every module of a class: class, attribute, multiple of the number in the graph."""
+Choice = frozenset[tuple[type, str, Any]]
+"""Attributes that change in every module of a class: class, attribute, multiple of the number in the graph; or else
+class, `RESHAPE`, rank and dimension."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +78,7 @@ class Forward:
         outputs: Shapes of the model's outputs.
         integers: Attributes that may have to change.
         counted: The channels that are counted by a number in the graph, with the path of the module that does it.
+        reshapes: Modules that reshape to such a number, with how many sizes they give and which one it is.
         chosen: What turned out to have to change.
         features: The dense model's, once somebody asked.
     """
@@ -86,6 +88,7 @@ class Forward:
     outputs: tuple[tuple[int, ...], ...]
     integers: tuple[Integer, ...]
     counted: tuple[tuple[str, np.ndarray], ...]
+    reshapes: tuple[tuple[str, int, int], ...] = ()
     chosen: Choice = field(default_factory=frozenset)
     features: Features | None = None
 
@@ -113,6 +116,7 @@ def forward_of(model: nn.Module, inputs: tuple[Any, ...], found: Trace, channel_
         outputs=tuple(ids.shape for ids in found.outputs),
         integers=tuple(i for node, old, channels in counted for i in _held(node, old, channels, modules)),
         counted=tuple((owner(node), channels) for node, _, channels in counted),
+        reshapes=tuple(dict.fromkeys(place for node, old, _ in counted for place in _reshapes(node, old, modules))),
     )
 
 
@@ -133,18 +137,22 @@ def solve_integers(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dic
     trial = _Trial(forward, plan)
 
     def run(chosen: Choice) -> _Outcome:
-        return trial(_values(forward.model, changing, keep, kinds, chosen))
+        return trial(_values(forward, changing, keep, kinds, chosen))
 
     chosen = forward.chosen
     outcome = run(chosen)
     while outcome.failed is not None:
-        attempts = (chosen | own for kind in _kinds(outcome.failed, kinds) for own in _attempts(changing, kinds, kind))
+        attempts = (
+            chosen | own
+            for kind in _kinds(outcome.failed, kinds)
+            for own in (*_attempts(changing, kinds, kind), *_other_reshapes(forward, kinds, kind))
+        )
         better = next(((result, own) for own in attempts if (result := run(own)).finished > outcome.finished), None)
         if better is None:
             raise StuckError(outcome.failed, outcome.message)
         outcome, chosen = better
     forward.chosen |= chosen
-    return _values(forward.model, changing, keep, kinds, chosen)
+    return _values(forward, changing, keep, kinds, chosen)
 
 
 def new_widths(forward: Forward, plan: PruningPlan) -> dict[str, dict[str, Any]]:
@@ -155,12 +163,13 @@ def new_widths(forward: Forward, plan: PruningPlan) -> dict[str, dict[str, Any]]
     return widths(forward.model, forward.features, features_of(small, forward.inputs))
 
 
-def shared_numbers(forward: Forward, failed: Sequence[str]) -> dict[str, list[np.ndarray]]:
+def shared_numbers(forward: Forward, failed: Sequence[str], free: np.ndarray) -> dict[str, list[np.ndarray]]:
     """Channels that one attribute counts in several places of one module: they must stay equally many.
 
     Args:
         forward: Where the numbers are.
         failed: The modules around a failure, innermost first.
+        free: Of every channel, whether it can still be pruned; beside one that cannot, nothing is gained.
 
     Returns:
         For each such attribute, in all modules of the classes that failed, the channels of its places.
@@ -174,7 +183,11 @@ def shared_numbers(forward: Forward, failed: Sequence[str]) -> dict[str, list[np
             places = shared.setdefault(f"{path}.{name}" + ("" if index is None else f"[{index}]"), {})
             places[np.sort(integer.channels).tobytes()] = integer.channels
     alike = {name: list(places.values()) for name, places in shared.items()}
-    return {name: places for name, places in alike.items() if len({len(p) for p in places}) == 1 < len(places)}
+    return {
+        name: places
+        for name, places in alike.items()
+        if len({len(place) for place in places}) == 1 < len(places) and free[np.concatenate(places)].all()
+    }
 
 
 def stuck_channels(
@@ -253,6 +266,16 @@ def _counts(node: fx.Node, found: Trace) -> Iterator[tuple[int, np.ndarray]]:
         yield from _line(arguments["num_groups"], own[0], 1)
 
 
+def _reshapes(node: fx.Node, old: int, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, int, int]]:
+    """The class that reshapes to a number, with how many sizes it gives and which one the number is."""
+    name = str(node.target).removeprefix("aten.").split(".")[0]
+    arguments = bind(node)
+    sizes = arguments.get("size") or arguments.get("shape") or ()
+    path = owner(node)
+    if name in ("view", "reshape") and path and not type(modules[path]).__module__.startswith("torch.nn"):
+        yield from ((path, len(sizes), dim) for dim, size in enumerate(sizes) if size == old and dim)
+
+
 def _line(size: int, ids: Ids, dim: int) -> Iterator[tuple[int, np.ndarray]]:
     if (line := ids.along(dim)) is not None and line.size == size:
         yield size, line
@@ -291,8 +314,14 @@ def _attempts(changing: Sequence[Integer], kinds: Mapping[str, type], kind: type
         yield from (frozenset(pair) for pair in itertools.combinations(names, 2))
 
 
+def _other_reshapes(forward: Forward, kinds: Mapping[str, type], kind: type) -> Iterator[Choice]:
+    """Sizes of reshapes of one class that may have been read off another tensor."""
+    for rank, dim in dict.fromkeys((rank, dim) for path, rank, dim in forward.reshapes if kinds[path] is kind):
+        yield frozenset([(kind, RESHAPE, (rank, dim))])
+
+
 def _values(
-    model: nn.Module, changing: Sequence[Integer], keep: np.ndarray, kinds: Mapping[str, type], chosen: Choice
+    forward: Forward, changing: Sequence[Integer], keep: np.ndarray, kinds: Mapping[str, type], chosen: Choice
 ) -> dict[str, dict[str, Any]]:
     values: dict[str, dict[str, Any]] = {}
     for integer in changing:
@@ -303,8 +332,11 @@ def _values(
         if index is None:
             values.setdefault(path, {})[name] = new
         else:
-            held = values.setdefault(path, {}).setdefault(name, list(getattr(model.get_submodule(path), name)))
-            held[index] = new
+            module = forward.model.get_submodule(path)
+            values.setdefault(path, {}).setdefault(name, list(getattr(module, name)))[index] = new
+    for path, rank, dim in forward.reshapes:
+        if (kinds[path], RESHAPE, (rank, dim)) in chosen:
+            values.setdefault(path, {})[RESHAPE] = [rank, dim]
     return values
 
 
@@ -335,8 +367,11 @@ class _Trial:
         self.running.pop()
 
     def __call__(self, values: dict[str, dict[str, Any]]) -> _Outcome:
-        before = {path: {name: getattr(self.small.get_submodule(path), name) for name in own}
-                  for path, own in values.items()}  # fmt: skip
+        before = {
+            path: {name: getattr(self.small.get_submodule(path), name) for name in own if name != RESHAPE}
+            for path, own in values.items()
+        }
+        forwards = {path: vars(self.small.get_submodule(path)).get("forward") for path in values}
         self.finished, self.running = 0, [""]
         set_attributes(self.small, values)
         try:
@@ -347,6 +382,10 @@ class _Trial:
             return _Outcome(self.finished, tuple(self.running[::-1]), message)
         finally:
             set_attributes(self.small, before)
+            for path, forward in forwards.items():
+                vars(self.small.get_submodule(path)).pop("forward", None)
+                if forward is not None:
+                    self.small.get_submodule(path).forward = forward
         shapes = tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
         if shapes != self.forward.outputs:
             return _Outcome(self.finished, ("",), f"outputs of shapes {shapes} instead of {self.forward.outputs}")
