@@ -54,24 +54,22 @@ def capture(model: nn.Module, inputs: tuple[Any, ...]) -> Capture:
     Raises:
         ModelError: The forward pass fails, or looks at values; names the module and the operator where it did.
     """
-    recorder = _Recorder(model, inputs)
+    recorder = Recorder(model, inputs)
     try:
-        with evaluating(model), _no_autocast(), torch.no_grad(), recorder.watching(), enable_python_dispatcher():
-            with recorder:
-                output = model(*inputs)
-            recorder.graph.output([recorder.node(leaf) for leaf in pytree.tree_leaves(output) if _is_tensor(leaf)])
+        recorder.run()
     except Exception as error:
         message = str(error).strip().splitlines() or ["no message"]
         at = f" at {recorder.running}" if recorder.running else ""
+        path = running(model, error)[0]
         raise ModelError(
-            f"cannot capture {type(model).__name__}: {type(error).__name__} in {_culprit(model, error)}{at}: "
-            f"{message[0]}. Check that it runs on these inputs; prune the submodules that can be captured, or "
-            "remove what depends on values of tensors from forward()"
+            f"cannot capture {type(model).__name__}: {type(error).__name__} in "
+            f"{f'module {path!r}' if path else 'its forward()'}{at}: {message[0]}. Check that it runs on these inputs; "
+            "prune the submodules that can be captured, or remove what depends on values of tensors from forward()"
         ) from error
     return recorder.captured()
 
 
-class _Recorder(SchemaCheckMode):
+class Recorder(SchemaCheckMode):
     """Writes every ATen operator into a graph before composite ones are taken apart.
 
     Torch lets few classes of dispatch mode see operators that early; deriving from one of them is the way in.
@@ -79,6 +77,7 @@ class _Recorder(SchemaCheckMode):
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)
+        self.model, self.inputs = model, inputs
         self.graph = fx.Graph()
         self._last: fx.Node | None = None  # placeholder
         self.running: str | None = None
@@ -98,7 +97,19 @@ class _Recorder(SchemaCheckMode):
         leaves = [leaf for leaf in pytree.tree_leaves(inputs) if _is_tensor(leaf)]
         self._varying = {self._placeholder(leaf) for leaf in leaves}
 
+    def run(self) -> Any:
+        """Runs the model in eval mode and records what it does; returns its output."""
+        with evaluating(self.model), _no_autocast(), torch.no_grad(), self._watching(), enable_python_dispatcher():
+            with self:
+                output = self.model(*self.inputs)
+            self.graph.output([self.node(leaf) for leaf in pytree.tree_leaves(output) if _is_tensor(leaf)])
+        return output
+
+    def made(self, node: fx.Node, value: Any) -> None:
+        """Called for each operator, and for each part of a result that has parts."""
+
     def captured(self) -> Capture:
+        """The graph and what it reads."""
         return Capture(self.graph, self._states, self._owned, self._constants)
 
     def node(self, tensor: Tensor) -> fx.Node:
@@ -109,7 +120,7 @@ class _Recorder(SchemaCheckMode):
         return self._nodes[id(tensor)]
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def _watching(self) -> Iterator[None]:
         """Follows which module is running."""
         before = module_hooks.register_module_forward_pre_hook(self._enter)
         after = module_hooks.register_module_forward_hook(self._leave, always_call=True)
@@ -147,6 +158,8 @@ class _Recorder(SchemaCheckMode):
         made = self.graph.create_node(op, target, args, kwargs)
         made.meta["val"] = pytree.tree_map(_shape, value)
         made.meta["nn_module_stack"] = dict(self._stack)
+        if op == "call_function":
+            self.made(made, value)
         if _is_tensor(value):
             self._nodes[id(value)] = made
             self._alive.append(value)
@@ -212,13 +225,13 @@ def _no_autocast() -> Iterator[None]:
         yield
 
 
-def _culprit(model: nn.Module, error: BaseException) -> str:
-    """The innermost submodule whose code was running when the error was raised."""
+def running(model: nn.Module, error: BaseException) -> list[str]:
+    """Paths of the modules whose code was running when the error was raised, innermost first and the model last."""
     names = {id(module): name for name, module in model.named_modules()}
-    found, step = "the model's forward()", error.__traceback__
+    found, step = [""], error.__traceback__
     while step is not None:
-        owner = names.get(id(step.tb_frame.f_locals.get("self")))
-        if owner:
-            found = f"module {owner!r}"
+        path = names.get(id(step.tb_frame.f_locals.get("self")))
+        if path and path != found[0]:
+            found.insert(0, path)
         step = step.tb_next
     return found

@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from scap_hub.channels.capture import evaluating
-from scap_hub.channels.ids import Ids
+from scap_hub.channels.capture import Recorder, running
+from scap_hub.channels.ids import Ids, support
 from scap_hub.channels.layers import layers_of
 from scap_hub.channels.rules import Trace
 from scap_hub.channels.rules.registry import flat, owner
@@ -78,6 +77,8 @@ class Forward:
         outputs: Shapes of the model's outputs.
         integers: Attributes that may have to change.
         counted: The channels that are counted by a number in the graph, with the path of the module that does it.
+        found: The trace of the model.
+        channel_of: The channel number of each of its ids.
         reshapes: Modules that reshape to such a number, with how many sizes they give and which one it is.
         chosen: What turned out to have to change.
         features: The dense model's, once somebody asked.
@@ -88,6 +89,8 @@ class Forward:
     outputs: tuple[tuple[int, ...], ...]
     integers: tuple[Integer, ...]
     counted: tuple[tuple[str, np.ndarray], ...]
+    found: Trace
+    channel_of: np.ndarray
     reshapes: tuple[tuple[str, int, int], ...] = ()
     chosen: Choice = field(default_factory=frozenset)
     features: Features | None = None
@@ -116,6 +119,8 @@ def forward_of(model: nn.Module, inputs: tuple[Any, ...], found: Trace, channel_
         outputs=tuple(ids.shape for ids in found.outputs),
         integers=tuple(i for node, old, channels in counted for i in _held(node, old, channels, modules)),
         counted=tuple((owner(node), channels) for node, _, channels in counted),
+        found=found,
+        channel_of=channel_of,
         reshapes=tuple(dict.fromkeys(place for node, old, _ in counted for place in _reshapes(node, old, modules))),
     )
 
@@ -134,7 +139,7 @@ def solve_integers(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dic
     changing = [integer for integer in forward.integers if not keep[integer.channels].all()]
     kinds = {path: type(module) for path, module in forward.model.named_modules()}
 
-    trial = _Trial(forward, plan)
+    trial = _Trial(forward, plan, keep)
 
     def run(chosen: Choice) -> _Outcome:
         return trial(_values(forward, changing, keep, kinds, chosen))
@@ -342,51 +347,77 @@ def _values(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """How many module calls finished, the modules around the failure (innermost first; None for none), and why."""
+    """How many operators did as they should, the modules around the failure (innermost first), and why."""
 
     finished: float
     failed: tuple[str, ...] | None = None
     message: str = ""
 
 
+class _Checked(Recorder):
+    """Runs a pruned model and stops at the first operator that makes another shape than the channels say."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], expected: list[_Step]) -> None:
+        super().__init__(model, inputs)
+        self.expected = expected
+        self.finished = 0
+
+    def made(self, node: fx.Node, value: Any) -> None:
+        target, shape = self.expected[self.finished] if self.finished < len(self.expected) else (None, None)
+        if node.target is not target:
+            raise RuntimeError(f"{node.target} runs instead of {target}")
+        if shape is not None and shape != tuple(value.shape):
+            raise RuntimeError(f"{node.target} makes shape {list(value.shape)} instead of {list(shape)}")
+        self.finished += 1
+
+
+_Step = tuple[Any, tuple[int, ...] | None]
+"""An operator, and the shape that it has to make where that is known."""
+
+
+def _steps(forward: Forward, keep: np.ndarray) -> list[_Step]:
+    stays = keep[forward.channel_of]
+    return [
+        (node.target, _shape(ids, stays) if isinstance(ids, Ids) and ids.layers else None)
+        for node, ids in forward.found.ids.items()
+        if node.op == "call_function"
+    ]
+
+
+def _shape(ids: Ids, stays: np.ndarray) -> tuple[int, ...] | None:
+    shape = list(ids.shape)
+    for layer in ids.layers:
+        dims = support(layer)
+        if len(dims) > 1:
+            return None
+        for dim in dims:
+            shape[dim] = int(stays[layer].sum())
+    return tuple(shape)
+
+
 class _Trial:
     """A pruned model without weights, run with one set of attributes after another."""
 
-    def __init__(self, forward: Forward, plan: PruningPlan) -> None:
+    def __init__(self, forward: Forward, plan: PruningPlan, keep: np.ndarray) -> None:
         self.forward = forward
         self.small = apply_plan(forward.model, plan)
-        self.finished = 0
-        self.running = [""]
-        for path, module in self.small.named_modules():
-            if path:
-                module.register_forward_pre_hook(lambda *_, path=path: self.running.append(path))
-                module.register_forward_hook(self._leave)
-
-    def _leave(self, *_: Any) -> None:
-        self.finished += 1
-        self.running.pop()
+        self.steps = _steps(forward, keep)
 
     def __call__(self, values: dict[str, dict[str, Any]]) -> _Outcome:
-        before = {
-            path: {name: getattr(self.small.get_submodule(path), name) for name in own if name != RESHAPE}
-            for path, own in values.items()
-        }
-        forwards = {path: vars(self.small.get_submodule(path)).get("forward") for path in values}
-        self.finished, self.running = 0, [""]
+        modules = {path: self.small.get_submodule(path) for path in values}
+        before = {path: dict(vars(module)) for path, module in modules.items()}
         set_attributes(self.small, values)
+        recorder = _Checked(self.small, self.forward.inputs, self.steps)
         try:
-            with torch.no_grad(), evaluating(self.small):
-                output = self.small(*self.forward.inputs)
+            output = recorder.run()
         except Exception as error:
             message = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            return _Outcome(self.finished, tuple(self.running[::-1]), message)
+            return _Outcome(recorder.finished, tuple(running(self.small, error)), message)
         finally:
-            set_attributes(self.small, before)
-            for path, forward in forwards.items():
-                vars(self.small.get_submodule(path)).pop("forward", None)
-                if forward is not None:
-                    self.small.get_submodule(path).forward = forward
+            for path, module in modules.items():
+                vars(module).clear()
+                vars(module).update(before[path])
         shapes = tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
         if shapes != self.forward.outputs:
-            return _Outcome(self.finished, ("",), f"outputs of shapes {shapes} instead of {self.forward.outputs}")
+            return _Outcome(recorder.finished, ("",), f"outputs of shapes {shapes} instead of {self.forward.outputs}")
         return _Outcome(float("inf"))

@@ -152,7 +152,7 @@ class _Masked(fx.Interpreter):
 
     def _slides_over_channels(self, n: fx.Node) -> bool:
         x = self.ids[bind(n)["input"].name]
-        return any(max(support(layer)) > 1 for layer in x.layers)
+        return any(max(support(layer), default=0) > 1 for layer in x.layers)
 
     def _loses(self, n: fx.Node) -> bool:
         read = [ids for node in n.all_input_nodes for ids in flat(self.ids[node.name])]
@@ -163,7 +163,7 @@ class _Masked(fx.Interpreter):
 
         The blocks of a grouped convolution's weight lose different columns, equally many each.
         """
-        masks = {support(layer): torch.from_numpy(self.stays[layer]) for layer in ids.layers}
+        masks = {support(layer): torch.from_numpy(self.stays[layer]) for layer in ids.layers if support(layer)}
         kept = []
         for dims, mask in sorted(masks.items(), key=lambda item: len(item[0])):
             for dim in dims[:-1]:
