@@ -4,43 +4,60 @@ The zoo builds the dense model, `shrink` narrows its tensors to the sizes that c
 load as usual. scap_hub imports this very file; transformers runs the repository's copy if `trust_remote_code=True`.
 """
 
+import math
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-VERSION = 1
-WEIGHTS = "model.safetensors"
+VERSION, WEIGHTS = 1, "model.safetensors"
+
+
+class Reshaping(TorchFunctionMode):
+    """A module's forward pass, where a reshape to a width read off another tensor takes that of its own tensor."""
+
+    def __init__(self, module: nn.Module, rank: int, dim: int) -> None:
+        super().__init__()
+        self.module, self.rank, self.dim = module, rank, dim
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self:
+            return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.reshape, torch.Tensor.view, torch.reshape) and len(args) > 1:
+            sizes = args[1] if isinstance(args[1], tuple | list) else args[1:]
+            if len(sizes) == self.rank and -1 not in sizes and math.prod(sizes) != args[0].numel():
+                args = (args[0], [-1 if dim == self.dim else size for dim, size in enumerate(sizes)])
+        return func(*args, **kwargs or {})
 
 
 def shrink(model: nn.Module, cut: dict[str, Any], prefix: str = "") -> None:
     """Narrows a dense model in place; its values are to be overwritten by the pruned weights.
 
-    Args:
-        model: The dense model; what it lacks, such as the classifier of a headless one, is passed over.
-        cut: "version"; "shapes", sizes by tensor, with * for those that stay ("32,*,3,3"); "attributes", new integers
-            (or lists of them) by module and name; "buffers", kept indices by tensor and dimension ("0-3,5"), of what
-            no weight overwrites.
-        prefix: Leading part of the names that the model lacks.
-
-    Raises:
-        ValueError: An unknown version, or sizes that the dense model does not have; nothing has been changed then.
+    `cut` has "version"; "shapes", sizes by tensor, * for those that stay ("32,*,3,3"); "attributes", new integers by
+    module and name; "buffers", kept indices ("0-3,5") of what no weight overwrites. The model may lack some of them,
+    and the names' `prefix`. Raises ValueError, with nothing changed, for a wrong version or sizes that it has not.
     """
     if not isinstance(cut, dict) or cut.get("version") != VERSION:
         raise ValueError("config.json was written by another version of scap_hub: upgrade scap_hub")
-    modules = dict(model.named_modules())
-    smaller: dict[int, tuple[Any, ...]] = {}
-    values = []
+    modules, smaller, values = dict(model.named_modules()), {}, []
     for name, text in cut["shapes"].items():
         path, _, leaf = name.removeprefix(prefix).rpartition(".")
         module = modules.get(path, nn.Module())
         old = module._parameters.get(leaf, module._buffers.get(leaf))
         if old is not None:  # tied names share one tensor before, and must share one after
-            smaller[id(old)] = (old, _shape(name, text, old.shape), cut.get("buffers", {}).get(name, {}))
+            sizes = [size if part == "*" else int(part) for part, size in zip(text.split(","), old.shape, strict=False)]
+            if text.count(",") + 1 != old.dim() or any(not 0 < n <= o for n, o in zip(sizes, old.shape, strict=True)):
+                raise ValueError(f"config.json cuts {name!r} to {text}, but the dense model has {tuple(old.shape)}")
+            smaller[id(old)] = (old, sizes, cut.get("buffers", {}).get(name, {}))
     for path, attributes in cut["attributes"].items():
         module = modules.get(f"{path}.".removeprefix(prefix)[:-1], nn.Module())
+        if reshape := attributes.get("forward.reshape"):
+            values.append((module, "forward", Reshaping(module, *map(int, reshape))))
         for name in attributes.keys() & vars(module).keys():
             values.append((module, name, _value(f"{path}.{name}", vars(module)[name], attributes[name])))
     tensors = {key: _narrowed(*job) for key, job in smaller.items()}
@@ -49,14 +66,6 @@ def shrink(model: nn.Module, cut: dict[str, Any], prefix: str = "") -> None:
             table.update({leaf: tensors[id(old)] for leaf, old in table.items() if id(old) in tensors})
     for module, name, value in values:
         setattr(module, name, value)
-
-
-def _shape(name: str, text: str, old: torch.Size) -> list[int]:
-    parts = text.split(",")
-    sizes = [size if part == "*" else int(part) for part, size in zip(parts, old, strict=False)]
-    if len(parts) == len(old) and all(0 < new <= size for new, size in zip(sizes, old, strict=True)):
-        return sizes
-    raise ValueError(f"config.json cuts {name!r} to {text}, but the dense model has {tuple(old)}")
 
 
 def _value(name: str, old: Any, new: Any) -> Any:
@@ -91,7 +100,6 @@ def scap_pruned(
         known = pretrained_cfg if isinstance(pretrained_cfg, dict) else vars(pretrained_cfg)
         known = {**known, **(pretrained_cfg_overlay or {}), "architecture": "scap_pruned"}
         arguments["pretrained_cfg"] = cfg = timm.PretrainedCfg(**known)
-    in_chans = arguments.get("in_chans", 3)
 
     def finish(model: Any, num_classes: int) -> Any:
         shrink(model, cut)
@@ -101,38 +109,28 @@ def scap_pruned(
                 pull = import_module("timm.models._hub").download_from_hf
                 file = Path(cfg.file, WEIGHTS) if cfg.source == "local-dir" else pull(cfg.hf_hub_id, WEIGHTS, cache_dir)
                 weights |= {"source": "file", "file": str(file), "custom_load": False}
-            timm.load_pretrained(model, weights, num_classes, in_chans, cache_dir=cache_dir)
+            timm.load_pretrained(model, weights, num_classes, arguments.get("in_chans", 3), cache_dir=cache_dir)
         return model
 
-    def features(model: Any, out_indices: Any, **_: Any) -> nn.Module:
-        # timm hands over the dense model here, before it would wrap it.
-        net = import_module("timm.models._features").FeatureGetterNet(finish(model, 0), out_indices=out_indices)
-        size = arguments.get("img_size") or model.pretrained_cfg["input_size"][1:]
-        images = next(net.parameters()).new_zeros(1, in_chans, *import_module("timm.layers").to_2tuple(size))
-        with torch.no_grad():
-            maps = net.eval()(images)
-        for index, feature in zip(net.feature_info.out_indices, maps, strict=True):
-            net.feature_info.info[index]["num_chs"] = feature.shape[1]
-        return net.train()
+    def features(model: Any, out_indices: Any, **_: Any) -> nn.Module:  # timm would wrap the dense model
+        return import_module("timm.models._features").FeatureGetterNet(finish(model, 0), out_indices=out_indices)
 
-    if features_only:
-        return timm.create_model(base, features_only=True, feature_cls=features, **arguments)
-    model = timm.create_model(base, **arguments)
-    return finish(model, model.num_classes)
+    wrapped: dict[str, Any] = {"features_only": True, "feature_cls": features} if features_only else {}
+    model = timm.create_model(base, **wrapped, **arguments)
+    return model if features_only else finish(model, model.num_classes)
 
 
 def register() -> None:
     """Makes the architecture known to timm, once."""
-    timm = import_module("timm.models")
-    if not timm.is_model("scap_pruned"):
-        timm.register_model(scap_pruned)
+    if not import_module("timm.models").is_model("scap_pruned"):
+        import_module("timm.models").register_model(scap_pruned)
 
 
 def shrink_pretrained(model: Any) -> None:
     """Shrinks a transformers model, or the headless part of one, if its config says so."""
     if cut := (getattr(model.config, "scap", None) or {}).get("cut"):
-        whole = type(model).__name__ in (model.config.architectures or ())
-        shrink(model, cut, "" if whole else f"{model.base_model_prefix}.")
+        own = type(model).__name__ in (model.config.architectures or ())
+        shrink(model, cut, "" if own else f"{model.base_model_prefix}.")
 
 
 def __getattr__(name: str) -> Any:
