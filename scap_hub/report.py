@@ -9,7 +9,7 @@ from torch import nn
 
 from scap_hub.criteria.diagnostics import Diagnosis
 from scap_hub.training.data import Data
-from scap_hub.training.evaluate import count, evaluate, latency_ms
+from scap_hub.training.evaluate import count, evaluate
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Measures:
     params: int
     bytes: int
     top1: float | None
-    latency_ms: float | None
+    latency_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,23 +87,18 @@ class Report:
         return rows
 
 
-def measure(
-    model: nn.Module, input_size: tuple[int, int, int], data: Data, batch_size: int = 1, latency: bool = True
-) -> Measures:
-    """Measures one model.
+def measure(model: nn.Module, input_size: tuple[int, int, int], data: Data) -> Measures:
+    """Measures one model, but for its latency, which means something beside another's only.
 
     Args:
         model: In eval mode.
         input_size: (channels, height, width) in pixels.
         data: Its test images are used, or its validation images where there are none.
-        batch_size: Images at once when latency is measured.
-        latency: Whether to measure it.
     """
     loader = data.test or data.validation
     return Measures(
         **count(model, input_size),
         top1=evaluate(model, loader)["top1"] if loader is not None else None,
-        latency_ms=latency_ms(model, input_size, batch_size) if latency else None,
     )
 
 
