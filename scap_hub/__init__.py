@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from scap_hub.criteria import Criterion, score
     from scap_hub.errors import ScapHubError
     from scap_hub.hub.checkpoint import load
+    from scap_hub.latency import latency_table
     from scap_hub.plan import PruningPlan
     from scap_hub.pruning import prune
     from scap_hub.recipe import Recipe
@@ -33,6 +34,7 @@ _HOMES = {
     "ScapHubError": "errors",
     "apply_plan": "surgery",
     "channel_groups": "channels",
+    "latency_table": "latency",
     "load": "hub.checkpoint",
     "prune": "pruning",
     "score": "criteria",
@@ -50,6 +52,7 @@ __all__ = [
     "ScapHubError",
     "apply_plan",
     "channel_groups",
+    "latency_table",
     "load",
     "prune",
     "score",

@@ -1,8 +1,8 @@
 """A table of real layer times by width, and what it says of a model with fewer channels.
 
-Every convolution, linear layer, norm and activation of a model is run alone, on an input of the shape that it has in the
-model, at a few widths; what lies between is interpolated. The rest of a forward pass (additions, attention, Python) is
-what the whole model takes more than the sum.
+Every convolution, linear layer, norm and activation of a model is run alone, on an input of the shape that it has in
+the model, at a few widths; what lies between is interpolated. The rest of a forward pass (additions, attention, Python)
+is what the whole model takes more than the sum.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _cut(module: nn.Module, layer: Layer, rows: int, columns: int) -> tuple[nn.M
         for name, tensor in module._parameters.items()
     }
     for name, value in layer.attributes(shape).items():
-        setattr(small, name, type(getattr(module, name))(value))  # type: ignore[call-arg]
+        setattr(small, name, type(getattr(module, name))(value))
     return small, new[0]
 
 
@@ -267,12 +267,10 @@ def _probes(model: nn.Module, space: ChannelSpace, images: Tensor) -> list[_Prob
     return probes
 
 
-def _channel_dim(module: nn.Module, layer: Layer, x: Tensor) -> int:
-    if layer.kind == "linear":
-        return x.ndim - 1
-    if layer.kind == "layer_norm" and (type(module).forward is nn.LayerNorm.forward or x.shape[1] != len(module.weight)):  # type: ignore[arg-type]
-        return x.ndim - 1
-    return 1
+def _channel_dim(module: Any, layer: Layer, x: Tensor) -> int:
+    # A layer norm with a forward pass of its own may normalise dimension 1.
+    last = type(module).forward is nn.LayerNorm.forward or x.shape[1] != len(module.weight)
+    return x.ndim - 1 if layer.kind == "linear" or (layer.kind == "layer_norm" and last) else 1
 
 
 def _along(ids: Ids, dim: int) -> np.ndarray | None:

@@ -41,6 +41,21 @@ class GroupReport:
     diagnosis: Diagnosis | None = None
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What one pruning step's target came to.
+
+    Attributes:
+        importance: Share of all importance in the channels that stay, 0 to 1.
+        rounding_price: How much larger it were if channel counts were not multiples of `target.round_to`.
+        latency: Measured share of the dense model's time; None where the target is another.
+    """
+
+    importance: float
+    rounding_price: float
+    latency: float | None = None
+
+
 @dataclass
 class Report:
     """Dense and pruned model side by side.
@@ -52,6 +67,7 @@ class Report:
         stages: Seconds by stage, in the order they ran.
         history: One row an epoch of fine-tuning.
         pinned: Groups that could not be pruned, with the reason.
+        selections: What the target came to, a step each.
     """
 
     before: Measures
@@ -60,6 +76,7 @@ class Report:
     stages: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     pinned: dict[str, str] = field(default_factory=dict)
+    selections: list[Selection] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON-able values."""
@@ -84,6 +101,10 @@ class Report:
         if before.latency_ms is not None and after.latency_ms is not None:
             faster = f"{before.latency_ms / after.latency_ms:.2f}x faster"
             rows.append(("latency", f"{before.latency_ms:.2f} ms", f"{after.latency_ms:.2f} ms", faster))
+        if self.selections:
+            last = self.selections[-1]
+            price = f"rounding cost {100 * last.rounding_price:.2f} points"
+            rows.append(("importance", "100 %", f"{100 * last.importance:.2f} %", price))
         return rows
 
 

@@ -15,7 +15,7 @@ from scap_hub.adapters.base import Preprocessing
 from scap_hub.errors import DataError, TrainingError
 from scap_hub.recipe import DataSettings, FinetuneSettings
 from scap_hub.training.data import load_data
-from scap_hub.training.evaluate import count, evaluate, latency_ms
+from scap_hub.training.evaluate import count, evaluate
 from scap_hub.training.finetune import finetune
 from tests.nets import tiny_net
 
@@ -216,11 +216,6 @@ def test_costs_match_hand_counts():
     assert cost["bytes"] == 4 * (cost["params"] + 16) + 8
     assert model.training
     assert count(timm.create_model("resnet18"), (3, 224, 224))["macs"] == pytest.approx(1.814e9, rel=1e-3)
-
-
-def test_latency_grows_with_the_batch():
-    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
-    assert 0 < latency_ms(model, (3, 32, 32)) < latency_ms(model, (3, 32, 32), batch_size=16)
 
 
 def test_two_ranks_train_alike_and_see_each_image_once(tmp_path, digits):
