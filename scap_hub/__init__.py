@@ -9,6 +9,7 @@ from scap_hub.hub import registry
 
 if TYPE_CHECKING:
     from scap_hub.channels import ChannelGroup, channel_groups, verify
+    from scap_hub.comparison import Comparison, compare
     from scap_hub.criteria import Criterion, score
     from scap_hub.errors import ScapHubError
     from scap_hub.hub.checkpoint import load
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 # Where each public name lives; imported when first asked for, because timm and transformers are slow to import.
 _HOMES = {
     "ChannelGroup": "channels",
+    "Comparison": "comparison",
     "Criterion": "criteria",
     "PruningPlan": "plan",
     "Recipe": "recipe",
@@ -34,6 +36,7 @@ _HOMES = {
     "ScapHubError": "errors",
     "apply_plan": "surgery",
     "channel_groups": "channels",
+    "compare": "comparison",
     "latency_table": "latency",
     "load": "hub.checkpoint",
     "prune": "pruning",
@@ -44,6 +47,7 @@ _HOMES = {
 
 __all__ = [
     "ChannelGroup",
+    "Comparison",
     "Criterion",
     "PruningPlan",
     "Recipe",
@@ -52,6 +56,7 @@ __all__ = [
     "ScapHubError",
     "apply_plan",
     "channel_groups",
+    "compare",
     "latency_table",
     "load",
     "prune",

@@ -74,12 +74,7 @@ def prune(
     set_seed(recipe.seed)
     stages = Stages()
 
-    with stages("load"):
-        loaded, data = _load(model, dataset, recipe)
-    if recipe.finetune.dense_epochs:
-        with stages("tune dense"):
-            settings = recipe.finetune.model_copy(update={"epochs": recipe.finetune.dense_epochs})
-            finetune(loaded.module, data, settings, output_dir=_work_folder(output_dir, "dense"), seed=recipe.seed)
+    loaded, data = load_dense(model, dataset, recipe, output_dir, stages)
     result = prune_loaded(loaded, data, recipe, output_dir=output_dir, stages=stages)
     if output_dir is not None:
         from_main(lambda: result.save_pretrained(output_dir))
@@ -112,7 +107,7 @@ def prune_loaded(
     criterion = criterion_named(recipe.criterion.name, recipe.criterion.options)
     dense = loaded.module.to(accelerator().device).eval()
     with stages("load"):
-        calibration = _shard(data, recipe.data.batch_size)
+        calibration = shard_calibration(data, recipe.data.batch_size)
     if before is None:
         with stages("measure dense"):
             before = measure(dense, loaded.preprocessing.input_size, data)
@@ -122,7 +117,7 @@ def prune_loaded(
     kept: dict[str, list[int]] = {}
     for step in range(recipe.schedule.steps):
         with stages("channel groups"):
-            groups = _protected(channel_groups(small, _example(small, loaded)), recipe.protect)
+            groups = _protected(channel_groups(small, example(small, loaded)), recipe.protect)
         with stages("scores"):
             scores = score(small, calibration, criterion, groups=groups)
         if step == 0:
@@ -133,7 +128,7 @@ def prune_loaded(
                 )
         with stages("selection"):
             # Decided once: ranks may differ in the last bit of a score, never in the plan.
-            images = _example(small, loaded, recipe.target.batch_size)
+            images = example(small, loaded, recipe.target.batch_size)
             step_plan, selection = from_main(lambda: _select(dense, small, groups, scores, recipe, step, images))  # noqa: B023
             selections.append(selection)
         with stages("refinement"):
@@ -156,7 +151,7 @@ def prune_loaded(
         after = measure(small, loaded.preprocessing.input_size, data)
         if recipe.evaluate.latency:
             # In turns, so that whatever else the machine does slows both alike.
-            images = _example(small, loaded, recipe.evaluate.batch_size)
+            images = example(small, loaded, recipe.evaluate.batch_size)
             times = milliseconds([(dense, images), (small, images)])
             before, after = replace(before, latency_ms=times[0]), replace(after, latency_ms=times[1])
     plan = PruningPlan.from_keep(dense_groups, kept)
@@ -166,32 +161,44 @@ def prune_loaded(
     return Result(small, plan, report, recipe, loaded)
 
 
-def _load(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data]:
-    """The model, then the data as the model wants it."""
-    settings = recipe.model
-    source = settings.name if model is None else model
-    if source is None:
-        raise RecipeError("no model; pass a name or a module, or set model.name in the recipe")
-    loaded = load_model(source, settings.pretrained, settings.num_classes, settings.input_size)
-    if loaded.module is model:
-        # The caller's module stays as it is, on its own device.
-        loaded = replace(loaded, module=copy.deepcopy(model))
+def load_dense(
+    model: Any, dataset: Any, recipe: Recipe, output_dir: str | Path | None = None, stages: Stages | None = None
+) -> tuple[LoadedModel, Data]:
+    """The dense model, tuned if the recipe says so, and the data as the model wants it."""
+    stages, settings = stages or Stages(), recipe.model
+    with stages("load"):
+        source = settings.name if model is None else model
+        if source is None:
+            raise RecipeError("no model; pass a name or a module, or set model.name in the recipe")
+        loaded = load_model(source, settings.pretrained, settings.num_classes, settings.input_size)
+        if loaded.module is model:
+            # The caller's module stays as it is, on its own device.
+            loaded = replace(loaded, module=copy.deepcopy(model))
+        data = data_for(loaded, dataset, recipe)
+        if data.labels and len(data.labels) != loaded.num_classes:
+            loaded = load_model(source, settings.pretrained, len(data.labels), settings.input_size)
+        if data.labels and not loaded.labels and len(data.labels) == loaded.num_classes:
+            loaded = replace(loaded, labels=data.labels)
+    if recipe.finetune.dense_epochs:
+        with stages("tune dense"):
+            tuning = recipe.finetune.model_copy(update={"epochs": recipe.finetune.dense_epochs})
+            finetune(loaded.module, data, tuning, output_dir=_work_folder(output_dir, "dense"), seed=recipe.seed)
+    return loaded, data
+
+
+def data_for(loaded: LoadedModel, dataset: Any, recipe: Recipe) -> Data:
+    """The data as the model wants it; the recipe's seed chooses the calibration images."""
     choices = recipe.data
     if dataset is None and choices.dataset is None:
         choices = _public_images(loaded, choices)
-    data = load_data(
+    return load_data(
         dataset,
         loaded.preprocessing,
         choices,
         num_classes=loaded.num_classes,
-        new_head=recipe.finetune.dense_epochs > 0 and settings.num_classes is None,
+        new_head=recipe.finetune.dense_epochs > 0 and recipe.model.num_classes is None,
         seed=recipe.seed,
     )
-    if data.labels and len(data.labels) != loaded.num_classes:
-        loaded = load_model(source, settings.pretrained, len(data.labels), settings.input_size)
-    if data.labels and not loaded.labels and len(data.labels) == loaded.num_classes:
-        loaded = replace(loaded, labels=data.labels)
-    return loaded, data
 
 
 def _public_images(loaded: LoadedModel, settings: DataSettings) -> DataSettings:
@@ -204,7 +211,7 @@ def _public_images(loaded: LoadedModel, settings: DataSettings) -> DataSettings:
     return settings.model_copy(update={"dataset": CALIBRATION_SET, "streaming": True, "labels": False})
 
 
-def _shard(data: Data, batch_size: int) -> list[Tensor]:
+def shard_calibration(data: Data, batch_size: int) -> list[Tensor]:
     """This process's calibration images in batches, kept for the whole run; every image is on exactly one process."""
     here = accelerator()
     images = torch.cat([batch[0] for batch in track(data.calibration, "calibration images")])
@@ -215,7 +222,8 @@ def _shard(data: Data, batch_size: int) -> list[Tensor]:
     return list(images[here.process_index :: here.num_processes].split(batch_size))
 
 
-def _example(model: nn.Module, loaded: LoadedModel, images: int = 1) -> Tensor:
+def example(model: nn.Module, loaded: LoadedModel, images: int = 1) -> Tensor:
+    """An input of as many images, where the model is."""
     parameter = next(model.parameters())
     return torch.zeros(images, *loaded.preprocessing.input_size, device=parameter.device, dtype=parameter.dtype)
 
