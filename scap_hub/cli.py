@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,6 +94,42 @@ def prune(
             "without scap_hub",
             quiet or as_json,
         )
+
+
+@app.command()
+def compare(
+    model: Annotated[str | None, typer.Argument(help="timm name, Hub id or folder; the recipe's if left out.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data set: Hub id, folder, or digits.")] = None,
+    targets: Annotated[str, typer.Option(help="What stays, with commas between.")] = "macs=0.5",
+    criteria: Annotated[
+        str, typer.Option(help="Names with commas between, or all: ours, and Torch-Pruning if it is installed.")
+    ] = "all",
+    seeds: Annotated[int, typer.Option(min=1, help="How often each is tried.")] = 3,
+    recipe: Annotated[str | None, typer.Option(help="Repair and training, the same for each criterion.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file that grows cell by cell; the same command takes up there.")
+    ] = None,
+    settings: Settings = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare criteria: one model, the same repair and training, top-1 at every target, mean rank over all of them.
+
+    Example: scap-hub compare resnet18 --data me/flowers --targets macs=0.5,macs=0.3 --criteria scap,obs,l1 --seeds 3
+    """
+    with _output(quiet or as_json):
+        import scap_hub
+
+        found = scap_hub.compare(
+            model, data, recipe, targets=targets.split(","), output=out, seeds=seeds,
+            criteria="all" if criteria == "all" else criteria.split(","),
+            **dict(_setting(setting) for setting in settings or []),
+        )  # fmt: skip
+    if as_json and _is_main_process():
+        print(json.dumps(found.to_dict()))
+    elif not quiet and _is_main_process():
+        head, *rows = found.rows()
+        _print_table(head, rows)
 
 
 @app.command()
@@ -256,10 +292,7 @@ def list_recipes(quiet: Quiet = False, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(purposes))
     elif not quiet:
-        table = Table("recipe", "when")
-        for row in purposes.items():
-            table.add_row(*row)
-        Console().print(table)
+        _print_table(["recipe", "when"], purposes.items())
 
 
 @recipes.command("show")
@@ -290,8 +323,12 @@ def show_schema() -> None:
 
 def show_report(report: Any) -> None:
     """Prints the table of a run."""
-    table = Table("", "dense", "pruned", "change")
-    for row in report.rows():
+    _print_table(["", "dense", "pruned", "change"], report.rows())
+
+
+def _print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(*head)
+    for row in rows:
         table.add_row(*row)
     Console().print(table)
 

@@ -61,6 +61,35 @@ def test_two_processes_print_once_and_save_once(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file() and len(list(tmp_path.iterdir())) == 1
 
 
+def test_compare(run, tmp_path):
+    arguments = [
+        "compare",
+        "test_resnet",
+        "--data",
+        "digits",
+        "--targets",
+        "macs=0.6",
+        "--criteria",
+        "l1,random",
+        "--seeds",
+        1,
+    ]
+    for setting in (
+        "model_pretrained=false",
+        "model_num_classes=10",
+        "model_input_size=[3, 32, 32]",
+        "finetune_epochs=0",
+    ):
+        arguments += ["--set", setting]
+    code, out, error = run(*arguments, "--out", tmp_path / "out.json", "--json")
+    found = json.loads(out)
+    assert (code, error) == (0, "") and [row["criterion"] for row in found["cells"]] == ["l1", "random"]
+    code, out, _ = run(*arguments, "--out", tmp_path / "out.json")
+    assert code == 0 and "mean rank" in out and "dense" in out
+    code, _, error = run(*arguments[:-2], "--criteria", "l3")
+    assert code == 2 and "unknown criterion 'l3'" in error
+
+
 def test_inspect(run):
     code, out, _ = run("inspect", "test_resnet", "--untrained", "--json")
     groups = json.loads(out)
@@ -138,7 +167,7 @@ def test_interrupting_says_how_to_go_on(run, monkeypatch):
 
 
 VERBS = [
-    *(["prune"], ["inspect"], ["verify"], ["push"], ["export"], ["demo"]),
+    *(["prune"], ["compare"], ["inspect"], ["verify"], ["push"], ["export"], ["demo"]),
     *(["recipe", "list"], ["recipe", "show"], ["recipe", "schema"]),
 ]
 

@@ -484,12 +484,12 @@ def _finish(
     """Augments a uint8 batch if asked, and normalises it."""
     images, *labels = _as_batch(samples)
     if shift:
-        images = _augment(images, mirror)
+        images = augment(images, mirror)
     images = transforms.to_dtype(images, torch.float32, scale=True)
     return (transforms.normalize(images, list(mean), list(std)), *labels)
 
 
-def _augment(images: Tensor, mirror: bool) -> Tensor:
+def augment(images: Tensor, mirror: bool) -> Tensor:
     """Shifts each image by up to an eighth of its size, repeating the border, and mirrors every other one."""
     count, channels, height, width = images.shape
 
