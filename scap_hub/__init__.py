@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from scap_hub.report import Report
     from scap_hub.result import Result
     from scap_hub.selection import select
+    from scap_hub.speed import bench
     from scap_hub.surgery import apply_plan
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ _HOMES = {
     "Result": "result",
     "ScapHubError": "errors",
     "apply_plan": "surgery",
+    "bench": "speed",
     "channel_groups": "channels",
     "compare": "comparison",
     "latency_table": "latency",
@@ -55,6 +57,7 @@ __all__ = [
     "Result",
     "ScapHubError",
     "apply_plan",
+    "bench",
     "channel_groups",
     "compare",
     "latency_table",

@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -215,6 +216,46 @@ def verify(
         print(json.dumps(errors))
     for name, error in errors.items():
         _say(f"{name}: pruned equals masked, relative difference {error:.1e}", quiet or as_json)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="timm name, Hub id or folder, of a dense or a pruned model.")],
+    against: Annotated[
+        str | None, typer.Option(help="What to compare with; a pruned model's dense one if left out.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Images at once, with commas between.")] = "1,64",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16, bf16, with commas between.")] = "fp32",
+    compile: Annotated[bool, typer.Option("--compile", help="Measure torch.compile too.")] = False,
+    size: Size = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure latency and throughput, in turns with the dense model, on the device at hand.
+
+    Example: scap-hub bench resnet50-half --batch 1,64 --dtype fp32,bf16 --compile
+    """
+    batches = [int(text) if text.strip().isdigit() else 0 for text in batch.split(",")]
+    with _output(quiet or as_json):
+        from scap_hub.speed import bench as measure
+        from scap_hub.timing import device_name
+        from scap_hub.training.distributed import accelerator
+
+        pixels = None if size is None else (3, size, size)
+        rows = measure(model, against, batch_sizes=batches, dtypes=dtype.split(","), compile=compile, size=pixels)
+        device = device_name(accelerator().device)
+    if as_json:
+        print(json.dumps({"device": device, "rows": [asdict(row) for row in rows]}))
+    elif not quiet:
+        print(f"on {device}")
+        _print_table(
+            ["model", "batch", "dtype", "mode", "ms", "images/s", "speed-up"],
+            [
+                [row.model, str(row.batch), row.dtype, row.mode, f"{row.ms:.2f}", f"{row.images_per_second:,.0f}",
+                 f"{row.speedup:.2f}x"]
+                for row in rows
+            ],
+        )  # fmt: skip
 
 
 @app.command()

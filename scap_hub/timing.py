@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -47,3 +48,10 @@ def milliseconds(calls: Sequence[Call], seconds: float = 0.5, least: int = 10, m
             if turn >= WARM_UP + least - 1 and sum(map(sum, times)) > seconds * len(calls):
                 break
     return [1e3 * statistics.median(own) for own in times]
+
+
+def device_name(device: torch.device) -> str:
+    """What measured times belong to."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type.upper()}, {torch.get_num_threads()} threads"

@@ -5,7 +5,6 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import scap_hub
 from scap_hub.channels.groups import channel_groups
@@ -15,27 +14,9 @@ from scap_hub.latency import latency_table
 from scap_hub.selection import select, select_latency
 from scap_hub.surgery import apply_plan
 from scap_hub.timing import milliseconds
-from tests.nets import Residual, tiny_net
+from tests.nets import Clock, Residual, tiny_net
 
 X = torch.randn(2, 3, 32, 32)
-
-
-class Clock:
-    """A device that takes a millisecond for a million products, and `call` milliseconds for each call of a layer."""
-
-    def __init__(self, call=0.0, rest=0.0, alone=1.0):
-        self.call, self.rest, self.alone, self.asked = call, rest, alone, []
-
-    def __call__(self, calls, **_):
-        times = []
-        for module, x in calls:
-            self.asked.append((module, tuple(x.shape)))
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                module(x)
-            leaves = [own for own in module.modules() if isinstance(own, nn.Conv2d | nn.Linear)]
-            ms = counter.get_total_flops() / 2e6 + self.call * len(leaves)
-            times.append(ms + self.rest if len(leaves) > 1 else ms * self.alone)
-        return times
 
 
 def staying(groups, plan):
@@ -134,6 +115,21 @@ def test_an_impossible_latency_says_what_is_possible():
         select_latency(net, groups, random_scores(groups), 0.5, X, timer=clock)
     possible = float(str(error.value).split(" of the latency")[0].split()[-1])
     assert 0.9 < possible < 1
+
+
+class Disturbed(Clock):
+    """The narrower a layer, the longer it takes."""
+
+    def __call__(self, calls, **_):
+        return [1.0 for _ in calls] if len(calls) < 3 else list(range(len(calls), 0, -1))
+
+
+def test_noise_never_makes_a_narrower_layer_slower():
+    net = Residual(width=32).eval()
+    groups = channel_groups(net, X)
+    table = latency_table(net, groups, X, Disturbed())
+    for entry in table.entries:
+        assert (np.diff(entry.times.ms, axis=0) >= 0).all() and (np.diff(entry.times.ms, axis=1) >= 0).all()
 
 
 def test_select_asks_for_the_table():

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import scap_hub
 from scap_hub import errors
 from scap_hub.recipe import Recipe, shipped_recipes
-from tests.nets import Residual, tiny_net
+from tests.nets import Clock, Residual, tiny_net
 from tests.test_zoo import MODELS
 
 QUICK = {
@@ -166,7 +166,9 @@ def test_two_ranks_agree_with_one_on_the_plan_and_with_each_other_on_the_weights
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_every_shipped_recipe_runs(name):
+def test_every_shipped_recipe_runs(name, monkeypatch):
+    for module in ("selection", "latency"):
+        monkeypatch.setattr(f"scap_hub.{module}.milliseconds", Clock())
     result = scap_hub.prune(
         tiny_net(), "digits", name, model_input_size=(1, 8, 8),
         finetune_epochs=min(1, Recipe.resolve(name).finetune.epochs),

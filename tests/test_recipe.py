@@ -20,7 +20,8 @@ def test_blocks_are_the_contracts():
 
 def test_shipped_recipes_say_when_to_use_them():
     assert set(shipped_recipes()) == {
-        *("convnext", "extreme-iterative", "half-macs", "hf-resnet", "no-training", "quick", "scap-paper-vgg16")
+        *("convnext", "extreme-iterative", "half-macs", "hf-resnet", "mobile-latency", "no-training", "quick"),
+        "scap-paper-vgg16",
     }
     for path in shipped_recipes().values():
         lines = path.read_text().splitlines()
