@@ -129,6 +129,26 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(arguments, error, messag
     assert not list(tmp_path.iterdir())
 
 
+def test_a_data_set_smaller_than_a_batch_goes_through():
+    few = DataLoader(TensorDataset(torch.randn(5, 3, 32, 32), torch.arange(5)), batch_size=64)
+    result = scap_hub.prune(Residual(width=16), few, QUICK, model_input_size=(3, 32, 32), data_batch_size=64)
+    assert len(result.report.history) == 2 and result.report.after.macs < result.report.before.macs
+
+
+@pytest.mark.parametrize(
+    ("round_to", "floor", "price"), [(1, 0.05, (0.0, 0.0)), (8, 0.05, (0.0, 0.1)), (16, 0.0, (1e-9, 0.2))]
+)
+def test_the_report_tells_what_rounding_costs(round_to, floor, price):
+    report = scap_hub.prune(
+        Residual(width=64), images(), QUICK, model_input_size=(3, 64, 64), finetune_epochs=0, criterion="l1",
+        round_to=round_to, target_floor=floor,
+    ).report  # fmt: skip
+    (selection,) = report.selections
+    assert 0 < selection.importance < 1 and price[0] <= selection.rounding_price <= price[1]
+    assert report.rows()[-1][3] == f"rounding cost {100 * selection.rounding_price:.2f} points"
+    assert report.to_dict()["selections"][0]["latency"] is None
+
+
 def test_existing_output_is_refused_before_any_work(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(errors.CheckpointError, match="not empty"):

@@ -253,7 +253,10 @@ def _from_loaders(loaders: Mapping[str, DataLoader], settings: DataSettings, num
             if count >= settings.calibration_images:
                 break
     if not batches:
-        raise DataError("the DataLoader has no batches")
+        raise DataError(
+            "the DataLoader has no batches: it is empty, or it drops a last batch that is all there is; "
+            "lower its batch_size"
+        )
     images = TensorDataset(*(torch.cat(column)[: settings.calibration_images] for column in zip(*batches, strict=True)))
     return Data(
         train=loaders[train],
