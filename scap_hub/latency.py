@@ -12,7 +12,7 @@ import copy
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -97,17 +97,6 @@ class LatencyTable:
         """Predicted milliseconds, if these channels (of `ChannelSpace.count`) stay."""
         return self.rest + self.scale * sum(entry.ms(stays) for entry in self.entries)
 
-    def through(self, *measured: tuple[np.ndarray, float]) -> LatencyTable:
-        """The table that agrees with one or two whole-model measurements, given as (stays, milliseconds)."""
-        layers = [sum(entry.ms(stays) for entry in self.entries) for stays, _ in measured]
-        times = [ms for _, ms in measured]
-        if len(measured) == 2 and layers[0] > layers[1] and times[0] > times[1]:
-            scale = (times[0] - times[1]) / (layers[0] - layers[1])
-            return replace(self, scale=scale, rest=times[0] - scale * layers[0])
-        if times[0] < layers[0]:
-            return replace(self, scale=times[0] / layers[0], rest=0.0)
-        return replace(self, scale=1.0, rest=times[0] - layers[0])
-
 
 def latency_table(
     model: nn.Module, groups: Sequence[ChannelGroup], images: Tensor, timer: Timer | None = None
@@ -129,7 +118,9 @@ def latency_table(
         if probe.key not in known:
             known[probe.key] = probe.measure(timer)
         entries.append(Entry(known[probe.key], probe.rows, probe.columns))
-    return LatencyTable(tuple(entries)).through((np.ones(space.count, dtype=bool), whole))
+    layers = sum(entry.ms(np.ones(space.count, dtype=bool)) for entry in entries)
+    # Layers may be slower alone than in the model, where their input is in the cache.
+    return LatencyTable(tuple(entries), min(1.0, whole / layers) if entries else 1.0, max(0.0, whole - layers))
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,8 +154,9 @@ class _Probe:
         """Times the layer on the grid of its widths."""
         unit = self._unit()
         rows, columns = _points(self.rows, unit), _points(self.columns, 1)
-        times = timer([self._at(row, column) for row in rows for column in columns])
-        ms = np.reshape(times, (len(rows), len(columns)))
+        # The widest first: the longest time is the steadiest to compare with.
+        times = timer([self._at(row, column) for row in reversed(rows) for column in reversed(columns)])
+        ms = np.flip(np.reshape(times, (len(rows), len(columns))))
         # Whatever else the machine does only adds time, and a narrower layer takes no longer than a wider one.
         for axis in (0, 1):
             ms = np.flip(np.minimum.accumulate(np.flip(ms, axis), axis), axis)

@@ -7,6 +7,7 @@ the target is met. Which ones they are, `scap_hub.channels.choice` says.
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ BUDGETS = ("macs", "params", "latency")
 TOLERANCE = 0.01
 """A latency budget is met when the measured share is this near to it, as a fraction of it."""
 _SEARCH_STEPS = 24
-_ROUNDS = 4
+_ROUNDS = 6
 """Plans to measure for a latency budget."""
 
 
@@ -88,7 +89,7 @@ class LatencyChoice:
         plan: What stays.
         share: Of the reference's time, as measured.
         target: What makes `select` choose this plan, given the table.
-        table: Layer times, drawn through the whole model's time and that of a plan near this one.
+        table: Of the model's layers.
     """
 
     plan: PruningPlan
@@ -112,8 +113,8 @@ def select_latency(
 ) -> LatencyChoice:
     """Chooses the channels that stay so that the pruned model, measured here, takes `fraction` of the time.
 
-    The table of layer times is drawn through the whole model's time and that of the smallest one there can be. Then
-    plans are measured, each beside the reference, and the table is drawn through the last one.
+    The table of layer times proposes plans; each is measured in turns with the reference, beginning with the smallest
+    there can be, and what to ask of the table next is interpolated between what was measured.
 
     Args:
         model: The model to prune, where it is to run.
@@ -133,32 +134,38 @@ def select_latency(
     time = timer or milliseconds
     reference = model if reference is None else reference
 
-    def measured(plan: PruningPlan) -> tuple[float, float, np.ndarray]:
-        """Milliseconds of the reference and of the pruned model, and the channels that stay."""
+    def measured(plan: PruningPlan) -> tuple[float, np.ndarray]:
+        """The pruned model's share of the reference's time, and the channels that stay."""
         dense, small = time([(reference, images), (apply_plan(model, plan), images)])
         stays = np.ones(groups[0].space.count, dtype=bool)
         for group in groups:
             if group.name in plan.groups:
                 stays[np.delete(group.channels, plan.kept(group.name))] = False
-        return dense, small, stays
+        return small / dense, stays
 
     smallest = select(groups, scores, {g.name: 1e-9 for g in groups if g.prunable and g.name in scores}, round_to,
                       floor=floor)  # fmt: skip
-    dense, ms, least = measured(smallest)
-    if ms > fraction * (1 + TOLERANCE) * dense:
-        raise _unreachable("latency", fraction, ms / dense)
-    whole = (np.ones(len(least), dtype=bool), dense if reference is model else time([(model, images)])[0])
-    table = latency_table(model, groups, images, timer).through(whole, (least, ms))
-    best = LatencyChoice(smallest, ms / dense, f"latency={ms / whole[1]}", table)
+    least, stays = measured(smallest)
+    if least > fraction * (1 + TOLERANCE):
+        raise _unreachable("latency", fraction, least)
+    table = latency_table(model, groups, images, timer)
+    everything = np.ones(len(stays), dtype=bool)
+    # What to ask of the table for a share of the reference's time: interpolated between what was measured.
+    asked = [table.ms(stays) / table.ms(everything), 1.0]
+    shares = [least, 1.0 if reference is model else operator.truediv(*time([(model, images), (reference, images)]))]
+    best = LatencyChoice(smallest, least, f"latency={asked[0]}", table)
     for _ in range(_ROUNDS):
-        target = f"latency={min(1.0, max(fraction * dense, table.ms(least)) / table.ms(whole[0]))}"
-        plan = select(groups, scores, target, round_to, floor=floor, scope=scope, latency=table)
-        now, ms, stays = measured(plan)
-        choice = LatencyChoice(plan, ms / now, target, table)
-        best = min(best, choice, key=lambda found: abs(found.share - fraction))
-        table = table.through(whole, (stays, ms * dense / now))
+        # Sorted each, because what is noise in a time must not turn more channels into less.
+        ask = float(np.interp(fraction, sorted(shares), sorted(asked)))
+        plan = select(groups, scores, f"latency={ask}", round_to, floor=floor, scope=scope, latency=table)
+        share, _ = measured(plan)
+        best = min(
+            best, LatencyChoice(plan, share, f"latency={ask}", table), key=lambda found: abs(found.share - fraction)
+        )
         if abs(best.share - fraction) <= TOLERANCE * fraction:
             break
+        asked.append(ask)
+        shares.append(share)
     return best
 
 
