@@ -28,7 +28,7 @@ Cost = Callable[[np.ndarray], float]
 
 BUDGETS = ("macs", "params", "latency")
 TOLERANCE = 0.01
-"""A latency budget is met when the measured share is this near to it, as a fraction of it."""
+"""A budget is met when what stays is this near to it, as a fraction of it."""
 _SEARCH_STEPS = 24
 _ROUNDS = 6
 """Plans to measure for a latency budget."""
@@ -260,6 +260,14 @@ class _Search:
             larger = under | {name: over[name]}
             if spent(larger) <= budget:
                 under = larger
+        # Steps may be wide: while more than 1 % is unspent, one more for the best channels that fit.
+        steps = {g.name: min(g.size, under[g.name] + self.limits.quantum(g)) for g in self.candidates}
+        for name in sorted(steps, key=lambda name: _next_score(worth[name], under[name]), reverse=True):
+            if self.scope == "uniform" or spent(under) >= (1 - TOLERANCE) * budget:
+                break
+            larger = under | {name: steps[name]}
+            if spent(larger) <= budget:
+                under = larger
         return under
 
     def _worth(self, cost: Cost) -> dict[str, np.ndarray]:
@@ -287,11 +295,16 @@ class _Limits:
     round_to: int
     floor: float
 
-    def count(self, group: ChannelGroup, wanted: float) -> int:
-        """The allowed count nearest to `wanted`."""
+    def quantum(self, group: ChannelGroup) -> int:
+        """What the group's counts are multiples of."""
         quantum = max(1, self.round_to)
         while quantum > 1 and group.size < 4 * quantum:
             quantum //= 2
+        return quantum
+
+    def count(self, group: ChannelGroup, wanted: float) -> int:
+        """The allowed count nearest to `wanted`."""
+        quantum = self.quantum(group)
         least = min(group.size, max(4, int(np.ceil(self.floor * group.size)))) if self.floor else 1
         rounded = int(wanted / quantum + 0.5) * quantum
         if rounded < least:

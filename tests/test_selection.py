@@ -44,6 +44,30 @@ def test_macs_budget_is_met_on_the_pruned_model(net, groups, scores, budget, sco
     assert budget - 0.02 < macs(apply_plan(net, plan)) / macs(net) <= budget
 
 
+@pytest.mark.parametrize("kind", ["macs", "params"])
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.7])
+def test_a_rounded_budget_is_met_within_a_hundredth_or_one_step(groups, scores, kind, budget):
+    plan = select(groups, scores, f"{kind}={budget}")
+    space = groups[0].space
+    cost = {"macs": space.macs, "params": space.params}[kind]
+
+    def stays(keep):
+        kept = np.ones(space.count, dtype=bool)
+        for group in groups:
+            if group.name in keep:
+                kept[np.delete(group.channels, keep[group.name])] = False
+        return kept
+
+    keep = {name: plan.kept(name) for name in plan.groups}
+    whole, spent = cost(stays({})), cost(stays(keep))
+    assert spent <= budget * whole
+    if spent < 0.99 * budget * whole:
+        for name in keep:
+            size = next(group.size for group in groups if group.name == name)
+            more = keep | {name: sorted({*keep[name], *[c for c in range(size) if c not in keep[name]][:8]})}
+            assert cost(stays(more)) > budget * whole, name
+
+
 def test_params_budget_is_met(net, groups, scores):
     small = apply_plan(net, select(groups, scores, "params=0.4", round_to=1))
     share = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in net.parameters())
