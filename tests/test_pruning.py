@@ -136,12 +136,13 @@ def test_a_data_set_smaller_than_a_batch_goes_through():
 
 
 @pytest.mark.parametrize(
-    ("round_to", "floor", "price"), [(1, 0.05, (0.0, 0.0)), (8, 0.05, (0.0, 0.1)), (16, 0.0, (1e-9, 0.2))]
+    ("round_to", "target", "price"),
+    [(1, "macs=0.5", (0.0, 0.0)), (8, "macs=0.5", (0.0, 0.1)), (16, "ratio=0.6", (0.01, 0.2))],
 )
-def test_the_report_tells_what_rounding_costs(round_to, floor, price):
+def test_the_report_tells_what_rounding_costs(round_to, target, price):
     report = scap_hub.prune(
         Residual(width=64), images(), QUICK, model_input_size=(3, 64, 64), finetune_epochs=0, criterion="l1",
-        round_to=round_to, target_floor=floor,
+        round_to=round_to, target=target,
     ).report  # fmt: skip
     (selection,) = report.selections
     assert 0 < selection.importance < 1 and price[0] <= selection.rounding_price <= price[1]
