@@ -1,10 +1,15 @@
 """Fashion-MNIST from Debian's package files: `datasets.DatasetDict` with train (60,000) and test (10,000)."""
 
+from __future__ import annotations
+
 import gzip
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
+
+if TYPE_CHECKING:
+    import datasets
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
 LABELS = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
@@ -16,12 +21,21 @@ def fashion_mnist(folder: Path = FOLDER) -> datasets.DatasetDict:
     Raises:
         FileNotFoundError: Debian's package is not installed.
     """
+    import datasets
+
     return datasets.DatasetDict(train=_split(folder, "train"), test=_split(folder, "t10k"))
 
 
-def _split(folder: Path, prefix: str) -> datasets.Dataset:
+def arrays(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 28, 28) and labels (N,), both uint8; the prefix is "train" or "t10k"."""
     images = _read(folder / f"{prefix}-images-idx3-ubyte.gz", header=16).reshape(-1, 28, 28)
-    labels = _read(folder / f"{prefix}-labels-idx1-ubyte.gz", header=8)
+    return images, _read(folder / f"{prefix}-labels-idx1-ubyte.gz", header=8)
+
+
+def _split(folder: Path, prefix: str) -> datasets.Dataset:
+    import datasets
+
+    images, labels = arrays(folder, prefix)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=LABELS)})
     # PGM is a header and the bare pixels: nothing to compress.
     encoded = [{"bytes": b"P5 28 28 255\n" + image.tobytes(), "path": None} for image in images]

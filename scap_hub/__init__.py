@@ -9,15 +9,18 @@ from scap_hub.hub import registry
 
 if TYPE_CHECKING:
     from scap_hub.channels import ChannelGroup, channel_groups, verify
+    from scap_hub.comparison import Comparison, compare
     from scap_hub.criteria import Criterion, score
     from scap_hub.errors import ScapHubError
     from scap_hub.hub.checkpoint import load
+    from scap_hub.latency import latency_table
     from scap_hub.plan import PruningPlan
     from scap_hub.pruning import prune
     from scap_hub.recipe import Recipe
     from scap_hub.report import Report
     from scap_hub.result import Result
     from scap_hub.selection import select
+    from scap_hub.speed import bench
     from scap_hub.surgery import apply_plan
 
 __version__ = "0.1.0"
@@ -25,6 +28,7 @@ __version__ = "0.1.0"
 # Where each public name lives; imported when first asked for, because timm and transformers are slow to import.
 _HOMES = {
     "ChannelGroup": "channels",
+    "Comparison": "comparison",
     "Criterion": "criteria",
     "PruningPlan": "plan",
     "Recipe": "recipe",
@@ -32,7 +36,10 @@ _HOMES = {
     "Result": "result",
     "ScapHubError": "errors",
     "apply_plan": "surgery",
+    "bench": "speed",
     "channel_groups": "channels",
+    "compare": "comparison",
+    "latency_table": "latency",
     "load": "hub.checkpoint",
     "prune": "pruning",
     "score": "criteria",
@@ -42,6 +49,7 @@ _HOMES = {
 
 __all__ = [
     "ChannelGroup",
+    "Comparison",
     "Criterion",
     "PruningPlan",
     "Recipe",
@@ -49,7 +57,10 @@ __all__ = [
     "Result",
     "ScapHubError",
     "apply_plan",
+    "bench",
     "channel_groups",
+    "compare",
+    "latency_table",
     "load",
     "prune",
     "score",

@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,6 +100,42 @@ def prune(
 
 
 @app.command()
+def compare(
+    model: Annotated[str | None, typer.Argument(help="timm name, Hub id or folder; the recipe's if left out.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data set: Hub id, folder, or digits.")] = None,
+    targets: Annotated[str, typer.Option(help="What stays, with commas between.")] = "macs=0.5",
+    criteria: Annotated[
+        str, typer.Option(help="Names with commas between, or all: ours, and Torch-Pruning if it is installed.")
+    ] = "all",
+    seeds: Annotated[int, typer.Option(min=1, help="How often each is tried.")] = 3,
+    recipe: Annotated[str | None, typer.Option(help="Repair and training, the same for each criterion.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file that grows cell by cell; the same command takes up there.")
+    ] = None,
+    settings: Settings = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare criteria: one model, the same repair and training, top-1 at every target, mean rank over all of them.
+
+    Example: scap-hub compare resnet18 --data me/flowers --targets macs=0.5,macs=0.3 --criteria scap,obs,l1 --seeds 3
+    """
+    with _output(quiet or as_json):
+        import scap_hub
+
+        found = scap_hub.compare(
+            model, data, recipe, targets=targets.split(","), output=out, seeds=seeds,
+            criteria="all" if criteria == "all" else criteria.split(","),
+            **dict(_setting(setting) for setting in settings or []),
+        )  # fmt: skip
+    if as_json and _is_main_process():
+        print(json.dumps(found.to_dict()))
+    elif not quiet and _is_main_process():
+        head, *rows = found.rows()
+        _print_table(head, rows)
+
+
+@app.command()
 def inspect(
     model: Model,
     untrained: Annotated[bool, typer.Option("--untrained", help="Random weights: nothing is downloaded.")] = False,
@@ -184,6 +221,46 @@ def verify(
 
 
 @app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="timm name, Hub id or folder, of a dense or a pruned model.")],
+    against: Annotated[
+        str | None, typer.Option(help="What to compare with; a pruned model's dense one if left out.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Images at once, with commas between.")] = "1,64",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16, bf16, with commas between.")] = "fp32",
+    compile: Annotated[bool, typer.Option("--compile", help="Measure torch.compile too.")] = False,
+    size: Size = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure latency and throughput, in turns with the dense model, on the device at hand.
+
+    Example: scap-hub bench resnet50-half --batch 1,64 --dtype fp32,bf16 --compile
+    """
+    batches = [int(text) if text.strip().isdigit() else 0 for text in batch.split(",")]
+    with _output(quiet or as_json):
+        from scap_hub.speed import bench as measure
+        from scap_hub.timing import device_name
+        from scap_hub.training.distributed import accelerator
+
+        pixels = None if size is None else (3, size, size)
+        rows = measure(model, against, batch_sizes=batches, dtypes=dtype.split(","), compile=compile, size=pixels)
+        device = device_name(accelerator().device)
+    if as_json:
+        print(json.dumps({"device": device, "rows": [asdict(row) for row in rows]}))
+    elif not quiet:
+        print(f"on {device}")
+        _print_table(
+            ["model", "batch", "dtype", "mode", "ms", "images/s", "speed-up"],
+            [
+                [row.model, str(row.batch), row.dtype, row.mode, f"{row.ms:.2f}", f"{row.images_per_second:,.0f}",
+                 f"{row.speedup:.2f}x"]
+                for row in rows
+            ],
+        )  # fmt: skip
+
+
+@app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder that prune saved.")],
     repo_id: Annotated[str, typer.Argument(help="owner/name, or name for your own account.")],
@@ -258,10 +335,7 @@ def list_recipes(quiet: Quiet = False, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(purposes))
     elif not quiet:
-        table = Table("recipe", "when")
-        for row in purposes.items():
-            table.add_row(*row)
-        Console().print(table)
+        _print_table(["recipe", "when"], purposes.items())
 
 
 @recipes.command("show")
@@ -292,8 +366,12 @@ def show_schema() -> None:
 
 def show_report(report: Any) -> None:
     """Prints the table of a run."""
-    table = Table("", "dense", "pruned", "change")
-    for row in report.rows():
+    _print_table(["", "dense", "pruned", "change"], report.rows())
+
+
+def _print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(*head)
+    for row in rows:
         table.add_row(*row)
     Console().print(table)
 

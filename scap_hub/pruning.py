@@ -28,10 +28,11 @@ from scap_hub.plan import PruningPlan
 from scap_hub.progress import announce, track
 from scap_hub.recipe import DataSettings, Recipe, TargetSettings
 from scap_hub.repair import compensate, recalibrate
-from scap_hub.report import GroupReport, Measures, Report, measure
+from scap_hub.report import GroupReport, Measures, Report, Selection, measure
 from scap_hub.result import Result
-from scap_hub.selection import select
+from scap_hub.selection import kept_importance, select, select_latency
 from scap_hub.surgery import apply_plan
+from scap_hub.timing import milliseconds
 from scap_hub.training.data import Data, load_data
 from scap_hub.training.distributed import accelerator, from_main
 from scap_hub.training.finetune import finetune
@@ -68,30 +69,56 @@ def prune(
     if isinstance(dataset, str | Path):
         overrides["data_dataset"] = str(dataset)
     recipe = Recipe.resolve(recipe, **overrides)
-    criterion = criterion_named(recipe.criterion.name, recipe.criterion.options)
+    criterion_named(recipe.criterion.name, recipe.criterion.options)  # a mistake is told before any work
     if output_dir is not None:
         check_output(output_dir)
     set_seed(recipe.seed)
-    stages = _Stages()
+    stages = Stages()
 
+    loaded, data = load_dense(model, dataset, recipe, output_dir, stages)
+    result = prune_loaded(loaded, data, recipe, output_dir=output_dir, stages=stages)
+    if output_dir is not None:
+        from_main(lambda: result.save_pretrained(output_dir))
+        for run in ("dense", *range(recipe.schedule.steps)):
+            shutil.rmtree(_work_folder(output_dir, str(run)), ignore_errors=True)  # type: ignore[arg-type]
+    if (repo_id := recipe.publish.repo_id) is not None:
+        from_main(lambda: result.push_to_hub(repo_id, recipe.publish.private))
+    return result
+
+
+def prune_loaded(
+    loaded: LoadedModel,
+    data: Data,
+    recipe: Recipe,
+    before: Measures | None = None,
+    output_dir: str | Path | None = None,
+    stages: Stages | None = None,
+) -> Result:
+    """`prune` from where model and data are there to where the result is measured; nothing is saved.
+
+    Args:
+        loaded: The dense model, trained; unchanged but for its device.
+        data: Its data.
+        recipe: Its blocks from `criterion` to `evaluate`.
+        before: What was measured of the dense model; measured here if left out.
+        output_dir: Checkpoints of the fine-tuning are kept beside it.
+        stages: Where the seconds are counted.
+    """
+    stages = stages or Stages()
+    criterion = criterion_named(recipe.criterion.name, recipe.criterion.options)
+    dense = loaded.module.to(accelerator().device).eval()
     with stages("load"):
-        loaded, data = _load(model, dataset, recipe)
-        dense = loaded.module.to(accelerator().device).eval()
-        calibration = _shard(data, recipe.data.batch_size)
-    if recipe.finetune.dense_epochs:
-        with stages("tune dense"):
-            settings = recipe.finetune.model_copy(update={"epochs": recipe.finetune.dense_epochs})
-            finetune(dense, data, settings, output_dir=_work_folder(output_dir, "dense"), seed=recipe.seed)
-    with stages("measure dense"):
-        before = _measure(dense, loaded, data, recipe)
+        calibration = shard_calibration(data, recipe.data.batch_size)
+    if before is None:
+        with stages("measure dense"):
+            before = measure(dense, loaded.preprocessing.input_size, data)
 
-    target = _step_target(recipe.target, recipe.schedule.steps)
     teacher = dense if recipe.finetune.distillation.weight else None
-    small, history = dense, []
+    small, history, selections = dense, [], []
     kept: dict[str, list[int]] = {}
     for step in range(recipe.schedule.steps):
         with stages("channel groups"):
-            groups = _protected(channel_groups(small, _example(small, loaded)), recipe.protect)
+            groups = _protected(channel_groups(small, example(small, loaded)), recipe.protect)
         with stages("scores"):
             scores = score(small, calibration, criterion, groups=groups)
         if step == 0:
@@ -102,7 +129,9 @@ def prune(
                 )
         with stages("selection"):
             # Decided once: ranks may differ in the last bit of a score, never in the plan.
-            step_plan = from_main(lambda: _select(groups, scores, target, recipe.target))  # noqa: B023
+            images = example(small, loaded, recipe.target.batch_size)
+            step_plan, selection = from_main(lambda: _select(dense, small, groups, scores, recipe, step, images))  # noqa: B023
+            selections.append(selection)
         with stages("refinement"):
             refined = criterion.refine(small, groups, calibration, step_plan)
             step_plan = from_main(lambda: refined)  # noqa: B023
@@ -122,46 +151,57 @@ def prune(
                 history += finetune(small, data, recipe.finetune, teacher, work, seed=recipe.seed)
 
     with stages("measure pruned"):
-        after = _measure(small, loaded, data, recipe)
+        after = measure(small, loaded.preprocessing.input_size, data)
+        if recipe.evaluate.latency:
+            # In turns, so that whatever else the machine does slows both alike.
+            images = example(small, loaded, recipe.evaluate.batch_size)
+            times = milliseconds([(dense, images), (small, images)])
+            before, after = replace(before, latency_ms=times[0]), replace(after, latency_ms=times[1])
     plan = PruningPlan.from_keep(dense_groups, kept)
-    report = Report(before, after, _group_reports(dense_groups, dense_scores, kept, diagnoses), stages.seconds, history,
-                    {group.name: group.pinned_because for group in dense_groups if group.pinned_because})  # fmt: skip
-    result = Result(small, plan, report, recipe, loaded)
-    if output_dir is not None:
-        from_main(lambda: result.save_pretrained(output_dir))
-        for run in ("dense", *range(recipe.schedule.steps)):
-            shutil.rmtree(_work_folder(output_dir, str(run)), ignore_errors=True)  # type: ignore[arg-type]
-    if (repo_id := recipe.publish.repo_id) is not None:
-        from_main(lambda: result.push_to_hub(repo_id, recipe.publish.private))
-    return result
+    pinned = {group.name: group.pinned_because for group in dense_groups if group.pinned_because}
+    reports = _group_reports(dense_groups, dense_scores, kept, diagnoses)
+    report = Report(before, after, reports, stages.seconds, history, pinned, selections)
+    return Result(small, plan, report, recipe, loaded)
 
 
-def _load(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data]:
-    """The model, then the data as the model wants it."""
-    settings = recipe.model
-    source = settings.name if model is None else model
-    if source is None:
-        raise RecipeError("no model; pass a name or a module, or set model.name in the recipe")
-    loaded = load_model(source, settings.pretrained, settings.num_classes, settings.input_size)
-    if loaded.module is model:
-        # The caller's module stays as it is, on its own device.
-        loaded = replace(loaded, module=copy.deepcopy(model))
+def load_dense(
+    model: Any, dataset: Any, recipe: Recipe, output_dir: str | Path | None = None, stages: Stages | None = None
+) -> tuple[LoadedModel, Data]:
+    """The dense model, tuned if the recipe says so, and the data as the model wants it."""
+    stages, settings = stages or Stages(), recipe.model
+    with stages("load"):
+        source = settings.name if model is None else model
+        if source is None:
+            raise RecipeError("no model; pass a name or a module, or set model.name in the recipe")
+        loaded = load_model(source, settings.pretrained, settings.num_classes, settings.input_size)
+        if loaded.module is model:
+            # The caller's module stays as it is, on its own device.
+            loaded = replace(loaded, module=copy.deepcopy(model))
+        data = data_for(loaded, dataset, recipe)
+        if data.labels and len(data.labels) != loaded.num_classes:
+            loaded = load_model(source, settings.pretrained, len(data.labels), settings.input_size)
+        if data.labels and not loaded.labels and len(data.labels) == loaded.num_classes:
+            loaded = replace(loaded, labels=data.labels)
+    if recipe.finetune.dense_epochs:
+        with stages("tune dense"):
+            tuning = recipe.finetune.model_copy(update={"epochs": recipe.finetune.dense_epochs})
+            finetune(loaded.module, data, tuning, output_dir=_work_folder(output_dir, "dense"), seed=recipe.seed)
+    return loaded, data
+
+
+def data_for(loaded: LoadedModel, dataset: Any, recipe: Recipe) -> Data:
+    """The data as the model wants it; the recipe's seed chooses the calibration images."""
     choices = recipe.data
     if dataset is None and choices.dataset is None:
         choices = _public_images(loaded, choices)
-    data = load_data(
+    return load_data(
         dataset,
         loaded.preprocessing,
         choices,
         num_classes=loaded.num_classes,
-        new_head=recipe.finetune.dense_epochs > 0 and settings.num_classes is None,
+        new_head=recipe.finetune.dense_epochs > 0 and recipe.model.num_classes is None,
         seed=recipe.seed,
     )
-    if data.labels and len(data.labels) != loaded.num_classes:
-        loaded = load_model(source, settings.pretrained, len(data.labels), settings.input_size)
-    if data.labels and not loaded.labels and len(data.labels) == loaded.num_classes:
-        loaded = replace(loaded, labels=data.labels)
-    return loaded, data
 
 
 def _public_images(loaded: LoadedModel, settings: DataSettings) -> DataSettings:
@@ -174,7 +214,7 @@ def _public_images(loaded: LoadedModel, settings: DataSettings) -> DataSettings:
     return settings.model_copy(update={"dataset": CALIBRATION_SET, "streaming": True, "labels": False})
 
 
-def _shard(data: Data, batch_size: int) -> list[Tensor]:
+def shard_calibration(data: Data, batch_size: int) -> list[Tensor]:
     """This process's calibration images in batches, kept for the whole run; every image is on exactly one process."""
     here = accelerator()
     images = torch.cat([batch[0] for batch in track(data.calibration, "calibration images")])
@@ -185,14 +225,10 @@ def _shard(data: Data, batch_size: int) -> list[Tensor]:
     return list(images[here.process_index :: here.num_processes].split(batch_size))
 
 
-def _measure(model: nn.Module, loaded: LoadedModel, data: Data, recipe: Recipe) -> Measures:
-    settings = recipe.evaluate
-    return measure(model, loaded.preprocessing.input_size, data, settings.batch_size, settings.latency)
-
-
-def _example(model: nn.Module, loaded: LoadedModel) -> Tensor:
+def example(model: nn.Module, loaded: LoadedModel, images: int = 1) -> Tensor:
+    """An input of as many images, where the model is."""
     parameter = next(model.parameters())
-    return torch.zeros(1, *loaded.preprocessing.input_size, device=parameter.device, dtype=parameter.dtype)
+    return torch.zeros(images, *loaded.preprocessing.input_size, device=parameter.device, dtype=parameter.dtype)
 
 
 def _protected(groups: list[ChannelGroup], patterns: Sequence[str]) -> list[ChannelGroup]:
@@ -214,9 +250,32 @@ def _protected(groups: list[ChannelGroup], patterns: Sequence[str]) -> list[Chan
 
 
 def _select(
-    groups: list[ChannelGroup], scores: dict[str, Tensor], target: str | dict[str, float], settings: TargetSettings
-) -> PruningPlan:
-    return select(groups, scores, target, settings.round_to, floor=settings.floor, scope=settings.scope)
+    dense: nn.Module,
+    small: nn.Module,
+    groups: list[ChannelGroup],
+    scores: dict[str, Tensor],
+    recipe: Recipe,
+    step: int,
+    images: Tensor,
+) -> tuple[PruningPlan, Selection]:
+    """The plan of one step, and what it came to."""
+    settings, steps = recipe.target, recipe.schedule.steps
+    target: str | dict[str, float]
+    table = share = None
+    if settings.latency is not None:
+        # Of the dense model's time, so that what one step misses the next makes good.
+        fraction = settings.latency ** ((step + 1) / steps)
+        choice = select_latency(
+            small, groups, scores, fraction, images, settings.round_to,
+            floor=settings.floor, scope=settings.scope, reference=dense,
+        )  # fmt: skip
+        plan, share, target, table = choice.plan, choice.share, choice.target, choice.table
+    else:
+        target = _step_target(settings, steps)
+        plan = select(groups, scores, target, settings.round_to, floor=settings.floor, scope=settings.scope)
+    importance = kept_importance(plan, scores)
+    free = select(groups, scores, target, 1, floor=settings.floor, scope=settings.scope, latency=table)
+    return plan, Selection(importance, max(0.0, kept_importance(free, scores) - importance), share)
 
 
 def _step_target(settings: TargetSettings, steps: int) -> str | dict[str, float]:
@@ -264,7 +323,7 @@ def _work_folder(output_dir: str | Path | None, run: str) -> Path | None:
     return output.with_name(f".{output.name}.training-{run}")
 
 
-class _Stages:
+class Stages:
     """Seconds by stage; a stage that runs again adds up."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from scap_hub.errors import RecipeError
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-BUDGETS = ("threshold", "macs", "params", "ratio")
+BUDGETS = ("threshold", "macs", "params", "latency", "ratio")
 
 
 class _Block(BaseModel):
@@ -98,10 +98,15 @@ class TargetSettings(_Block):
     """Multiply-accumulate operations that stay, as a fraction."""
     params: Fraction | None = None
     """Parameters that stay, as a fraction."""
+    latency: Fraction | None = None
+    """Time of a forward pass that stays, as a fraction, measured on the device of the run."""
+    batch_size: Count = 1
+    """Images at once when the budget is latency."""
     ratio: Fraction | dict[str, Fraction] | None = None
     """Channels that stay in each group, as a fraction; or {group name: fraction}."""
-    scope: Literal["global", "uniform"] = "global"
-    """Compare scores across groups, or keep the same fraction in each."""
+    scope: Literal["global", "cost-aware", "uniform"] = "global"
+    """Compare scores across groups, or scores for what a channel costs (importance per MAC, parameter or millisecond),
+    or keep the same fraction in each."""
     round_to: Count = 8
     """Kept channels are a multiple of this; fast kernels want 8."""
     floor: Share = 0.05

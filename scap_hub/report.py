@@ -9,7 +9,7 @@ from torch import nn
 
 from scap_hub.criteria.diagnostics import Diagnosis
 from scap_hub.training.data import Data
-from scap_hub.training.evaluate import count, evaluate, latency_ms
+from scap_hub.training.evaluate import count, evaluate
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Measures:
     params: int
     bytes: int
     top1: float | None
-    latency_ms: float | None
+    latency_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,21 @@ class GroupReport:
     kept: list[int]
     scores: list[float]
     diagnosis: Diagnosis | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What one pruning step's target came to.
+
+    Attributes:
+        importance: Share of all importance in the channels that stay, 0 to 1.
+        rounding_price: How much larger it were if channel counts were not multiples of `target.round_to`.
+        latency: Measured share of the dense model's time; None where the target is another.
+    """
+
+    importance: float
+    rounding_price: float
+    latency: float | None = None
 
 
 @dataclass
@@ -52,6 +67,7 @@ class Report:
         stages: Seconds by stage, in the order they ran.
         history: One row an epoch of fine-tuning.
         pinned: Groups that could not be pruned, with the reason.
+        selections: What the target came to, a step each.
     """
 
     before: Measures
@@ -60,6 +76,7 @@ class Report:
     stages: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     pinned: dict[str, str] = field(default_factory=dict)
+    selections: list[Selection] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON-able values."""
@@ -84,26 +101,25 @@ class Report:
         if before.latency_ms is not None and after.latency_ms is not None:
             faster = f"{before.latency_ms / after.latency_ms:.2f}x faster"
             rows.append(("latency", f"{before.latency_ms:.2f} ms", f"{after.latency_ms:.2f} ms", faster))
+        if self.selections:
+            last = self.selections[-1]
+            price = f"rounding cost {100 * last.rounding_price:.2f} points"
+            rows.append(("importance", "100 %", f"{100 * last.importance:.2f} %", price))
         return rows
 
 
-def measure(
-    model: nn.Module, input_size: tuple[int, int, int], data: Data, batch_size: int = 1, latency: bool = True
-) -> Measures:
-    """Measures one model.
+def measure(model: nn.Module, input_size: tuple[int, int, int], data: Data) -> Measures:
+    """Measures one model, but for its latency, which means something beside another's only.
 
     Args:
         model: In eval mode.
         input_size: (channels, height, width) in pixels.
         data: Its test images are used, or its validation images where there are none.
-        batch_size: Images at once when latency is measured.
-        latency: Whether to measure it.
     """
     loader = data.test or data.validation
     return Measures(
         **count(model, input_size),
         top1=evaluate(model, loader)["top1"] if loader is not None else None,
-        latency_ms=latency_ms(model, input_size, batch_size) if latency else None,
     )
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from scap_hub.adapters import LoadedModel
@@ -21,6 +19,7 @@ from scap_hub.hub.uniform import plain_config
 from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
 from scap_hub.report import Report
+from scap_hub.timing import device_name
 
 
 @dataclass
@@ -97,11 +96,5 @@ class Result:
             # A path says nothing to others, and they need not know it.
             dataset=dataset if dataset is None or on_hub else Path(dataset).name,
             dataset_id=dataset if on_hub else None,
-            device=_device(next(self.model.parameters()).device),
+            device=device_name(next(self.model.parameters()).device),
         )
-
-
-def _device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {device.type.upper()}, {torch.get_num_threads()} threads"

@@ -13,6 +13,7 @@ import scap_hub
 from scap_hub import cli
 from scap_hub.errors import VerificationError
 from scap_hub.recipe import Recipe, recipe_schema, shipped_recipes
+from scap_hub.speed import Speed
 
 TINY = [
     *("prune", "test_resnet", "--data", "digits", "--target", "macs=0.6"),
@@ -59,6 +60,48 @@ def test_two_processes_print_once_and_save_once(tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert len(json.loads(ran.stdout)["history"]) == 2
     assert (tmp_path / "out" / "model.safetensors").is_file() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_compare(run, tmp_path):
+    arguments = [
+        "compare",
+        "test_resnet",
+        "--data",
+        "digits",
+        "--targets",
+        "macs=0.6",
+        "--criteria",
+        "l1,random",
+        "--seeds",
+        1,
+    ]
+    for setting in (
+        "model_pretrained=false",
+        "model_num_classes=10",
+        "model_input_size=[3, 32, 32]",
+        "finetune_epochs=0",
+    ):
+        arguments += ["--set", setting]
+    code, out, error = run(*arguments, "--out", tmp_path / "out.json", "--json")
+    found = json.loads(out)
+    assert (code, error) == (0, "") and [row["criterion"] for row in found["cells"]] == ["l1", "random"]
+    code, out, _ = run(*arguments, "--out", tmp_path / "out.json")
+    assert code == 0 and "mean rank" in out and "dense" in out
+    code, _, error = run(*arguments[:-2], "--criteria", "l3")
+    assert code == 2 and "unknown criterion 'l3'" in error
+
+
+def test_bench(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("scap_hub.speed.speeds", lambda models, size, batches, dtypes, modes, timer: [
+        Speed(name, batch, "fp32", "eager", 2.0, 500.0 * batch, 1.0) for name in models for batch in batches
+    ])  # fmt: skip
+    code, out, error = run("bench", "test_resnet", "--against", "test_vit", "--batch", "1,4", "--size", 64, "--json")
+    rows = json.loads(out)["rows"]
+    assert (code, error) == (0, "") and [(row["model"], row["batch"]) for row in rows] == [
+        ("test_vit", 1), ("test_vit", 4), ("test_resnet", 1), ("test_resnet", 4),
+    ]  # fmt: skip
+    code, out, _ = run("bench", "test_resnet")
+    assert code == 0 and "speed-up" in out and "2.00" in out
 
 
 def test_inspect(run):
@@ -109,6 +152,8 @@ def test_recipes(run, tmp_path):
         (["prune", "test_resnet", "--set", "seed={"], "--set 'seed={': '{' is not a YAML value"),
         (["prune", "test_resnet", "--recipe", "half-mac"], "did you mean 'half-macs'?"),
         (["prune", "test_resnet", "--nonsense"], "--nonsense; see `scap-hub prune --help`"),
+        (["bench", "test_resnet", "--batch", "many"], "batch sizes [0]"),
+        (["bench", "test_resnet", "--dtype", "fp8"], "give dtypes out of fp32"),
         (["inspect"], "see `scap-hub inspect --help`"),
         (["inspect", "resnet81", "--untrained"], "unknown model 'resnet81'"),
         (["verify", "test_resnet", "--plan", "nowhere.json"], "'nowhere.json' does not exist"),
@@ -138,7 +183,7 @@ def test_interrupting_says_how_to_go_on(run, monkeypatch):
 
 
 VERBS = [
-    *(["prune"], ["inspect"], ["verify"], ["push"], ["export"], ["demo"]),
+    *(["prune"], ["compare"], ["inspect"], ["verify"], ["bench"], ["push"], ["export"], ["demo"]),
     *(["recipe", "list"], ["recipe", "show"], ["recipe", "schema"]),
 ]
 

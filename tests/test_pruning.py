@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import scap_hub
 from scap_hub import errors
 from scap_hub.recipe import Recipe, shipped_recipes
-from tests.nets import Residual, tiny_net
+from tests.nets import Clock, Residual, tiny_net
 from tests.test_zoo import MODELS
 
 QUICK = {
@@ -129,6 +129,27 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(arguments, error, messag
     assert not list(tmp_path.iterdir())
 
 
+def test_a_data_set_smaller_than_a_batch_goes_through():
+    few = DataLoader(TensorDataset(torch.randn(5, 3, 32, 32), torch.arange(5)), batch_size=64)
+    result = scap_hub.prune(Residual(width=16), few, QUICK, model_input_size=(3, 32, 32), data_batch_size=64)
+    assert len(result.report.history) == 2 and result.report.after.macs < result.report.before.macs
+
+
+@pytest.mark.parametrize(
+    ("round_to", "target", "price"),
+    [(1, "macs=0.5", (0.0, 0.0)), (8, "macs=0.5", (0.0, 0.1)), (16, "ratio=0.6", (0.01, 0.2))],
+)
+def test_the_report_tells_what_rounding_costs(round_to, target, price):
+    report = scap_hub.prune(
+        Residual(width=64), images(), QUICK, model_input_size=(3, 64, 64), finetune_epochs=0, criterion="l1",
+        round_to=round_to, target=target,
+    ).report  # fmt: skip
+    (selection,) = report.selections
+    assert 0 < selection.importance < 1 and price[0] <= selection.rounding_price <= price[1]
+    assert report.rows()[-1][3] == f"rounding cost {100 * selection.rounding_price:.2f} points"
+    assert report.to_dict()["selections"][0]["latency"] is None
+
+
 def test_existing_output_is_refused_before_any_work(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(errors.CheckpointError, match="not empty"):
@@ -168,7 +189,9 @@ def test_two_ranks_agree_with_one_on_the_plan_and_with_each_other_on_the_weights
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_every_shipped_recipe_runs(name):
+def test_every_shipped_recipe_runs(name, monkeypatch):
+    for module in ("selection", "latency"):
+        monkeypatch.setattr(f"scap_hub.{module}.milliseconds", Clock())
     result = scap_hub.prune(
         tiny_net(), "digits", name, model_input_size=(1, 8, 8),
         finetune_epochs=min(1, Recipe.resolve(name).finetune.epochs),

@@ -20,7 +20,8 @@ def test_blocks_are_the_contracts():
 
 def test_shipped_recipes_say_when_to_use_them():
     assert set(shipped_recipes()) == {
-        *("convnext", "extreme-iterative", "half-macs", "hf-resnet", "no-training", "quick", "scap-paper-vgg16")
+        *("convnext", "extreme-iterative", "half-macs", "hf-resnet", "mobile-latency", "no-training", "quick"),
+        "scap-paper-vgg16",
     }
     for path in shipped_recipes().values():
         lines = path.read_text().splitlines()
@@ -91,6 +92,7 @@ def test_overriding_one_key_of_distillation_keeps_the_other():
     [
         ("ratio=0.5", "ratio", 0.5),
         ("threshold=0.6", "threshold", 0.6),
+        ("latency=0.6", "latency", 0.6),
         ({"layer1.0.conv1": 0.5}, "ratio", {"layer1.0.conv1": 0.5}),
         ({"params": 0.3, "floor": 0.1}, "params", 0.3),
     ],
@@ -112,6 +114,8 @@ def test_forms_of_target(target, kind, value):
         ({"target": "speed=0.5"}, "target 'speed=0.5' is not one of threshold=FRACTION"),
         ({"target": "macs=half"}, "target 'macs=half' is not one of"),
         ({"target": {"macs": 0.5, "params": 0.5}}, "macs and params contradict each other"),
+        ({"target": {"latency": 0.5, "threshold": 0.6}}, "threshold and latency contradict each other"),
+        ({"target_scope": "cost"}, "got 'cost'; did you mean 'cost-aware'?"),
         ({"target_macs": 1.5}, "target.macs: Input should be less than or equal to 1, got 1.5"),
         ({"recipe": "half-mac"}, "no recipe 'half-mac': neither a file nor one of convnext, "),
         ({"recipe": "half-mac"}, "; did you mean 'half-macs'?"),

@@ -6,7 +6,7 @@ from torch import nn
 from scap_hub.channels.groups import channel_groups
 from scap_hub.channels.oracle import randomize, verify
 from scap_hub.errors import TargetError
-from scap_hub.selection import select
+from scap_hub.selection import kept_importance, select
 from scap_hub.surgery import apply_plan
 from tests.nets import Residual
 
@@ -37,17 +37,62 @@ def macs(model):
     return counter.get_total_flops() / 2
 
 
-@pytest.mark.parametrize("scope", ["global", "uniform"])
+@pytest.mark.parametrize("scope", ["global", "cost-aware", "uniform"])
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.8])
 def test_macs_budget_is_met_on_the_pruned_model(net, groups, scores, budget, scope):
     plan = select(groups, scores, f"macs={budget}", round_to=1, scope=scope)
     assert budget - 0.02 < macs(apply_plan(net, plan)) / macs(net) <= budget
 
 
+@pytest.mark.parametrize("kind", ["macs", "params"])
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.7])
+def test_a_rounded_budget_is_met_within_a_hundredth_or_one_step(groups, scores, kind, budget):
+    plan = select(groups, scores, f"{kind}={budget}")
+    space = groups[0].space
+    cost = {"macs": space.macs, "params": space.params}[kind]
+
+    def stays(keep):
+        kept = np.ones(space.count, dtype=bool)
+        for group in groups:
+            if group.name in keep:
+                kept[np.delete(group.channels, keep[group.name])] = False
+        return kept
+
+    keep = {name: plan.kept(name) for name in plan.groups}
+    whole, spent = cost(stays({})), cost(stays(keep))
+    assert spent <= budget * whole
+    if spent < 0.99 * budget * whole:
+        for name in keep:
+            size = next(group.size for group in groups if group.name == name)
+            more = keep | {name: sorted({*keep[name], *[c for c in range(size) if c not in keep[name]][:8]})}
+            assert cost(stays(more)) > budget * whole, name
+
+
 def test_params_budget_is_met(net, groups, scores):
     small = apply_plan(net, select(groups, scores, "params=0.4", round_to=1))
     share = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in net.parameters())
     assert 0.38 < share <= 0.4
+
+
+def test_cost_aware_takes_the_channels_that_cost_most():
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.MaxPool2d(8), nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 4, 1)
+    )
+    groups = channel_groups(net, X)
+    scores = {name: 1 + torch.arange(32.0) for name in ("0", "2")}
+    plans = {scope: select(groups, scores, "macs=0.6", round_to=1, scope=scope) for scope in ("global", "cost-aware")}
+    assert len(plans["cost-aware"].kept("0")) < len(plans["global"].kept("0"))
+    kept = {scope: len(plan.kept("2")) if "2" in plan.groups else 32 for scope, plan in plans.items()}
+    assert kept["cost-aware"] > kept["global"]
+    assert plans["cost-aware"].kept("0") == list(range(32 - len(plans["cost-aware"].kept("0")), 32)), "the best stay"
+
+
+def test_kept_importance():
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1))
+    groups = channel_groups(net, X)
+    scores = {"0": torch.tensor([4.0, 3, 2, 1, 0, 0, 0, 0]), "1": torch.ones(8)}
+    assert kept_importance(select(groups, scores, {"0": 0.5}, round_to=1), scores) == 1
+    assert kept_importance(select(groups, scores, {"1": 0.5}, round_to=1), scores) == pytest.approx(14 / 18)
 
 
 def test_ratio_keeps_the_best_half(groups, scores):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import ResNetConfig, ResNetForImageClassification
@@ -14,8 +15,8 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from scap_hub.adapters.base import Preprocessing
 from scap_hub.errors import DataError, TrainingError
 from scap_hub.recipe import DataSettings, FinetuneSettings
-from scap_hub.training.data import load_data
-from scap_hub.training.evaluate import count, evaluate, latency_ms
+from scap_hub.training.data import Data, load_data
+from scap_hub.training.evaluate import count, evaluate
 from scap_hub.training.finetune import finetune
 from tests.nets import tiny_net
 
@@ -172,6 +173,49 @@ def test_a_loss_that_is_not_finite_names_the_step_and_restores_the_weights():
     assert same(model.state_dict(), tiny_net().state_dict()) and not model.training
 
 
+class Breaking(torch.utils.data.Dataset):
+    """64 images; from the 100th that is read on they are not numbers."""
+
+    def __init__(self):
+        self.read = 0
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        self.read += 1
+        return torch.full((1, 8, 8), float("nan") if self.read > 100 else index / 64), torch.tensor(index % 10)
+
+
+def test_a_loss_that_is_not_finite_later_keeps_the_best_checkpoint(tmp_path):
+    data = Data(
+        train=DataLoader(Breaking(), batch_size=8), validation=None, calibration=None, labels=None, name="breaks"
+    )
+    model = tiny_net()
+    with pytest.raises(TrainingError) as error:
+        finetune(model, data, FinetuneSettings(epochs=3), output_dir=tmp_path)
+    checkpoint = tmp_path / "checkpoint-00001"
+    assert f"at step 5 of epoch 2; the weights of epoch 1 are restored and kept in {str(checkpoint)!r}" in str(
+        error.value
+    )
+    assert same(model.state_dict(), load_file(checkpoint / "model.safetensors"))
+    assert not same(model.state_dict(), tiny_net().state_dict())
+
+
+def test_fewer_images_than_a_batch(tmp_path):
+    few = DataLoader(TensorDataset(torch.rand(5, 1, 8, 8), torch.arange(5)), batch_size=64)
+    history = finetune(tiny_net(), load_data(few, GREY), FinetuneSettings(epochs=1))
+    assert len(history) == 2 and history[1]["loss"] > 0
+    dropped = DataLoader(few.dataset, batch_size=64, drop_last=True)
+    with pytest.raises(DataError, match=r"no batches: .* lower its batch_size"):
+        load_data(dropped, GREY)
+    data = Data(train=dropped, validation=None, calibration=few, labels=None, name="few")
+    with pytest.raises(
+        DataError, match=r"too few training images for a batch of 64 on each of 1 processes; lower data"
+    ):
+        finetune(tiny_net(), data, FinetuneSettings(epochs=1))
+
+
 def test_the_same_seed_repeats_a_run(digits):
     first, second, other = tiny_net(), tiny_net(), tiny_net()
     for model, seed in ((first, 0), (second, 0), (other, 1)):
@@ -216,11 +260,6 @@ def test_costs_match_hand_counts():
     assert cost["bytes"] == 4 * (cost["params"] + 16) + 8
     assert model.training
     assert count(timm.create_model("resnet18"), (3, 224, 224))["macs"] == pytest.approx(1.814e9, rel=1e-3)
-
-
-def test_latency_grows_with_the_batch():
-    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3))
-    assert 0 < latency_ms(model, (3, 32, 32)) < latency_ms(model, (3, 32, 32), batch_size=16)
 
 
 def test_two_ranks_train_alike_and_see_each_image_once(tmp_path, digits):

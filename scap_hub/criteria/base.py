@@ -72,6 +72,11 @@ def known(kind: str, name: str, names: Iterable[str]) -> str:
     return name
 
 
+def known_criteria() -> list[str]:
+    """Names of all registered criteria."""
+    return sorted(_CRITERIA)
+
+
 def criterion(name: str, options: Mapping[str, Any] | None = None) -> Criterion:
     """Builds a registered criterion by name.
 

@@ -139,6 +139,27 @@ def load(
     return small.eval()
 
 
+def is_pruned(name: str | Path) -> bool:
+    """Whether this names a pruned checkpoint: a folder, or a Hub id, whose files are then fetched."""
+    if not Path(name).expanduser().is_dir() and (str(name).count("/") != 1 or ":" in str(name)):
+        return False
+    try:
+        return "scap" in json.loads(_read(_local(name), CONFIG))
+    except (CheckpointError, ValueError):
+        return False
+
+
+def dense_model(folder_or_repo_id: str | Path) -> nn.Module | None:
+    """The dense model that a pruned one was made from, untrained; None where the config no longer tells.
+
+    Raises:
+        CheckpointError: Not a pruned checkpoint.
+        ModelError: A model that only its owner can build.
+    """
+    config = _read_config(_local(folder_or_repo_id))
+    return None if _is_uniform(config) else rebuild(*_dense_config(config)).eval()
+
+
 def input_size(folder_or_repo_id: str | Path) -> tuple[int, int, int]:
     """(channels, height, width) that a pruned model was made for.
 

@@ -253,7 +253,10 @@ def _from_loaders(loaders: Mapping[str, DataLoader], settings: DataSettings, num
             if count >= settings.calibration_images:
                 break
     if not batches:
-        raise DataError("the DataLoader has no batches")
+        raise DataError(
+            "the DataLoader has no batches: it is empty, or it drops a last batch that is all there is; "
+            "lower its batch_size"
+        )
     images = TensorDataset(*(torch.cat(column)[: settings.calibration_images] for column in zip(*batches, strict=True)))
     return Data(
         train=loaders[train],
@@ -484,12 +487,12 @@ def _finish(
     """Augments a uint8 batch if asked, and normalises it."""
     images, *labels = _as_batch(samples)
     if shift:
-        images = _augment(images, mirror)
+        images = augment(images, mirror)
     images = transforms.to_dtype(images, torch.float32, scale=True)
     return (transforms.normalize(images, list(mean), list(std)), *labels)
 
 
-def _augment(images: Tensor, mirror: bool) -> Tensor:
+def augment(images: Tensor, mirror: bool) -> Tensor:
     """Shifts each image by up to an eighth of its size, repeating the border, and mirrors every other one."""
     count, channels, height, width = images.shape
 

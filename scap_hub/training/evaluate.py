@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +12,10 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from scap_hub.adapters.base import logits
+from scap_hub.channels.capture import evaluating
 from scap_hub.errors import DataError
 from scap_hub.progress import track
 from scap_hub.training.distributed import accelerator, shard
-
-WARM_UP, MIN_RUNS, MAX_RUNS, MIN_SECONDS = 3, 10, 200, 0.5
 
 
 @torch.no_grad()
@@ -44,7 +39,7 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: str = "no") -> dic
     model.to(here.device)
     # Correct, loss, images: sums, so that ranks may have unequal numbers of batches.
     sums = torch.zeros(3, dtype=torch.float64 if here.device.type != "mps" else torch.float32, device=here.device)
-    with _eval_mode(model):
+    with evaluating(model):
         for batch in track(shard(loader), "evaluating", delay=1):
             if len(batch) < 2:
                 raise DataError("accuracy needs labels, and these images have none")
@@ -63,32 +58,6 @@ def evaluate(model: nn.Module, loader: DataLoader, precision: str = "no") -> dic
 def autocast(precision: str) -> torch.autocast:
     """The autocast context of a recipe's precision, on this rank's device."""
     return torch.autocast(accelerator().device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-@torch.no_grad()
-def latency_ms(model: nn.Module, input_size: tuple[int, int, int], batch_size: int = 1) -> float:
-    """Median time of a forward pass in milliseconds, where the model is, with the threads torch has.
-
-    Args:
-        model: The model.
-        input_size: (channels, height, width) in pixels.
-        batch_size: Images at once.
-    """
-    first = next(model.parameters())
-    images = torch.randn(batch_size, *input_size, dtype=first.dtype, device=first.device)
-    times: list[float] = []
-    with _eval_mode(model):
-        # The first calls choose kernels and fill caches.
-        for call in range(WARM_UP + MAX_RUNS):
-            start = time.perf_counter()
-            model(images)
-            if first.device.type != "cpu":
-                torch.accelerator.synchronize(first.device)
-            if call >= WARM_UP:
-                times.append(time.perf_counter() - start)
-            if len(times) >= MIN_RUNS and sum(times) > MIN_SECONDS:
-                break
-    return statistics.median(times) * 1e3
 
 
 @torch.no_grad()
@@ -115,14 +84,3 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
     }
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

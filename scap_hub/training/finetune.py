@@ -142,9 +142,11 @@ def _finetune(
                 raise FloatingPointError("the last step")
         except FloatingPointError as error:
             model.load_state_dict(run.best)
+            checkpoints = _checkpoints(output_dir) if output_dir is not None else []
+            kept_in = f" and kept in {str(checkpoints[-1])!r}" if checkpoints else ""
             raise TrainingError(
                 f"the loss is not finite at {error} of epoch {epoch}; the weights of epoch {run.best_epoch} are "
-                f"restored; lower finetune.learning_rate (now {settings.learning_rate:g}) or check the images"
+                f"restored{kept_in}; lower finetune.learning_rate (now {settings.learning_rate:g}) or check the images"
             ) from None
         for network in (model, kept):
             average_buffers(network)

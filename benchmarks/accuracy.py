@@ -1,0 +1,253 @@
+"""Accuracy left on Fashion-MNIST: every criterion, with and without repair, with and without fine-tuning.
+
+    python benchmarks/accuracy.py --json out/accuracy.json
+    python benchmarks/accuracy.py --quick
+    python benchmarks/accuracy.py --nets vgg16,resnet56 --targets macs=0.1 --criteria scap,obs --seeds 3 --epochs 10
+
+The images come from Debian's package `dataset-fashion-mnist` (or `--data FOLDER` with its files). A tenth of the
+training images is the validation split, which the tables show; the test images are looked at once for each finished
+model, nothing is decided on them, and `--test` prints them. Each net is trained once; that, and every finished cell, is
+kept under `--out`, and the same call takes up there. Runs on the GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import scap_hub
+from scap_hub.recipe import FinetuneSettings
+from scap_hub.training.data import augment, load_data
+from scap_hub.training.evaluate import count, evaluate
+from scap_hub.training.finetune import finetune
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from fashion_mnist import FOLDER, arrays
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "pruned": {"repair_least_squares": False, "repair_batch_norm": False, "finetune_epochs": 0},
+    "repaired": {"finetune_epochs": 0},
+    "tuned": {"repair_least_squares": False, "repair_batch_norm": False},
+    "repaired and tuned": {},
+    # SCAP as published: importance threshold 0.6, no repair, no teacher.
+    "paper": {"repair_least_squares": False, "repair_batch_norm": False, "finetune_distillation_weight": 0.0},
+}
+PAPER = {"criteria": ["scap"], "targets": ["threshold=0.6"], "round_to": 1}
+CLASSES = 10
+
+
+def vgg16() -> nn.Module:
+    """VGG16-BN at full width for 32 x 32 pixels: one linear layer after the convolutions."""
+    layers: list[nn.Module] = []
+    channels = 1
+    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+        if width:
+            conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out")
+            layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            channels = width
+        else:
+            layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, CLASSES))
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions beside a shortcut."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or channels != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, channels, H, W) to (N, width, H / stride, W / stride)."""
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(y + self.shortcut(x))
+
+
+def resnet56() -> nn.Module:
+    """The CIFAR ResNet-56 (He et al., arXiv 1512.03385): three stages of nine blocks, 16, 32 and 64 channels wide."""
+    layers: list[nn.Module] = [nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+    channels = 16
+    for width in (16, 32, 64):
+        for number in range(9):
+            layers.append(Block(channels, width, 2 if number == 0 and width > 16 else 1))
+            channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES))
+
+
+def mobilenetv2(weights: Path | None) -> nn.Module:
+    """Timm's `mobilenetv2_100`; torchvision's ImageNet weights list their layers in the same order."""
+    model = timm.create_model("mobilenetv2_100", num_classes=CLASSES)
+    if weights is not None:
+        state = dict(zip(model.state_dict(), torch.load(weights, weights_only=True).values(), strict=True))
+        body = {name: value for name, value in state.items() if not name.startswith("classifier")}
+        model.load_state_dict(body, strict=False)
+    return model
+
+
+# What builds each net, its input size, and the highest learning rate of its first training.
+Net = tuple[Callable[[], nn.Module], tuple[int, int, int], float]
+
+
+def nets(weights: Path | None) -> dict[str, Net]:
+    """The nets by name."""
+    return {
+        "vgg16": (vgg16, (1, 32, 32), 2e-3),
+        "resnet56": (resnet56, (1, 32, 32), 4e-3),
+        "resnet18": (partial(timm.create_model, "resnet18", in_chans=1, num_classes=CLASSES), (1, 64, 64), 2e-3),
+        "mobilenetv2": (partial(mobilenetv2, weights), (3, 64, 64), 2e-3),
+    }
+
+
+class Images(Dataset):
+    """Images in memory, a whole batch at a time: (N, 1, 28, 28) uint8 and (N,) int64."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.images[indices], self.labels[indices]
+
+
+def collate(batch: tuple[Tensor, Tensor], size: tuple[int, int, int], train: bool = False) -> tuple[Tensor, Tensor]:
+    """What the net reads: framed to 32 x 32 or enlarged, shifted and mirrored for training, normalised."""
+    images, labels = batch
+    images = F.pad(images, (2, 2, 2, 2))
+    if train:
+        images = augment(images, mirror=True)
+    images = images.float().div_(255)
+    if size[1] != images.shape[2]:
+        images = F.interpolate(images, size[1:], mode="bilinear", antialias=True)
+    return images.sub_(0.286).div_(0.353).expand(-1, size[0], -1, -1).contiguous(), labels
+
+
+def loaders(folder: Path, size: tuple[int, int, int], images: int, batch: int) -> dict[str, DataLoader]:
+    """Training images, a tenth of them held out for validation, and the test images."""
+    splits = {}
+    whole = [torch.from_numpy(part.copy()) for part in arrays(folder, "train")]
+    order = torch.randperm(len(whole[1]), generator=torch.Generator().manual_seed(0))[:images]
+    spared = len(order) // 10
+    final = [torch.from_numpy(part.copy())[:images] for part in arrays(folder, "t10k")]
+    for name, (pixels, labels) in {
+        "train": [part[order[spared:]] for part in whole],
+        "validation": [part[order[:spared]] for part in whole],
+        "test": final,
+    }.items():
+        train = name == "train"
+        splits[name] = DataLoader(
+            Images(pixels[:, None], labels.long()),
+            batch_size=batch if train else 500,
+            shuffle=train,
+            drop_last=train,
+            collate_fn=partial(collate, size=size, train=train),
+        )
+    return splits
+
+
+def trained(name: str, net: Net, splits: dict[str, DataLoader], settings: FinetuneSettings, out: Path) -> nn.Module:
+    """The dense net, trained once; its weights are kept."""
+    build, _, rate = net
+    torch.manual_seed(0)
+    model, path = build(), out / f"{name}-{settings.epochs}.safetensors"
+    if path.is_file():
+        model.load_state_dict(load_file(path))
+        return model.eval()
+    settings = settings.model_copy(update={"learning_rate": rate, "schedule": "onecycle"})
+    finetune(model, load_data(splits, None), settings, output_dir=out / f".{name}-training")
+    save_file(model.state_dict(), out / f".{path.name}")
+    (out / f".{path.name}").rename(path)
+    return model
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one net, 400 images, one epoch, one target, one seed")
+    parser.add_argument("--json", type=Path, help="where to write everything that was found")
+    parser.add_argument("--out", type=Path, help="where nets and finished cells are kept; out/accuracy")
+    parser.add_argument("--data", type=Path, default=FOLDER, help="folder of the idx files")
+    parser.add_argument("--nets", default="vgg16,resnet56,mobilenetv2,resnet18")
+    parser.add_argument("--targets", default="macs=0.5,macs=0.3,macs=0.1")
+    parser.add_argument("--criteria", default="all", help="names, or all; Torch-Pruning is torch-pruning and its kin")
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=60_000, help="training images, validation included")
+    parser.add_argument("--calibration", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--dense-epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=10, help="of fine-tuning after pruning")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of fine-tuning")
+    parser.add_argument("--round-to", type=int, default=1)
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "no"))
+    parser.add_argument("--mobilenet-weights", type=Path, help="torchvision's mobilenet_v2-b0353104.pth")
+    parser.add_argument("--test", action="store_true", help="print the test split's tables, not the validation split's")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        small = {"nets": "resnet56", "targets": "macs=0.5", "criteria": "scap,l1", "seeds": 1, "images": 400}
+        small |= {"calibration": 32, "batch": 64, "dense_epochs": 1, "epochs": 1, "precision": "no"}
+        given = {key: value for key, value in vars(options).items() if value != parser.get_default(key)}
+        vars(options).update(small | given)
+    out = options.out or Path("out/accuracy-quick" if options.quick else "out/accuracy")
+    out.mkdir(parents=True, exist_ok=True)
+    # On the CPU in float32, torch 2.15 corrupts memory in strided 1 x 1 convolutions of few channels in this layout.
+    channels_last = torch.cuda.is_available() or options.precision == "bf16"
+    precision: dict[str, Any] = {"precision": options.precision, "channels_last": channels_last}
+
+    found: dict[str, Any] = {}
+    for name in options.nets.split(","):
+        net = nets(options.mobilenet_weights)[name]
+        splits = loaders(options.data, net[1], options.images, options.batch)
+        settings = FinetuneSettings(epochs=options.dense_epochs, weight_decay=0.05, **precision)
+        model = trained(name, net, splits, settings, out)
+        found[name] = {"dense": {**count(model, net[1]), **evaluate(model, splits["validation"])}, "variants": {}}
+        for variant in options.variants.split(","):
+            print(f"\n{name}, {variant}", flush=True)
+            recipe = {
+                "data": {"calibration_images": options.calibration, "batch_size": options.batch},
+                "finetune": {"epochs": options.epochs, "learning_rate": options.learning_rate, **precision},
+            }
+            asked: dict[str, Any] = {
+                "targets": options.targets.split(","),
+                "criteria": "all" if options.criteria == "all" else options.criteria.split(","),
+                "round_to": options.round_to,
+                **(PAPER if variant == "paper" else {}),
+            }
+            comparison = scap_hub.compare(
+                model, splits, recipe, seeds=options.seeds, model_input_size=net[1],
+                output=out / f"{name}-{variant.replace(' ', '-')}.json", **asked, **VARIANTS[variant],
+            )  # fmt: skip
+            found[name]["variants"][variant] = comparison.to_dict()
+            for row in comparison.rows("test" if options.test else "validation"):
+                print("  ".join(f"{cell:>20}" for cell in row), flush=True)
+            if options.json:
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+if __name__ == "__main__":
+    main()

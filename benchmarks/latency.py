@@ -1,0 +1,100 @@
+"""Real speed: dense networks beside pruned ones at half their MACs, measured in turns in one process.
+
+    python benchmarks/latency.py --json out/latency.json
+    python benchmarks/latency.py --quick
+    python benchmarks/latency.py --only resnet50 --batches 64 --dtypes bf16 --modes compile
+
+"half" keeps half the MACs with channel counts that are multiples of 8, "half, any counts" with any counts; "latency" is
+pruned to half the dense time, measured at the first batch size. Weights and scores are random, and every group keeps
+the same fraction: speed depends on shapes only. Runs on the GPU where there is one; `OMP_NUM_THREADS` is yours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import scap_hub
+from scap_hub.selection import select_latency
+from scap_hub.speed import speeds
+from scap_hub.timing import device_name, milliseconds
+from scap_hub.training.distributed import accelerator
+from scap_hub.training.evaluate import count
+
+MODELS = ("resnet50", "vgg16", "mobilenetv2_100", "convnext_tiny")
+
+
+def measure(name: str, size: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one network."""
+    device = accelerator().device
+    torch.manual_seed(0)
+    dense = timm.create_model(name).to(device).eval()
+    batches = [int(batch) for batch in options.batches.split(",")]
+    groups = scap_hub.channel_groups(dense, torch.zeros(1, 3, size, size, device=device))
+    scores = {group.name: torch.rand(group.size) for group in groups if group.prunable}
+    budget = f"macs={options.fraction}"
+    plans = {
+        "half": scap_hub.select(groups, scores, budget, round_to=8, scope="uniform"),
+        "half, any counts": scap_hub.select(groups, scores, budget, round_to=1, scope="uniform"),
+    }
+    timer = partial(milliseconds, seconds=options.seconds)
+    images = torch.randn(batches[0], 3, size, size, device=device)
+    try:
+        choice = select_latency(dense, groups, scores, options.fraction, images, scope="uniform", timer=timer)
+        plans["latency"] = choice.plan
+    except scap_hub.ScapHubError as error:
+        print(f"{name}: {error}")
+    models = {"dense": dense, **{key: scap_hub.apply_plan(dense, plan) for key, plan in plans.items()}}
+    macs = {key: count(model, (3, size, size))["macs"] for key, model in models.items()}
+    rows = speeds(models, (3, size, size), batches, options.dtypes.split(","), options.modes.split(","), timer)
+    return [{"network": name, "macs": macs[row.model] / macs["dense"], **asdict(row)} for row in rows]
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="two networks at 64 pixels, batches of 1 and 4, eager, fp32"
+    )
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--only", default="", help="only networks whose name contains this")
+    parser.add_argument("--batches", default="1,64")
+    parser.add_argument("--dtypes", default="fp32,bf16")
+    parser.add_argument("--modes", default="eager,compile")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--fraction", type=float, default=0.5, help="of the MACs, and of the time, that stays")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each figure, at least")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        vars(options).update(batches="1,4", dtypes="fp32", modes="eager", size=64, seconds=0.05)
+    names = [name for name in MODELS if options.only in name]
+    if options.quick and not options.only:
+        names = ["resnet50", "mobilenetv2_100"]
+    rows: list[dict[str, Any]] = []
+    print(f"on {device_name(accelerator().device)}")
+    head = ("MACs", "batch", "dtype", "mode", "ms", "images/s", "faster")
+    print(f"{'network':34}" + "".join(f"{text:>10}" for text in head))
+    for name in names:
+        for row in measure(name, options.size, options):
+            rows.append(row)
+            cells = (
+                f"{row['macs']:.3f}", row["batch"], row["dtype"], row["mode"], f"{row['ms']:.3f}",
+                f"{row['images_per_second']:.1f}", f"{row['speedup']:.2f}x",
+            )  # fmt: skip
+            print(f"{name:17}{row['model']:17}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            document = {"device": device_name(accelerator().device), "torch": torch.__version__, "rows": rows}
+            options.json.write_text(json.dumps(document, indent=1) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The benchmarks' own parts; what they call is tested elsewhere."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fashion_mnist
+import pytest
+import torch
+
+from scap_hub.training.evaluate import count
+from tests.nets import Clock
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import accuracy  # noqa: E402
+import latency  # noqa: E402
+
+needs_images = pytest.mark.skipif(not fashion_mnist.FOLDER.is_dir(), reason="needs Debian's dataset-fashion-mnist")
+
+
+@pytest.mark.parametrize(
+    ("name", "macs", "params"),
+    [("vgg16", 0.312e9, 14.72e6), ("resnet56", 0.126e9, 0.856e6), ("resnet18", 0.141e9, 11.18e6)],
+)
+def test_the_nets_are_what_they_are_called(name, macs, params):
+    build, size, _ = accuracy.nets(None)[name]
+    cost = count(build(), size)
+    assert (cost["macs"], cost["params"]) == (pytest.approx(macs, rel=0.02), pytest.approx(params, rel=0.01))
+
+
+def test_torchvisions_weights_go_into_mobilenet_in_order(tmp_path):
+    model = accuracy.mobilenetv2(None)
+    theirs = {f"layer{number}": torch.randn(value.shape) if value.is_floating_point() else value.clone()
+              for number, value in enumerate(model.state_dict().values())}  # fmt: skip
+    theirs["layer313"], theirs["layer312"] = torch.randn(1000), torch.randn(1000, 1280)
+    torch.save(theirs, tmp_path / "weights.pth")
+    loaded = accuracy.mobilenetv2(tmp_path / "weights.pth").state_dict()
+    assert torch.equal(loaded["conv_stem.weight"], theirs["layer0"]) and loaded["classifier.weight"].shape == (10, 1280)
+
+
+@needs_images
+def test_validation_images_are_held_out_of_training():
+    splits = accuracy.loaders(fashion_mnist.FOLDER, (3, 64, 64), 500, 50)
+    assert {name: len(loader.dataset) for name, loader in splits.items()} == {
+        "train": 450, "validation": 50, "test": 500,
+    }  # fmt: skip
+    rows = {tuple(image.flatten().tolist()) for image in splits["validation"].dataset.images}
+    assert not any(tuple(image.flatten().tolist()) in rows for image in splits["train"].dataset.images)
+    images, labels = next(iter(splits["train"]))
+    assert images.shape == (50, 3, 64, 64) and images.dtype == torch.float32 and labels.dtype == torch.int64
+
+
+@needs_images
+def test_accuracy_runs_without_the_datasets_package_and_takes_up_where_it_stopped(tmp_path):
+    code = (
+        "import sys; sys.modules['datasets'] = None; sys.path.insert(0, 'benchmarks'); import accuracy; accuracy.main()"
+    )
+    options = ["--quick", "--out", tmp_path / "out", "--json", tmp_path / "found.json", "--images", "200"]
+    options += ["--criteria", "l1", "--variants", "repaired"]
+    for _ in range(2):
+        ran = subprocess.run(
+            [sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True, timeout=300,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text())["resnet56"]
+    (cell,) = found["variants"]["repaired"]["cells"]
+    assert cell["macs"] <= 0.5 and found["dense"]["params"] == 855_482
+
+
+def test_latency_compares_dense_and_pruned(monkeypatch, tmp_path):
+    monkeypatch.setattr(latency, "MODELS", ("test_resnet",))
+    monkeypatch.setattr(latency, "milliseconds", Clock())
+    rows = latency.main(["--quick", "--only", "test_resnet", "--json", str(tmp_path / "latency.json")])
+    assert {row["model"] for row in rows} == {"dense", "half", "half, any counts", "latency"} and len(rows) == 8
+    assert all(0.4 < row["macs"] <= 0.5 for row in rows if row["model"].startswith("half"))
+    assert json.loads((tmp_path / "latency.json").read_text())["rows"] == rows
