@@ -47,9 +47,9 @@ class StuckError(PlanError):
 Place = tuple[str, str, int | None]
 """Module path, attribute, index into it if it is a list."""
 
-Choice = frozenset[tuple[type, str, Any]]
-"""Attributes that change in every module of a class: class, attribute, multiple of the number in the graph; or else
-class, `RESHAPE`, rank and dimension."""
+Choice = frozenset[tuple[Any, ...]]
+"""Attributes that change in every module of a class: class, attribute, multiple of the number in the graph, role; or
+else class, `RESHAPE`, rank and dimension."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +60,18 @@ class Integer:
         place: Where a module holds it.
         channels: The channels that it counts; how many stay of them is the new number.
         times: The held number is this multiple of the one in the graph.
+        role: What the call uses the number for; one that is equal by chance has another role.
     """
 
     place: Place
     channels: np.ndarray
     times: int
+    role: str
+
+    @property
+    def use(self) -> tuple[str, int, str]:
+        """Attribute, multiple and role: what modules of one class have in common."""
+        return self.place[1], self.times, self.role
 
 
 @dataclass(eq=False)
@@ -108,20 +115,20 @@ def forward_of(model: nn.Module, inputs: tuple[Any, ...], found: Trace, channel_
     modules = dict(model.named_modules())
     standard = {layer.path for layer in layers_of(model) if layer.kind != "group_norm"}
     counted = [
-        (node, old, channel_of[ids])
+        (node, old, channel_of[ids], role)
         for node in found.ids
         if owner(node) not in standard
-        for old, ids in _counts(node, found)
+        for old, ids, role in _counts(node, found)
     ]
     return Forward(
         model=model,
         inputs=inputs,
         outputs=tuple(ids.shape for ids in found.outputs),
-        integers=tuple(i for node, old, channels in counted for i in _held(node, old, channels, modules)),
-        counted=tuple((owner(node), channels) for node, _, channels in counted),
+        integers=tuple(integer for number in counted for integer in _held(*number, modules)),
+        counted=tuple((owner(node), channels) for node, _, channels, _ in counted),
         found=found,
         channel_of=channel_of,
-        reshapes=tuple(dict.fromkeys(place for node, old, _ in counted for place in _reshapes(node, old, modules))),
+        reshapes=tuple(dict.fromkeys(place for node, old, *_ in counted for place in _reshapes(node, old, modules))),
     )
 
 
@@ -232,8 +239,8 @@ def _inside(path: str, places: Iterable[tuple[str, np.ndarray]], nested: bool, f
     return channels[free[channels]]
 
 
-def _counts(node: fx.Node, found: Trace) -> Iterator[tuple[int, np.ndarray]]:
-    """Numbers that a call was given and that count channels, with the ids that they count."""
+def _counts(node: fx.Node, found: Trace) -> Iterator[tuple[int, np.ndarray, str]]:
+    """Numbers that a call was given and that count channels, with the ids that they count and their role in it."""
     if node.op != "call_function" or not hasattr(node.target, "_schema"):
         return
     name = str(node.target).removeprefix("aten.").split(".")[0].removesuffix("_")
@@ -244,13 +251,13 @@ def _counts(node: fx.Node, found: Trace) -> Iterator[tuple[int, np.ndarray]]:
         first = arguments["dim"] % len(own[0].shape) if name == "unflatten" else 0
         for dim, size in enumerate(sizes, start=first):
             if isinstance(size, int) and size > 1:
-                yield from _line(size, own[0], dim)
+                yield from _line(size, own[0], dim, f"{name} to {len(sizes)} sizes: {dim}")
     elif name in ("split_with_sizes", "split"):
         whole = flat(found.ids[arguments["self"]])[0]
         # The last size is often written as the whole less the others.
         for part in [*own, whole] if name == "split_with_sizes" else own[:1]:
             dim = arguments["dim"] % len(part.shape)
-            yield from _line(part.shape[dim], part, dim)
+            yield from _line(part.shape[dim], part, dim, name)
     elif name in ("slice", "narrow"):
         whole = flat(found.ids[arguments["self"]])[0]
         dim = arguments["dim"] % len(whole.shape)
@@ -259,16 +266,16 @@ def _counts(node: fx.Node, found: Trace) -> Iterator[tuple[int, np.ndarray]]:
         if (ids := whole.along(dim)) is not None:
             for bound in (start, end if end < ids.size or name == "slice" else 0):
                 if bound:
-                    yield bound % ids.size or ids.size, ids[:bound]
+                    yield bound % ids.size or ids.size, ids[:bound], name
     elif name in ("conv1d", "conv2d", "conv3d"):
         whole = flat(found.ids[arguments["input"]])[0]
         if 1 < arguments["groups"] == whole.shape[1]:
-            yield from _line(arguments["groups"], whole, 1)
+            yield from _line(arguments["groups"], whole, 1, name)
     elif name in ("layer_norm", "rms_norm"):
         for offset, size in enumerate(reversed(arguments["normalized_shape"]), start=1):
-            yield from _line(size, own[0], -offset)
+            yield from _line(size, own[0], -offset, name)
     elif name == "group_norm" and arguments["num_groups"] == own[0].shape[1]:
-        yield from _line(arguments["num_groups"], own[0], 1)
+        yield from _line(arguments["num_groups"], own[0], 1, name)
 
 
 def _reshapes(node: fx.Node, old: int, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, int, int]]:
@@ -281,17 +288,17 @@ def _reshapes(node: fx.Node, old: int, modules: Mapping[str, nn.Module]) -> Iter
         yield from ((path, len(sizes), dim) for dim, size in enumerate(sizes) if size == old and dim)
 
 
-def _line(size: int, ids: Ids, dim: int) -> Iterator[tuple[int, np.ndarray]]:
+def _line(size: int, ids: Ids, dim: int, role: str) -> Iterator[tuple[int, np.ndarray, str]]:
     if (line := ids.along(dim)) is not None and line.size == size:
-        yield size, line
+        yield size, line, role
 
 
-def _held(node: fx.Node, old: int, channels: np.ndarray, modules: dict[str, nn.Module]) -> Iterator[Integer]:
+def _held(node: fx.Node, old: int, channels: np.ndarray, role: str, modules: dict[str, nn.Module]) -> Iterator[Integer]:
     """Attributes of the calling module and of those around it that hold the number, or else a small multiple."""
     for path, _ in node.meta.get("nn_module_stack", {}).values():
         for times in _MULTIPLES:
             places = list(_integers(path, modules[path], old * times))
-            yield from (Integer(place, channels, times) for place in places)
+            yield from (Integer(place, channels, times, role) for place in places)
             if places:
                 break
 
@@ -310,19 +317,22 @@ def _kinds(failed: Sequence[str], kinds: Mapping[str, type]) -> list[type]:
 
 
 def _attempts(changing: Sequence[Integer], kinds: Mapping[str, type], kind: type) -> Iterator[Choice]:
-    """Attributes of one class that may have to change: one alone, all together, two at a time."""
-    names = sorted({(kind, i.place[1], i.times) for i in changing if kinds[i.place[0]] is kind}, key=str)
-    yield from (frozenset([name]) for name in names)
+    """Attributes of one class that may have to change: one use of one, one alone, all together, two at a time."""
+    uses = sorted({(kind, *integer.use) for integer in changing if kinds[integer.place[0]] is kind}, key=str)
+    yield from (frozenset([use]) for use in uses)
+    names = sorted({use[1:3] for use in uses})
+    wholes = [frozenset(use for use in uses if use[1:3] == name) for name in names]
+    yield from (whole for whole in wholes if len(whole) > 1)
     if len(names) > 1:
-        yield frozenset(names)
+        yield frozenset(uses)
     if len(names) > 2:
-        yield from (frozenset(pair) for pair in itertools.combinations(names, 2))
+        yield from (one | other for one, other in itertools.combinations(wholes, 2))
 
 
 def _other_reshapes(forward: Forward, kinds: Mapping[str, type], kind: type) -> Iterator[Choice]:
     """Sizes of reshapes of one class that may have been read off another tensor."""
     for rank, dim in dict.fromkeys((rank, dim) for path, rank, dim in forward.reshapes if kinds[path] is kind):
-        yield frozenset([(kind, RESHAPE, (rank, dim))])
+        yield frozenset([(kind, RESHAPE, rank, dim)])
 
 
 def _values(
@@ -331,7 +341,7 @@ def _values(
     values: dict[str, dict[str, Any]] = {}
     for integer in changing:
         path, name, index = integer.place
-        if (kinds[path], name, integer.times) not in chosen:
+        if (kinds[path], *integer.use) not in chosen:
             continue
         new = int(keep[integer.channels].sum()) * integer.times
         if index is None:
@@ -340,7 +350,7 @@ def _values(
             module = forward.model.get_submodule(path)
             values.setdefault(path, {}).setdefault(name, list(getattr(module, name)))[index] = new
     for path, rank, dim in forward.reshapes:
-        if (kinds[path], RESHAPE, (rank, dim)) in chosen:
+        if (kinds[path], RESHAPE, rank, dim) in chosen:
             values.setdefault(path, {})[RESHAPE] = [rank, dim]
     return values
 

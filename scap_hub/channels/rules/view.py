@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from scap_hub.channels.ids import Ids, merge, support
+from scap_hub.channels.ids import Ids, line, merge, support
 from scap_hub.channels.rules.registry import Call, rule
 
 
@@ -113,9 +113,14 @@ def _constant_to_one(array: np.ndarray) -> np.ndarray:
 
 @rule("expand", "expand_as", "broadcast_to")
 def expand(call: Call) -> Ids:
-    """New or size-1 dimensions stay untracked."""
+    """Where a dimension of size 1 is stretched all elements are alike, and any of them can go."""
     x, rank = call.tensors[0], len(call.shape)
-    return Ids(call.shape, tuple(layer.reshape((1,) * (rank - layer.ndim) + layer.shape) for layer in x.layers))
+    layers = [layer.reshape((1,) * (rank - layer.ndim) + layer.shape) for layer in x.layers]
+    before = (1,) * (rank - len(x.shape)) + x.shape
+    for dim, (old, new) in enumerate(zip(before, call.shape, strict=True)):
+        if old < new:
+            layers.append(line(call.ledger.fresh(new), dim, rank))
+    return Ids(call.shape, tuple(layers))
 
 
 @rule("repeat", "tile")
