@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,22 +19,23 @@ RESHAPE = "forward.reshape"
 
 
 class Reshaping(TorchFunctionMode):
-    """A module's forward pass, where a reshape to a width read off another tensor takes that of its own tensor."""
+    """Where a forward pass reshapes to a width that it read off another tensor, the tensor's own width counts."""
 
-    def __init__(self, module: nn.Module, rank: int, dim: int) -> None:
-        super().__init__()
-        self.module, self.rank, self.dim = module, rank, dim
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self:
-            return type(self.module).forward(self.module, *args, **kwargs)
+    def __init__(self, rank: int, dim: int) -> None:
+        self.rank, self.dim = rank, dim
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.Tensor.reshape, torch.Tensor.view, torch.reshape) and len(args) > 1:
             sizes = args[1] if isinstance(args[1], tuple | list) else args[1:]
-            if len(sizes) == self.rank and -1 not in sizes and math.prod(sizes) != args[0].numel():
+            if len(sizes) == self.rank and -1 not in sizes and torch.Size(sizes).numel() != args[0].numel():
                 args = (args[0], [-1 if dim == self.dim else size for dim, size in enumerate(sizes)])
         return func(*args, **kwargs or {})
+
+
+def reshaping(module: nn.Module, rank: int, dim: int, *args: Any, **kwargs: Any) -> Any:
+    """The forward pass of the module's class, with such reshapes to `rank` sizes, of which `dim` is that width."""
+    with Reshaping(rank, dim):
+        return type(module).forward(module, *args, **kwargs)
 
 
 def apply_plan(model: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -65,7 +66,7 @@ def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, int |
         module = model.get_submodule(path)
         for attribute, value in values.items():
             if attribute == RESHAPE:
-                module.forward = Reshaping(module, *value)  # type: ignore[misc]
+                module.forward = functools.partial(reshaping, module, *value)  # type: ignore[misc]
                 continue
             holder, name = _holder(module, attribute)
             setattr(holder, name, _renewed(getattr(holder, name), value))

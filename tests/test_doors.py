@@ -234,7 +234,9 @@ def test_a_uniform_layout_that_is_impossible_is_refused_before_training(tmp_path
     options = {"target": "ratio=0.5", "round_to": 1, "publish_layout": "uniform", "criterion": "l1"}
     settings = {"data": {"calibration_images": 8, "batch_size": 8}, "evaluate": {"latency": False}}
     data = DataLoader(images, batch_size=8)
-    with pytest.raises(PlanError, match=r"intermediate_size=16 .*\(.*16.*\), and \(.*8.*\) in .*layout=pruned") as caught:
+    with pytest.raises(
+        PlanError, match=r"intermediate_size=16 .*\(.*16.*\), and \(.*8.*\) in .*layout=pruned"
+    ) as caught:
         scap_hub.prune(tiny_vit(), data, settings, output_dir=tmp_path / "out", finetune_epochs=1, **options)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
     # With the residual stream protected only the blocks' hidden widths shrink, which one argument sets.

@@ -1,12 +1,19 @@
 """Real architectures of both zoos: pruned equals masked, at uniform and at random ratios."""
 
+import copy
+import inspect
+
 import pytest
 import timm
 import torch
 import transformers as hf
+from timm.models._features import FeatureHookNet
+from timm.utils import reparameterize_model
+from torch import nn
 
-from scap_hub import PruningPlan, apply_plan, channel_groups, verify
+from scap_hub import PruningPlan, apply_plan, channel_groups, surgery, verify
 from scap_hub.channels.oracle import randomize
+from scap_hub.hub import modeling_scap
 from tests.nets import Residual, random_plan
 
 # Fewer layers and a narrower head where the rest would only repeat itself.
@@ -63,6 +70,14 @@ SPECIAL = {
     "a buffer as a filter": lambda: timm.create_model("resnetblur18"),
     "channel gates, partial residuals": lambda: timm.create_model("rexnet_100"),
     "slices and concatenations of concatenations": lambda: timm.create_model("ghostnet_100"),
+    "a window over channels": lambda: timm.create_model("ecaresnet26t", layers=[1, 1, 1, 1]),
+    "grouped standardised weights": lambda: timm.create_model("test_nfnet"),
+    "as many groups as channels": lambda: timm.create_model("resnetv2_50d_gn", layers=[1, 1, 1, 1]),
+    "stretched statistics, one number in two roles": lambda: timm.create_model(
+        "resnetv2_50d_evos", layers=[1, 1, 1, 1]
+    ),
+    "the whole less a part": lambda: timm.create_model("shvit_s1"),
+    "padded values, a size that hides in another": lambda: timm.create_model("efficientvit_b0"),
 }
 
 
@@ -96,3 +111,158 @@ def test_pruned_model_can_be_trained_and_pruned_again():
     plan = random_plan(channel_groups(small, x), seed=1, ratio=0.5)
     assert verify(small, plan, x) < 1e-9
     assert sum(p.numel() for p in apply_plan(small, plan).parameters()) < sum(p.numel() for p in small.parameters())
+
+
+def halved(model, x):
+    plan = random_plan(channel_groups(model, x), seed=0, ratio=0.5)
+    return plan, apply_plan(model, plan).eval()
+
+
+class OwnHeads(nn.Module):
+    """Self-attention as many write it: the merged heads are reshaped to the width of the input."""
+
+    def __init__(self, width, heads, head_dim):
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        self.q, self.k, self.v = (nn.Linear(width, heads * head_dim) for _ in range(3))
+        self.out = nn.Linear(heads * head_dim, width)
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = (layer(x).reshape(b, n, self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(1, 2).reshape(b, n, c))
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 4, stride=4)
+        self.attention = OwnHeads(24, heads=3, head_dim=8)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        return self.head(self.attention(x).mean(1))
+
+
+def test_a_reshape_to_the_width_of_another_tensor_does_not_hold_it():
+    model, x = randomize(Tokens()), torch.randn(2, 3, 16, 16)
+    groups = {group.name: group for group in channel_groups(model, x)}
+    assert groups["stem"].prunable and groups["attention.v"].prunable
+    assert "scale of an attention" in groups["attention.q"].pinned_because
+    plan = PruningPlan.from_json(random_plan(list(groups.values()), seed=0).to_json())
+    assert plan.attributes["attention"]["forward.reshape"] == [3, 2]
+    assert verify(model, plan, x) < 1e-9
+    small = apply_plan(model, plan).eval()
+    want = small(x)
+    assert torch.equal(copy.deepcopy(small)(x), want)
+    assert copy.deepcopy(small).attention.forward.args[0] is not small.attention
+    torch.testing.assert_close(torch.compile(small, backend="eager")(x), want)
+    fresh = apply_plan(Tokens().eval(), plan)
+    fresh.load_state_dict(small.state_dict())
+    assert torch.equal(fresh(x), want)
+    assert small(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+    again = random_plan(channel_groups(small, x), seed=1)
+    assert verify(small, again, x) < 1e-9
+    for name in ("Reshaping", "reshaping"):
+        assert inspect.getsource(getattr(surgery, name)) == inspect.getsource(getattr(modeling_scap, name))
+
+
+class Packed(nn.Module):
+    """Queries, keys and values lie side by side; a batch size of -1 would take in whatever is wrong with the rest."""
+
+    def __init__(self):
+        super().__init__()
+        self.dim = 8
+        self.qkv = nn.Conv2d(3, 3 * 8 * 4, 1)
+        self.head = nn.Linear(8 * 4, 5)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(x.shape[0], -1, 3 * self.dim, 64).chunk(3, dim=2)
+        y = (q * k).sigmoid() * v
+        return self.head(y.flatten(1, 2).mean(-1))
+
+
+def test_a_size_of_minus_one_hides_no_number_that_should_change():
+    model, x = randomize(Packed()), torch.randn(1, 3, 8, 8)
+    plan = random_plan(channel_groups(model, x), seed=0, ratio=0.5)
+    assert plan.attributes[""]["dim"] == 4
+    assert verify(model, plan, x) < 1e-9
+
+
+def test_uneven_parts_lose_equally_many():
+    model, x = randomize(timm.create_model("edgenext_xx_small")), torch.randn(1, 3, 64, 64)
+    groups = channel_groups(model, x)
+    pinned = {group.pinned_because.partition(" (")[0] for group in groups if not group.prunable}
+    assert pinned == {"is an output of the model", "is normalised or sorted over"}
+    assert verify(model, random_plan(groups, seed=1), x) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenetv3_small_050", "inception_next_atto", "regnety_002", "test_vit", "levit_128s"]
+)
+def test_timm_knows_the_new_widths(name):
+    model = timm.create_model(name, num_classes=10).eval()
+    x = torch.randn(1, *model.pretrained_cfg["input_size"])
+    _, small = halved(model, x)
+    with torch.no_grad():
+        features = small.forward_features(x)
+        assert small.num_features in features.shape and small.num_features < model.num_features
+        assert small.forward_head(features, pre_logits=True).shape[-1] == small.head_hidden_size
+        if "vit" not in name:
+            info = [stage["num_chs"] for stage in small.feature_info]
+            assert (
+                info[1:] == [feature.shape[1] for feature in FeatureHookNet(small, out_indices=range(len(info)))(x)][1:]
+            )
+        for classes in (7, 0):
+            small.reset_classifier(classes)
+            assert small(x).shape[-1] == (classes or small.head_hidden_size)
+    assert model(x).shape == (1, 10)
+
+
+def test_feature_extractors_of_timm_keep_their_outputs():
+    model, x = randomize(timm.create_model("resnet18", features_only=True)), torch.randn(1, 3, 64, 64)
+    plan, small = halved(model, x)
+    assert verify(model, plan, x) < 1e-9
+    assert small.feature_info.channels() == [feature.shape[1] for feature in small(x)]
+
+
+@pytest.mark.parametrize("config", [
+    hf.ResNetConfig(depths=[1, 1], hidden_sizes=[32, 64], embedding_size=16, num_labels=3),
+    hf.RegNetConfig(depths=[1, 1], hidden_sizes=[32, 64], embedding_size=16, groups_width=8, num_labels=3),
+    hf.SwiftFormerConfig(depths=[1, 1, 1, 1], embed_dims=[16, 24, 32, 48], num_labels=3),
+])  # fmt: skip
+def test_configs_of_transformers_know_the_new_widths(config):
+    model, x = hf.AutoModelForImageClassification.from_config(config).eval(), torch.randn(1, 3, 64, 64)
+    _, small = halved(model, x)
+    states = small(x, output_hidden_states=True).hidden_states
+    sizes = small.config.embed_dims if hasattr(config, "embed_dims") else small.config.hidden_sizes
+    assert (
+        sizes[-1]
+        == states[-1].shape[1]
+        < (config.embed_dims if hasattr(config, "embed_dims") else config.hidden_sizes)[-1]
+    )
+    if hasattr(config, "embedding_size"):
+        assert [small.config.embedding_size, *sizes] == [state.shape[1] for state in states]
+
+
+def test_backbones_of_transformers_know_the_new_widths():
+    config = hf.ResNetConfig(depths=[1, 1, 1], hidden_sizes=[32, 48, 64], embedding_size=16, out_features=["stage2"])
+    model, x = randomize(hf.ResNetBackbone(config)), torch.randn(1, 3, 64, 64)
+    plan, small = halved(model, x)
+    assert verify(model, plan, x) < 1e-9
+    output = small(x, output_hidden_states=True)
+    assert small.channels == [feature.shape[1] for feature in output.feature_maps] == [48]
+    assert small.num_features == [state.shape[1] for state in output.hidden_states]
+
+
+@pytest.mark.parametrize("name", ["repghostnet_050", "mobileone_s0"])
+def test_branches_can_be_fused_before_and_after(name):
+    model, x = randomize(timm.create_model(name, num_classes=5)).eval(), torch.randn(1, 3, 64, 64)
+    plan, small = halved(model, x)
+    assert verify(model, plan, x) < 1e-9
+    fused = reparameterize_model(small)
+    torch.testing.assert_close(fused(x), small(x), rtol=1e-3, atol=1e-4)
+    dense = reparameterize_model(model)
+    assert verify(dense, random_plan(channel_groups(dense, x), seed=0), x) < 1e-9

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from scap_hub.errors import PlanError
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import RESHAPE, apply_plan, set_attributes
 
-_MULTIPLES = (1, 2, 3, 4)
+_MULTIPLES = tuple(map(Fraction, ("1", "2", "3", "4", "1/2", "1/3", "1/4")))
 
 
 class StuckError(PlanError):
@@ -65,11 +66,11 @@ class Integer:
 
     place: Place
     channels: np.ndarray
-    times: int
+    times: Fraction
     role: str
 
     @property
-    def use(self) -> tuple[str, int, str]:
+    def use(self) -> tuple[str, Fraction, str]:
         """Attribute, multiple and role: what modules of one class have in common."""
         return self.place[1], self.times, self.role
 
@@ -297,13 +298,13 @@ def _held(node: fx.Node, old: int, channels: np.ndarray, role: str, modules: dic
     """Attributes of the calling module and of those around it that hold the number, or else a small multiple."""
     for path, _ in node.meta.get("nn_module_stack", {}).values():
         for times in _MULTIPLES:
-            places = list(_integers(path, modules[path], old * times))
+            places = list(_integers(path, modules[path], old * times)) if old * times > 1 else []
             yield from (Integer(place, channels, times, role) for place in places)
             if places:
                 break
 
 
-def _integers(path: str, module: nn.Module, value: int) -> Iterator[Place]:
+def _integers(path: str, module: nn.Module, value: Fraction) -> Iterator[Place]:
     for name, held in vars(module).items():
         if type(held) is int and held == value:
             yield path, name, None
@@ -343,7 +344,7 @@ def _values(
         path, name, index = integer.place
         if (kinds[path], *integer.use) not in chosen:
             continue
-        new = int(keep[integer.channels].sum()) * integer.times
+        new = int(int(keep[integer.channels].sum()) * integer.times)
         if index is None:
             values.setdefault(path, {})[name] = new
         else:

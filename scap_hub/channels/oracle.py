@@ -144,6 +144,8 @@ class _Masked(fx.Interpreter):
         }
         if "normalized_shape" in arguments:
             arguments["normalized_shape"] = arguments["input"].shape[-len(arguments["normalized_shape"]) :]
+        if name == "group_norm" and arguments["num_groups"] == flat(self.ids[n.name])[0].shape[1]:
+            arguments["num_groups"] = arguments["input"].shape[1]  # one group a channel
         result = n.target(**arguments)  # type: ignore[operator]
         ids = flat(self.ids[n.name])
         if isinstance(result, Tensor):

@@ -86,7 +86,8 @@ class ChannelSpace:
         document = self.cut(channels, keep)
         if self.forward is not None and document["tensors"]:
             for path, values in new_widths(self.forward, PruningPlan(**document)).items():
-                document["attributes"].setdefault(path, {}).update(values)
+                known = document["attributes"].setdefault(path, {})
+                known.update({name: value for name, value in values.items() if name not in known})
         return document
 
     def cut(self, channels: Mapping[str, np.ndarray], keep: Mapping[str, Sequence[int]]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Numbers that tell other code how wide a model's features are: timm's and transformers' conventions.
 
-The forward pass does not read them, but a new classifier, a neck or a decoder is built from them: `num_features`,
-`head_hidden_size` and `feature_info` of timm, `num_features` of a transformers backbone, sizes in a config. Each is
-found by its name and by what it says of the dense model, and gets what the pruned one has there.
+The forward pass does not read them, but a new classifier, a neck, a decoder or a fused layer is built from them:
+`num_features`, `head_hidden_size` and `feature_info` of timm, `num_features` of a transformers backbone, sizes in a
+config, `in_chs` and `out_chs` of a block. Each is found by its name and by what it says of the dense model, and gets
+what the pruned one has there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 from scap_hub.channels.capture import evaluating
 
 Shape = tuple[int, ...]
+_INPUTS, _OUTPUTS = ("in_chs", "in_channels", "in_dim", "groups"), ("out_chs", "out_channels", "out_dim")
 _CLASSIFIER_INPUT = ("num_features", "head_hidden_size", "in_features", "embed_dim")
 
 
@@ -31,14 +33,14 @@ class Features:
         stages: Outputs of the modules that timm's `feature_info` names, None where there is no tensor.
         hidden: transformers' `hidden_states`.
         classifier: Width that the classifier reads, by timm's `get_classifier`.
-        heads: Inputs of the modules that hold the classifier, by path.
+        calls: Input and output of every module that maps one tensor to one, by path.
     """
 
     last: Shape | None = None
     stages: list[Shape | None] = field(default_factory=list)
     hidden: list[Shape] = field(default_factory=list)
     classifier: int | None = None
-    heads: dict[str, Shape] = field(default_factory=dict)
+    calls: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
 
 
 def features_of(model: Any, inputs: tuple[Any, ...]) -> Features:
@@ -68,13 +70,13 @@ def features_of(model: Any, inputs: tuple[Any, ...]) -> Features:
                 features.stages[index] = tuple(output.shape) if isinstance(output, Tensor) else None
 
             handles.append(module.register_forward_hook(keep))
-    for path, module in _around_classifier(model):
-        if path:
+    for path, module in modules.items():
 
-            def note(_: Any, arguments: tuple[Any, ...], path: str = path) -> None:
-                features.heads[path] = next(tuple(x.shape) for x in arguments if isinstance(x, Tensor))
+        def note(_: Any, arguments: tuple[Any, ...], output: Any, path: str = path) -> None:
+            if arguments and isinstance(arguments[0], Tensor) and isinstance(output, Tensor):
+                features.calls[path] = tuple(arguments[0].shape), tuple(output.shape)
 
-            handles.append(module.register_forward_pre_hook(note))
+        handles.append(module.register_forward_hook(note))
     options = {"output_hidden_states": True} if _gives_hidden_states(model) else {}
     try:
         with torch.no_grad(), evaluating(model):
@@ -102,10 +104,18 @@ def widths(model: Any, dense: Features, small: Features) -> dict[str, dict[str, 
     for path, module in _around_classifier(model):
         for name in _CLASSIFIER_INPUT:
             width = vars(module).get(name)
-            if path in dense.heads and width in dense.heads[path]:
-                found.setdefault(path, {})[name] = _narrowed(width, dense.heads[path], small.heads[path])
+            if path in dense.calls and width in dense.calls[path][0]:
+                found.setdefault(path, {})[name] = _narrowed(width, dense.calls[path][0], small.calls[path][0])
             elif width == dense.classifier is not None:
                 found.setdefault(path, {})[name] = small.classifier
+    for path, shapes in dense.calls.items():
+        held = vars(model.get_submodule(path))
+        for side, names in enumerate((_INPUTS, _OUTPUTS)):
+            for name in names:
+                if type(held.get(name)) is int and path in small.calls:
+                    new = _narrowed(held[name], shapes[side], small.calls[path][side])
+                    if new != held[name]:
+                        found.setdefault(path, {}).setdefault(name, new)
     own = found.setdefault("", {})
     if dense.last and small.last and type(vars(model).get("num_features")) is int:
         own["num_features"] = _narrowed(model.num_features, dense.last, small.last)

@@ -1,10 +1,10 @@
 """Builds pruned models on top of timm and transformers; this file travels with the weights and needs no scap_hub.
 
-The zoo builds the dense model, `shrink` narrows its tensors to the sizes that config.json lists as "cut", the weights
-load as usual. scap_hub imports this very file; transformers runs the repository's copy if `trust_remote_code=True`.
+The zoo builds the dense model, `shrink` narrows it to the "cut" in config.json, the weights load as usual. scap_hub
+imports this very file; transformers runs the repository's copy if `trust_remote_code=True`.
 """
 
-import math
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,30 +17,30 @@ VERSION, WEIGHTS = 1, "model.safetensors"
 
 
 class Reshaping(TorchFunctionMode):
-    """A module's forward pass, where a reshape to a width read off another tensor takes that of its own tensor."""
+    """Where a forward pass reshapes to a width that it read off another tensor, the tensor's own width counts."""
 
-    def __init__(self, module: nn.Module, rank: int, dim: int) -> None:
-        super().__init__()
-        self.module, self.rank, self.dim = module, rank, dim
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self:
-            return type(self.module).forward(self.module, *args, **kwargs)
+    def __init__(self, rank: int, dim: int) -> None:
+        self.rank, self.dim = rank, dim
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.Tensor.reshape, torch.Tensor.view, torch.reshape) and len(args) > 1:
             sizes = args[1] if isinstance(args[1], tuple | list) else args[1:]
-            if len(sizes) == self.rank and -1 not in sizes and math.prod(sizes) != args[0].numel():
+            if len(sizes) == self.rank and -1 not in sizes and torch.Size(sizes).numel() != args[0].numel():
                 args = (args[0], [-1 if dim == self.dim else size for dim, size in enumerate(sizes)])
         return func(*args, **kwargs or {})
+
+
+def reshaping(module: nn.Module, rank: int, dim: int, *args: Any, **kwargs: Any) -> Any:
+    """The forward pass of the module's class, with such reshapes to `rank` sizes, of which `dim` is that width."""
+    with Reshaping(rank, dim):
+        return type(module).forward(module, *args, **kwargs)
 
 
 def shrink(model: nn.Module, cut: dict[str, Any], prefix: str = "") -> None:
     """Narrows a dense model in place; its values are to be overwritten by the pruned weights.
 
-    `cut` has "version"; "shapes", sizes by tensor, * for those that stay ("32,*,3,3"); "attributes", new integers by
-    module and name; "buffers", kept indices ("0-3,5") of what no weight overwrites. The model may lack some of them,
-    and the names' `prefix`. Raises ValueError, with nothing changed, for a wrong version or sizes that it has not.
+    `cut`: "shapes", sizes by tensor ("32,*,3,3"); "attributes", integers by module; "buffers", kept indices ("0-3,5")
+    of what no weight overwrites. The model may lack some, and the names' `prefix`. ValueError leaves it unchanged.
     """
     if not isinstance(cut, dict) or cut.get("version") != VERSION:
         raise ValueError("config.json was written by another version of scap_hub: upgrade scap_hub")
@@ -57,7 +57,7 @@ def shrink(model: nn.Module, cut: dict[str, Any], prefix: str = "") -> None:
     for path, attributes in cut["attributes"].items():
         module = modules.get(f"{path}.".removeprefix(prefix)[:-1], nn.Module())
         if reshape := attributes.get("forward.reshape"):
-            values.append((module, "forward", Reshaping(module, *map(int, reshape))))
+            values.append((module, "forward", partial(reshaping, module, *map(int, reshape))))
         for name in attributes.keys() & vars(module).keys():
             values.append((module, name, _value(f"{path}.{name}", vars(module)[name], attributes[name])))
     tensors = {key: _narrowed(*job) for key, job in smaller.items()}
@@ -115,7 +115,7 @@ def scap_pruned(
     def features(model: Any, out_indices: Any, **_: Any) -> nn.Module:  # timm would wrap the dense model
         return import_module("timm.models._features").FeatureGetterNet(finish(model, 0), out_indices=out_indices)
 
-    wrapped: dict[str, Any] = {"features_only": True, "feature_cls": features} if features_only else {}
+    wrapped = {"features_only": True, "feature_cls": features} if features_only else {}
     model = timm.create_model(base, **wrapped, **arguments)
     return model if features_only else finish(model, model.num_classes)
 
