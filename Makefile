@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint format docs
+.PHONY: setup demo test test-slow bench-coverage lint format docs
 
 setup: .venv/installed
 
@@ -21,6 +21,12 @@ test: lint
 # Long ones too: the wheel in a fresh environment, the notebook, wide sweeps.
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Every model of benchmarks/models.txt; what the JSON holds is not measured again. With Torch-Pruning, if installed:
+# make bench-coverage OPTIONS="--peer torch-pruning"
+bench-coverage: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --json benchmarks/results/coverage.json $(OPTIONS)
+	$(BIN)/python docs/generate.py
 
 # The site, in site/; broken links are errors.
 docs: setup

@@ -1,6 +1,8 @@
-"""Writes what follows from the code: docs/recipes.md and recipes/recipe.schema.json. `--check` only compares."""
+"""Writes what follows from code and results: docs/recipes.md and its schema, docs/coverage.md. `--check` compares."""
 
 import json
+import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,80 @@ def reference() -> str:
     return "\n".join(lines) + "\n"
 
 
+COVERAGE = """\
+<!-- Written by docs/generate.py from benchmarks/results/coverage.json; do not edit. -->
+# Supported models
+
+Any vision model of timm and transformers, and any plain module, whose forward pass can be recorded: channel groups come
+from the operators that it runs, not from a list. Below are {count} models of {families} families, the smallest of many,
+each pruned twice: to half of every channel group and to a random fraction of each. A model counts as **proven** when
+both times its float64 output equals that of the dense model with the same channels masked. {proven} of {count} are
+({share:.1%}); {wrong} gave a wrong result.
+
+- **conv, linear**: share of the output channels of convolutions and of linear layers that can go. The classifier stays,
+  which is all that is missing in most rows; `scap-hub inspect MODEL` says why anything else stays.
+- **MACs**: what is left when every group is halved, and at random fractions.
+- **error**: the larger of the two differences, relative to the largest output.
+- **seconds**: CPU seconds for finding the groups (recording the model included), and for the surgery.
+
+Where attention scales by the width of its queries (`scaled_dot_product_attention` without a scale) queries and
+keys stay; softmax over channels keeps them too.
+
+{peer}Repeat it: `make bench-coverage` (weights are random, nothing is downloaded).
+
+| model | status | conv | linear | MACs | random | error | groups | seconds |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def coverage() -> str:
+    """The page of supported models."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "coverage.json").read_text(encoding="utf-8"))
+    proven = [row for row in rows if row["status"] == "ok"]
+    text = COVERAGE.format(
+        count=len(rows),
+        families=len({re.match(r"[A-Za-z]+", row["name"])[0].lower() for row in rows}),  # type: ignore[index]
+        proven=len(proven),
+        share=len(proven) / len(rows),
+        wrong=sum(row["status"] == "VerificationError" for row in rows) or "none",
+        peer=_peer(rows),
+    )
+    return text + "".join(_coverage_row(row) for row in rows)
+
+
+def _peer(rows: list[dict[str, Any]]) -> str:
+    """What Torch-Pruning does with the models that it was given as well."""
+    tried = [row for row in rows if "torch_pruning" in row]
+    both = [row for row in tried if row["status"] == "ok" and row["torch_pruning"]["status"] == "ok"]
+    if not both:
+        return ""
+    theirs = sum(row["torch_pruning"]["status"] == "ok" for row in tried)
+    times = statistics.median(row["analysis_s"] / row["torch_pruning"]["analysis_s"] for row in both)
+    macs = [
+        statistics.median(values)
+        for values in ([r["uniform_macs"] for r in both], [r["torch_pruning"]["macs"] for r in both])
+    ]
+    return (
+        f"Torch-Pruning 1.6.1 in the same run, with the options of its timm example, returns a model for {theirs} of "
+        f"the {len(tried)} that it was given (whether the right one is not checked), scap_hub for "
+        f"{sum(row['status'] == 'ok' for row in tried)}. Over the {len(both)} that both prune, finding groups takes "
+        f"{times:.2f} times the CPU seconds of its constructor, and {macs[0]:.2f} of the MACs are left against "
+        f"{macs[1]:.2f} (medians).\n\n"
+    )
+
+
+def _coverage_row(row: dict[str, Any]) -> str:
+    name = f"`{row['name']}`"
+    if row["status"] != "ok":
+        return f"| {name} | {row['status']} | | | | | | | |\n"
+    conv, linear = ("" if share is None else f"{share:.2f}" for share in row["coverage"].values())
+    return (
+        f"| {name} | proven | {conv} | {linear} | {row['uniform_macs']:.2f} | {row['random_macs']:.2f} | "
+        f"{max(row['uniform_error'], row['random_error']):.0e} | {row['prunable']} of {row['groups']} | "
+        f"{row['analysis_s']:.1f} + {row['uniform_surgery_s']:.1f} |\n"
+    )
+
+
 def _block(name: str, block: dict[str, Any], schema: dict[str, Any]) -> list[str]:
     about = [block["description"], ""] if "description" in block else []
     return ["", f"## {name}", "", *about, *_table(block["properties"], schema)]
@@ -100,6 +176,7 @@ def _resolved(schema: dict[str, Any], key: dict[str, Any]) -> dict[str, Any]:
 def main(check: bool) -> int:
     texts = {
         ROOT / "docs" / "recipes.md": reference(),
+        ROOT / "docs" / "coverage.md": coverage(),
         ROOT / "recipes" / "recipe.schema.json": json.dumps(recipe_schema(), indent=1) + "\n",
     }
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]

@@ -99,7 +99,14 @@ class Recorder(SchemaCheckMode):
 
     def run(self) -> Any:
         """Runs the model in eval mode and records what it does; returns its output."""
-        with evaluating(self.model), _no_autocast(), torch.no_grad(), self._watching(), enable_python_dispatcher():
+        with (
+            untouched(self.model),
+            evaluating(self.model),
+            _no_autocast(),
+            torch.no_grad(),
+            self._watching(),
+            enable_python_dispatcher(),
+        ):
             with self:
                 output = self.model(*self.inputs)
             self.graph.output([self.node(leaf) for leaf in pytree.tree_leaves(output) if _is_tensor(leaf)])
@@ -213,6 +220,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Whatever modules cache in the meantime, in attributes or in dicts and lists of theirs, is gone afterwards."""
+    held = {module: dict(vars(module)) for module in model.modules()}
+    inside = [value for values in held.values() for value in values.values() if isinstance(value, dict | list)]
+    copies = [value.copy() for value in inside]
+    try:
+        yield
+    finally:
+        for module, values in held.items():
+            vars(module).clear()
+            vars(module).update(values)
+        for value, before in zip(inside, copies, strict=True):
+            value.clear()
+            value.update(before) if isinstance(value, dict) else value.extend(before)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from scap_hub.channels.capture import Recorder, running
+from scap_hub.channels.capture import Recorder, running, untouched
 from scap_hub.channels.ids import Ids, support
 from scap_hub.channels.layers import layers_of
 from scap_hub.channels.rules import Trace
@@ -192,7 +192,7 @@ def shared_numbers(forward: Forward, failed: Sequence[str], free: np.ndarray) ->
     shared: dict[str, dict[bytes, np.ndarray]] = {}
     for integer in forward.integers:
         path, name, index = integer.place
-        if kinds[path] in blamed:
+        if kinds[path] in blamed and integer.times == 1:
             places = shared.setdefault(f"{path}.{name}" + ("" if index is None else f"[{index}]"), {})
             places[np.sort(integer.channels).tobytes()] = integer.channels
     alike = {name: list(places.values()) for name, places in shared.items()}
@@ -366,7 +366,7 @@ class _Outcome:
 
 
 class _Checked(Recorder):
-    """Runs a pruned model and stops at the first operator that makes another shape than the channels say."""
+    """Runs a pruned model and stops at the first operator that does not do what the channels say."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], expected: list[_Step]) -> None:
         super().__init__(model, inputs)
@@ -374,22 +374,33 @@ class _Checked(Recorder):
         self.finished = 0
 
     def made(self, node: fx.Node, value: Any) -> None:
-        target, shape = self.expected[self.finished] if self.finished < len(self.expected) else (None, None)
+        target, shape, numbers = self.expected[self.finished] if self.finished < len(self.expected) else (None,) * 3
         if node.target is not target:
             raise RuntimeError(f"{node.target} runs instead of {target}")
+        if _numbers(node) != numbers:
+            raise RuntimeError(f"{node.target} computes with {_numbers(node)} instead of {numbers}")
         if shape is not None and shape != tuple(value.shape):
             raise RuntimeError(f"{node.target} makes shape {list(value.shape)} instead of {list(shape)}")
         self.finished += 1
 
 
-_Step = tuple[Any, tuple[int, ...] | None]
-"""An operator, and the shape that it has to make where that is known."""
+_Step = tuple[Any, tuple[int, ...] | None, list[float] | None]
+"""An operator, the shape that it has to make where that is known, and the numbers that it computes with."""
+
+_ARITHMETIC = ("add", "sub", "rsub", "mul", "div", "true_divide", "pow")
+
+
+def _numbers(node: fx.Node) -> list[float]:
+    """A scale that follows the number of channels would make another function."""
+    every = str(node.target).removeprefix("aten.").split(".")[0].removesuffix("_") in _ARITHMETIC
+    kinds = (int, float) if every else (float,)
+    return [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if type(leaf) in kinds]
 
 
 def _steps(forward: Forward, keep: np.ndarray) -> list[_Step]:
     stays = keep[forward.channel_of]
     return [
-        (node.target, _shape(ids, stays) if isinstance(ids, Ids) and ids.layers else None)
+        (node.target, _shape(ids, stays) if isinstance(ids, Ids) and ids.layers else None, _numbers(node))
         for node, ids in forward.found.ids.items()
         if node.op == "call_function"
     ]
@@ -415,19 +426,14 @@ class _Trial:
         self.steps = _steps(forward, keep)
 
     def __call__(self, values: dict[str, dict[str, Any]]) -> _Outcome:
-        modules = {path: self.small.get_submodule(path) for path in values}
-        before = {path: dict(vars(module)) for path, module in modules.items()}
-        set_attributes(self.small, values)
         recorder = _Checked(self.small, self.forward.inputs, self.steps)
         try:
-            output = recorder.run()
+            with untouched(self.small):
+                set_attributes(self.small, values)
+                output = recorder.run()
         except Exception as error:
             message = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             return _Outcome(recorder.finished, tuple(running(self.small, error)), message)
-        finally:
-            for path, module in modules.items():
-                vars(module).clear()
-                vars(module).update(before[path])
         shapes = tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
         if shapes != self.forward.outputs:
             return _Outcome(recorder.finished, ("",), f"outputs of shapes {shapes} instead of {self.forward.outputs}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from scap_hub.channels.capture import evaluating
+from scap_hub.channels.capture import evaluating, untouched
 
 Shape = tuple[int, ...]
 _INPUTS, _OUTPUTS = ("in_chs", "in_channels", "in_dim", "groups"), ("out_chs", "out_channels", "out_dim")
@@ -79,7 +79,7 @@ def features_of(model: Any, inputs: tuple[Any, ...]) -> Features:
         handles.append(module.register_forward_hook(note))
     options = {"output_hidden_states": True} if _gives_hidden_states(model) else {}
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), untouched(model), evaluating(model):
             output = model(*inputs, **options)
     finally:
         for handle in handles:

@@ -1,0 +1,48 @@
+"""The whole list of benchmarks/models.txt, each model proven by the masking oracle; hours, not for every day."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODELS = [
+    line.split("\t")[:3]
+    for line in (ROOT / "benchmarks" / "models.txt").read_text(encoding="utf-8").splitlines()
+    if line and not line.startswith("#")
+]
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("coverage_benchmark", ROOT / "benchmarks" / "coverage.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("library", "name", "size"), MODELS, ids=[name for _, name, _ in MODELS])
+def test_pruned_equals_masked(benchmark, library, name, size):
+    row = benchmark.isolated(benchmark.measure, (library, name, int(size)), 600)
+    assert row["status"] == "ok", row.get("message")
+    assert row["uniform_pruned"] == row["random_pruned"] == row["prunable"]
+
+
+def test_a_measurement_that_dies_or_hangs_is_a_row(benchmark):
+    import os
+    import time
+
+    assert benchmark.isolated(lambda *_: os._exit(1), ("timm", "x", 1), 10)["status"] == "crash"
+    assert benchmark.isolated(lambda *_: time.sleep(60), ("timm", "x", 1), 0.1)["status"] == "timeout"
+    row = benchmark.isolated(benchmark.measure, ("timm", "no_such_model", 64), 60)
+    assert row["status"] == "RuntimeError" and "no_such_model" in row["message"]
+
+
+def test_one_model_from_end_to_end(benchmark, tmp_path):
+    path = tmp_path / "coverage.json"
+    models = [("timm", "test_byobnet", 64)]
+    done = benchmark.run(models, {}, 120, path, peer=False)
+    row = done["test_byobnet"]
+    assert row["status"] == "ok" and row["coverage"]["conv"] == 1.0 and row["uniform_macs"] < 0.4
+    assert benchmark.run(models, done, 0, path, peer=False)["test_byobnet"] is row
