@@ -15,26 +15,26 @@ from scap_hub.errors import PlanError
 from scap_hub.plan import PruningPlan, TensorCut
 
 RESHAPE = "forward.reshape"
-"""In a plan's attributes, [rank, dim]: reshapes of that module to `rank` sizes take that of `dim` from the tensor."""
+"""In a plan's attributes, [rank, dim, ...]: a module's reshapes to `rank` sizes take that of `dim` from the tensor."""
 
 
 class Reshaping(TorchFunctionMode):
     """Where a forward pass reshapes to a width that it read off another tensor, the tensor's own width counts."""
 
-    def __init__(self, rank: int, dim: int) -> None:
-        self.rank, self.dim = rank, dim
+    def __init__(self, *places: int) -> None:
+        self.dims = dict(zip(places[::2], places[1::2], strict=True))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.Tensor.reshape, torch.Tensor.view, torch.reshape) and len(args) > 1:
             sizes = args[1] if isinstance(args[1], tuple | list) else args[1:]
-            if len(sizes) == self.rank and -1 not in sizes and torch.Size(sizes).numel() != args[0].numel():
-                args = (args[0], [-1 if dim == self.dim else size for dim, size in enumerate(sizes)])
+            if len(sizes) in self.dims and -1 not in sizes and torch.Size(sizes).numel() != args[0].numel():
+                args = (args[0], [-1 if dim == self.dims[len(sizes)] else size for dim, size in enumerate(sizes)])
         return func(*args, **kwargs or {})
 
 
-def reshaping(module: nn.Module, rank: int, dim: int, *args: Any, **kwargs: Any) -> Any:
-    """The forward pass of the module's class, with such reshapes to `rank` sizes, of which `dim` is that width."""
-    with Reshaping(rank, dim):
+def reshaping(module: nn.Module, places: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
+    """The forward pass of its class; `places` says to how many sizes it reshapes and which one is such a width, ..."""
+    with Reshaping(*places):
         return type(module).forward(module, *args, **kwargs)
 
 
@@ -65,8 +65,8 @@ def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, int |
     for path, values in attributes.items():
         module = model.get_submodule(path)
         for attribute, value in values.items():
-            if attribute == RESHAPE:
-                module.forward = functools.partial(reshaping, module, *value)  # type: ignore[misc]
+            if attribute == RESHAPE and isinstance(value, list):
+                module.forward = functools.partial(reshaping, module, tuple(value))
                 continue
             holder, name = _holder(module, attribute)
             setattr(holder, name, _renewed(getattr(holder, name), value))
@@ -99,7 +99,7 @@ def _check(model: nn.Module, plan: PruningPlan) -> None:
         except AttributeError:
             raise PlanError(f"the model has no module {path!r}; the plan was made for another model") from None
         for attribute, value in values.items():
-            if attribute == RESHAPE and isinstance(value, list) and len(value) == 2:
+            if attribute == RESHAPE and isinstance(value, list) and len(value) % 2 == 0:
                 continue
             holder, name = _holder(module, attribute)
             old = getattr(holder, "__dict__", {}).get(name)

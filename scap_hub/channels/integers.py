@@ -16,6 +16,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -87,7 +88,7 @@ class Forward:
         counted: The channels that are counted by a number in the graph, with the path of the module that does it.
         found: The trace of the model.
         channel_of: The channel number of each of its ids.
-        reshapes: Modules that reshape to such a number, with how many sizes they give and which one it is.
+        reshapes: Modules that reshape, with how many sizes they give and which one may come from another tensor.
         chosen: What turned out to have to change.
         features: The dense model's, once somebody asked.
     """
@@ -129,7 +130,7 @@ def forward_of(model: nn.Module, inputs: tuple[Any, ...], found: Trace, channel_
         counted=tuple((owner(node), channels) for node, _, channels, _ in counted),
         found=found,
         channel_of=channel_of,
-        reshapes=tuple(dict.fromkeys(place for node, old, *_ in counted for place in _reshapes(node, old, modules))),
+        reshapes=tuple(dict.fromkeys(place for node in found.ids for place in _reshapes(node, modules))),
     )
 
 
@@ -279,14 +280,13 @@ def _counts(node: fx.Node, found: Trace) -> Iterator[tuple[int, np.ndarray, str]
         yield from _line(arguments["num_groups"], own[0], 1, name)
 
 
-def _reshapes(node: fx.Node, old: int, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, int, int]]:
-    """The class that reshapes to a number, with how many sizes it gives and which one the number is."""
-    name = str(node.target).removeprefix("aten.").split(".")[0]
-    arguments = bind(node)
-    sizes = arguments.get("size") or arguments.get("shape") or ()
+def _reshapes(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, int, int]]:
+    """The module that reshapes, with how many sizes it gives and each that may come from another tensor, last first."""
     path = owner(node)
-    if name in ("view", "reshape") and path and not type(modules[path]).__module__.startswith("torch.nn"):
-        yield from ((path, len(sizes), dim) for dim, size in enumerate(sizes) if size == old and dim)
+    if node.target in (torch.ops.aten.view.default, torch.ops.aten.reshape.default) and path:
+        sizes = node.args[1]
+        if not type(modules[path]).__module__.startswith("torch.nn") and -1 not in sizes:  # type: ignore[operator]
+            yield from ((path, len(sizes), dim) for dim in reversed(range(1, len(sizes))))  # type: ignore[arg-type]
 
 
 def _line(size: int, ids: Ids, dim: int, role: str) -> Iterator[tuple[int, np.ndarray, str]]:
@@ -352,7 +352,8 @@ def _values(
             values.setdefault(path, {}).setdefault(name, list(getattr(module, name)))[index] = new
     for path, rank, dim in forward.reshapes:
         if (kinds[path], RESHAPE, rank, dim) in chosen:
-            values.setdefault(path, {})[RESHAPE] = [rank, dim]
+            places = values.setdefault(path, {}).setdefault(RESHAPE, [])
+            places += [rank, dim] if rank not in places[::2] else []
     return values
 
 

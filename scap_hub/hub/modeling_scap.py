@@ -19,20 +19,20 @@ VERSION, WEIGHTS = 1, "model.safetensors"
 class Reshaping(TorchFunctionMode):
     """Where a forward pass reshapes to a width that it read off another tensor, the tensor's own width counts."""
 
-    def __init__(self, rank: int, dim: int) -> None:
-        self.rank, self.dim = rank, dim
+    def __init__(self, *places: int) -> None:
+        self.dims = dict(zip(places[::2], places[1::2], strict=True))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.Tensor.reshape, torch.Tensor.view, torch.reshape) and len(args) > 1:
             sizes = args[1] if isinstance(args[1], tuple | list) else args[1:]
-            if len(sizes) == self.rank and -1 not in sizes and torch.Size(sizes).numel() != args[0].numel():
-                args = (args[0], [-1 if dim == self.dim else size for dim, size in enumerate(sizes)])
+            if len(sizes) in self.dims and -1 not in sizes and torch.Size(sizes).numel() != args[0].numel():
+                args = (args[0], [-1 if dim == self.dims[len(sizes)] else size for dim, size in enumerate(sizes)])
         return func(*args, **kwargs or {})
 
 
-def reshaping(module: nn.Module, rank: int, dim: int, *args: Any, **kwargs: Any) -> Any:
-    """The forward pass of the module's class, with such reshapes to `rank` sizes, of which `dim` is that width."""
-    with Reshaping(rank, dim):
+def reshaping(module: nn.Module, places: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
+    """The forward pass of its class; `places` says to how many sizes it reshapes and which one is such a width, ..."""
+    with Reshaping(*places):
         return type(module).forward(module, *args, **kwargs)
 
 
@@ -57,7 +57,7 @@ def shrink(model: nn.Module, cut: dict[str, Any], prefix: str = "") -> None:
     for path, attributes in cut["attributes"].items():
         module = modules.get(f"{path}.".removeprefix(prefix)[:-1], nn.Module())
         if reshape := attributes.get("forward.reshape"):
-            values.append((module, "forward", partial(reshaping, module, *map(int, reshape))))
+            values.append((module, "forward", partial(reshaping, module, tuple(map(int, reshape)))))
         for name in attributes.keys() & vars(module).keys():
             values.append((module, name, _value(f"{path}.{name}", vars(module)[name], attributes[name])))
     tensors = {key: _narrowed(*job) for key, job in smaller.items()}
