@@ -117,5 +117,22 @@ def test_a_model_that_cannot_be_captured_names_its_module():
             return x if x.sum() > 0 else -x
 
     net = nn.Sequential(nn.Conv2d(3, 4, 1), Branch())
-    with pytest.raises(errors.ModelError, match="module '1'"):
+    with pytest.raises(
+        errors.ModelError, match=r"module '1' at aten.is_nonzero.default: it looks at the value .* prune"
+    ):
         channel_groups(net, torch.randn(1, 3, 4, 4))
+
+
+def test_values_of_the_model_itself_may_be_looked_at():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.scale = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return self.b(self.a(x) * self.scale.item()).mean((2, 3)) * torch.linspace(0, 1, 4)
+
+    model, x = Scaled(), torch.randn(1, 3, 4, 4)
+    groups = channel_groups(model, x)
+    assert [group.name for group in groups if group.prunable] == ["a"]
+    assert verify(model, random_plan(groups, seed=0, ratio=0.5), x) < 1e-9

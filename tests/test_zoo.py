@@ -191,6 +191,55 @@ def test_a_size_of_minus_one_hides_no_number_that_should_change():
     assert verify(model, plan, x) < 1e-9
 
 
+class Scaled(nn.Module):
+    """The width of a head is a size and a scale: to change it would be to compute something else."""
+
+    def __init__(self, head_dim=8):
+        super().__init__()
+        self.head_dim = head_dim
+        self.q, self.k, self.v = (nn.Linear(12, 2 * head_dim) for _ in range(3))
+        self.stem, self.head = nn.Linear(3, 12), nn.Linear(2 * head_dim, 5)
+
+    def forward(self, x):
+        x = self.stem(x.flatten(2).transpose(1, 2))
+        q, k, v = (f(x).view(*x.shape[:2], 2, self.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))
+        weights = (q @ k.transpose(-1, -2) / self.head_dim**0.5).softmax(-1)
+        return self.head((weights @ v).transpose(1, 2).flatten(2).mean(1))
+
+
+def test_a_scale_is_not_changed_with_a_width():
+    model, x = randomize(Scaled()), torch.randn(1, 3, 4, 4)
+    groups = {group.name: group for group in channel_groups(model, x)}
+    assert groups["stem"].prunable
+    for name in ("q", "v"):
+        assert "counted by a number" in groups[name].pinned_because
+    assert verify(model, random_plan(list(groups.values()), seed=0), x) < 1e-9
+
+
+class Caching(nn.Module):
+    """Keeps what it computed in an attribute and in a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.cache, self.last = 4, {}, None
+        self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 5, 1)
+
+    def forward(self, x):
+        if x.device not in self.cache:
+            self.cache[x.device] = torch.ones(1, device=x.device) * 2
+        self.last = self.one(x)
+        y = self.last[:, : self.width] * self.last[:, self.width :]
+        return self.two(y * self.cache[x.device]).mean((2, 3))
+
+
+def test_what_a_model_caches_is_neither_left_nor_missed():
+    model, x = randomize(Caching()), torch.randn(1, 3, 4, 4)
+    plan = random_plan(channel_groups(model, x), seed=0, ratio=0.5)
+    assert not model.cache and model.last is None
+    assert plan.attributes[""]["width"] == 2
+    assert verify(model, plan, x) < 1e-9
+
+
 def test_uneven_parts_lose_equally_many():
     model, x = randomize(timm.create_model("edgenext_xx_small")), torch.randn(1, 3, 64, 64)
     groups = channel_groups(model, x)
