@@ -25,7 +25,7 @@ test-slow: setup
 # Every model of benchmarks/models.txt; what the JSON holds is not measured again. With Torch-Pruning, if installed:
 # make bench-coverage OPTIONS="--peer torch-pruning"
 bench-coverage: setup
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --json benchmarks/results/coverage.json $(OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --reload --json benchmarks/results/coverage.json $(OPTIONS)
 	$(BIN)/python docs/generate.py
 
 # The site, in site/; broken links are errors.

@@ -18,6 +18,7 @@ import contextlib
 import json
 import multiprocessing
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,63 @@ def measure(library: str, name: str, size: int) -> dict[str, Any]:
     return row
 
 
+def save_pruned(library: str, name: str, size: int, folder: str) -> dict[str, Any]:
+    """Prunes an untrained model at random ratios; leaves its plan, its weights and one output in a folder."""
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+
+    from scap_hub import apply_plan, channel_groups, select
+
+    torch.manual_seed(1)
+    model = build(library, name).eval()
+    example = torch.randn(1, 3, size, size)
+    groups = channel_groups(model, example)
+    rng = np.random.default_rng(0)
+    scores = {group.name: torch.from_numpy(rng.random(group.size)) for group in groups if group.prunable}
+    plan = select(groups, scores, {name: float(rng.uniform(0.2, 0.9)) for name in scores}, round_to=1, floor=0.0)
+    small = apply_plan(model, plan).eval()
+    Path(folder, "plan.json").write_text(plan.to_json())
+    weights = {key: tensor.clone() for key, tensor in small.state_dict().items()}
+    with torch.no_grad():
+        made = {f"output.{index}": leaf.clone() for index, leaf in enumerate(_tensors(small(example)))}
+    save_file({**{f"weights.{key}": tensor for key, tensor in weights.items()}, **made, "example": example},
+              Path(folder, "all.safetensors"))  # fmt: skip
+    return {}
+
+
+def reload(library: str, name: str, size: int, folder: str) -> dict[str, Any]:
+    """Rebuilds it from the zoo's own constructor, the plan and the weights; the largest difference of the outputs."""
+    import torch
+    from safetensors.torch import load_file
+
+    from scap_hub import PruningPlan, apply_plan
+
+    held = load_file(Path(folder, "all.safetensors"))
+    plan = PruningPlan.from_json(Path(folder, "plan.json").read_text())
+    small = apply_plan(build(library, name), plan).eval()
+    small.load_state_dict({k.removeprefix("weights."): v for k, v in held.items() if k.startswith("weights.")})
+    with torch.no_grad():
+        outputs = _tensors(small(held["example"]))
+    return {"difference": max(float((leaf - held[f"output.{i}"]).abs().max()) for i, leaf in enumerate(outputs))}
+
+
+def reloaded(library: str, name: str, size: int, limit: float) -> dict[str, Any]:
+    """Saved by one process, loaded by another."""
+    with tempfile.TemporaryDirectory() as folder:
+        for job in (save_pruned, reload):
+            row = isolated(lambda *model, job=job: job(*model, folder), (library, name, size), limit)
+            if "status" in row:
+                return row
+    return row
+
+
+def _tensors(output: Any) -> list[Any]:
+    import torch
+
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
 def measure_peer(library: str, name: str, size: int) -> dict[str, Any]:
     """Torch-Pruning at ratio 0.5 with the options of its own timm example: L2, heads kept, classifier ignored."""
     import torch
@@ -172,7 +230,12 @@ def isolated(job: Callable[..., dict[str, Any]], model: tuple[str, str, int], li
 
 
 def run(
-    models: list[tuple[str, str, int]], done: dict[str, Any], limit: float, path: Path | None, peer: bool
+    models: list[tuple[str, str, int]],
+    done: dict[str, Any],
+    limit: float,
+    path: Path | None,
+    peer: bool = False,
+    reload: bool = False,
 ) -> dict[str, Any]:
     """Measures what is not done yet, and writes after each model."""
     for library, name, size in models:
@@ -182,6 +245,8 @@ def run(
             print(line(done[name]), flush=True)
         if peer and "torch_pruning" not in done[name]:
             done[name]["torch_pruning"] = isolated(measure_peer, (library, name, size), limit)
+        if reload and "reloaded" not in done[name]:
+            done[name]["reloaded"] = reloaded(library, name, size, limit)
         if path:
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(list(done.values()), indent=1) + "\n")
@@ -226,6 +291,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     parser.add_argument("--only", help="only names that contain this")
     parser.add_argument("--limit", type=float, default=300, help="seconds a model")
+    parser.add_argument("--reload", action="store_true", help="rebuild every pruned model in another process as well")
     parser.add_argument("--peer", choices=["torch-pruning"], help="prune with it as well")
     options = parser.parse_args()
     import timm  # noqa: F401
@@ -240,9 +306,19 @@ def main() -> None:
     if options.only:
         models = [model for model in models if options.only in model[1]]
     known = json.loads(options.json.read_text()) if options.json and options.json.is_file() else []
-    done = run(models, {row["name"]: row for row in known}, options.limit, options.json, options.peer is not None)
+    done = run(
+        models,
+        {row["name"]: row for row in known},
+        options.limit,
+        options.json,
+        options.peer is not None,
+        options.reload,
+    )
     rows = list(done.values())
     print(f"{sum(row['status'] == 'ok' for row in rows)} of {len(rows)} models pruned and proven")
+    if options.reload:
+        exact = sum(row.get("reloaded", {}).get("difference") == 0 for row in rows)
+        print(f"{exact} of {len(rows)} rebuilt in another process with outputs that differ by 0")
     if options.peer:
         print(compared(rows))
 

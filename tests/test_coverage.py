@@ -27,6 +27,7 @@ def test_pruned_equals_masked(benchmark, library, name, size):
     row = benchmark.isolated(benchmark.measure, (library, name, int(size)), 600)
     assert row["status"] == "ok", row.get("message")
     assert row["uniform_pruned"] == row["random_pruned"] == row["prunable"]
+    assert benchmark.reloaded(library, name, int(size), 600)["difference"] == 0
 
 
 def test_a_measurement_that_dies_or_hangs_is_a_row(benchmark):
@@ -42,7 +43,8 @@ def test_a_measurement_that_dies_or_hangs_is_a_row(benchmark):
 def test_one_model_from_end_to_end(benchmark, tmp_path):
     path = tmp_path / "coverage.json"
     models = [("timm", "test_byobnet", 64)]
-    done = benchmark.run(models, {}, 120, path, peer=False)
+    done = benchmark.run(models, {}, 120, path, reload=True)
     row = done["test_byobnet"]
+    assert row["reloaded"]["difference"] == 0
     assert row["status"] == "ok" and row["coverage"]["conv"] == 1.0 and row["uniform_macs"] < 0.4
-    assert benchmark.run(models, done, 0, path, peer=False)["test_byobnet"] is row
+    assert benchmark.run(models, done, 0, path, reload=True)["test_byobnet"] is row
