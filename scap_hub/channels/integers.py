@@ -158,8 +158,8 @@ def solve_integers(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dic
     while outcome.failed is not None:
         attempts = (
             chosen | own
-            for kind in _kinds(outcome.failed, kinds)
-            for own in (*_attempts(changing, kinds, kind), *_other_reshapes(forward, kinds, kind))
+            for path in outcome.failed
+            for own in (*_attempts(changing, kinds, path), *_other_reshapes(forward, kinds, path))
         )
         better = next(((result, own) for own in attempts if (result := run(own)).finished > outcome.finished), None)
         if better is None:
@@ -312,14 +312,9 @@ def _integers(path: str, module: nn.Module, value: Fraction) -> Iterator[Place]:
             yield from ((path, name, index) for index, item in enumerate(held) if item == value)
 
 
-def _kinds(failed: Sequence[str], kinds: Mapping[str, type]) -> list[type]:
-    """Classes of the modules around a failure, innermost first."""
-    return list(dict.fromkeys(kinds[path] for path in failed))
-
-
-def _attempts(changing: Sequence[Integer], kinds: Mapping[str, type], kind: type) -> Iterator[Choice]:
-    """Attributes of one class that may have to change: one use of one, one alone, all together, two at a time."""
-    uses = sorted({(kind, *integer.use) for integer in changing if kinds[integer.place[0]] is kind}, key=str)
+def _attempts(changing: Sequence[Integer], kinds: Mapping[str, type], path: str) -> Iterator[Choice]:
+    """Attributes of a module that may have to change: one use of one, one alone, all together, two at a time."""
+    uses = sorted({(kinds[path], *integer.use) for integer in changing if integer.place[0] == path}, key=str)
     yield from (frozenset([use]) for use in uses)
     names = sorted({use[1:3] for use in uses})
     wholes = [frozenset(use for use in uses if use[1:3] == name) for name in names]
@@ -330,10 +325,11 @@ def _attempts(changing: Sequence[Integer], kinds: Mapping[str, type], kind: type
         yield from (one | other for one, other in itertools.combinations(wholes, 2))
 
 
-def _other_reshapes(forward: Forward, kinds: Mapping[str, type], kind: type) -> Iterator[Choice]:
-    """Sizes of reshapes of one class that may have been read off another tensor."""
-    for rank, dim in dict.fromkeys((rank, dim) for path, rank, dim in forward.reshapes if kinds[path] is kind):
-        yield frozenset([(kind, RESHAPE, rank, dim)])
+def _other_reshapes(forward: Forward, kinds: Mapping[str, type], path: str) -> Iterator[Choice]:
+    """Sizes of a module's reshapes that may have been read off another tensor."""
+    for place, rank, dim in forward.reshapes:
+        if place == path:
+            yield frozenset([(kinds[path], RESHAPE, rank, dim)])
 
 
 def _values(
