@@ -169,12 +169,23 @@ def solve_integers(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dic
     return _values(forward, changing, keep, kinds, chosen)
 
 
-def new_widths(forward: Forward, plan: PruningPlan) -> dict[str, dict[str, Any]]:
-    """The numbers that describe a model's widths to other code, where a plan that runs changes them."""
+def new_widths(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dict[str, dict[str, Any]]:
+    """The numbers that describe a model's widths to other code, where a plan that runs changes them.
+
+    A class of modules whose forward pass reads such a number, and means something else by it, keeps its own.
+    """
     if forward.features is None:
         forward.features = features_of(forward.model, forward.inputs)
-    small = apply_plan(forward.model, plan)
-    return widths(forward.model, forward.features, features_of(small, forward.inputs))
+    trial = _Trial(forward, plan, keep)
+    values = widths(forward.model, forward.features, features_of(trial.small, forward.inputs))
+    for path, known in plan.attributes.items():
+        values[path] = {name: value for name, value in values.get(path, {}).items() if name not in known}
+    while (failed := trial(values).failed) is not None:
+        kind = next(type(forward.model.get_submodule(path)) for path in failed if values.get(path))
+        for path in values:
+            if type(forward.model.get_submodule(path)) is kind:
+                values[path] = {}
+    return {path: own for path, own in values.items() if own}
 
 
 def shared_numbers(forward: Forward, failed: Sequence[str], free: np.ndarray) -> dict[str, list[np.ndarray]]:

@@ -85,9 +85,11 @@ class ChannelSpace:
         """
         document = self.cut(channels, keep)
         if self.forward is not None and document["tensors"]:
-            for path, values in new_widths(self.forward, PruningPlan(**document)).items():
-                known = document["attributes"].setdefault(path, {})
-                known.update({name: value for name, value in values.items() if name not in known})
+            stays = np.ones(self.count, dtype=bool)
+            for name, indices in keep.items():
+                stays[np.delete(channels[name], indices)] = False
+            for path, values in new_widths(self.forward, PruningPlan(**document), stays).items():
+                document["attributes"].setdefault(path, {}).update(values)
         return document
 
     def cut(self, channels: Mapping[str, np.ndarray], keep: Mapping[str, Sequence[int]]) -> dict[str, Any]:

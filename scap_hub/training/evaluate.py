@@ -75,8 +75,9 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
     """
     first = next(model.parameters())
     tensors = [*model.parameters(), *model.buffers()]
-    # A copy around the same tensors: some models cache what they compute, and fake tensors must not stay in them.
-    around = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+    # A copy around the same numbers: some models cache what they compute, and fake tensors must not stay in them.
+    frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    around = copy.deepcopy(model, {**{id(tensor): tensor for tensor in model.buffers()}, **frozen}).eval()
     with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
         around(torch.empty(1, *input_size, dtype=first.dtype, device=first.device))
     return {
