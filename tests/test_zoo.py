@@ -169,6 +169,29 @@ def test_a_reshape_to_the_width_of_another_tensor_does_not_hold_it():
         assert inspect.getsource(getattr(surgery, name)) == inspect.getsource(getattr(modeling_scap, name))
 
 
+class OwnWidth(nn.Module):
+    """Keeps the width of its heads under a name that elsewhere means the width of the output."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.out_dim, self.heads = width, 3
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(1, 2).reshape(b, n, self.out_dim))
+
+
+def test_a_width_that_the_forward_pass_means_otherwise_stays():
+    model, x = Tokens(), torch.randn(1, 3, 16, 16)
+    model.attention = OwnWidth(24)
+    plan = random_plan(channel_groups(randomize(model), x), seed=0, ratio=0.5)
+    assert plan.groups["stem"].size == 24 and "attention" not in plan.attributes
+    assert verify(model, plan, x) < 1e-9
+
+
 class Packed(nn.Module):
     """Queries, keys and values lie side by side; a batch size of -1 would take in whatever is wrong with the rest."""
 
@@ -249,7 +272,7 @@ def test_uneven_parts_lose_equally_many():
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenetv3_small_050", "inception_next_atto", "regnety_002", "test_vit", "levit_128s"]
+    "name", ["resnet18", "mobilenetv3_small_050", "inception_next_atto", "regnety_002", "test_vit", "mambaout_femto"]
 )
 def test_timm_knows_the_new_widths(name):
     model = timm.create_model(name, num_classes=10).eval()
@@ -260,10 +283,10 @@ def test_timm_knows_the_new_widths(name):
         assert small.num_features in features.shape and small.num_features < model.num_features
         assert small.forward_head(features, pre_logits=True).shape[-1] == small.head_hidden_size
         if "vit" not in name:
+            channels = -1 if name.startswith("mamba") else 1
             info = [stage["num_chs"] for stage in small.feature_info]
-            assert (
-                info[1:] == [feature.shape[1] for feature in FeatureHookNet(small, out_indices=range(len(info)))(x)][1:]
-            )
+            maps = FeatureHookNet(small, out_indices=range(len(info)))(x)
+            assert info[1:] == [feature.shape[channels] for feature in maps][1:]
         for classes in (7, 0):
             small.reset_classifier(classes)
             assert small(x).shape[-1] == (classes or small.head_hidden_size)
