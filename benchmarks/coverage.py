@@ -127,9 +127,9 @@ def save_pruned(library: str, name: str, size: int, folder: str) -> dict[str, An
     plan = select(groups, scores, {name: float(rng.uniform(0.2, 0.9)) for name in scores}, round_to=1, floor=0.0)
     small = apply_plan(model, plan).eval()
     Path(folder, "plan.json").write_text(plan.to_json())
-    weights = {key: tensor.clone() for key, tensor in small.state_dict().items()}
+    weights = {key: tensor.contiguous().clone() for key, tensor in small.state_dict().items()}
     with torch.no_grad():
-        made = {f"output.{index}": leaf.clone() for index, leaf in enumerate(_tensors(small(example)))}
+        made = {f"output.{index}": leaf.contiguous().clone() for index, leaf in enumerate(_tensors(small(example)))}
     save_file({**{f"weights.{key}": tensor for key, tensor in weights.items()}, **made, "example": example},
               Path(folder, "all.safetensors"))  # fmt: skip
     return {}
