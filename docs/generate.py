@@ -68,7 +68,8 @@ Any vision model of timm and transformers, and any plain module, whose forward p
 from the operators that it runs, not from a list. Below are {count} models of {families} families, the smallest of many,
 each pruned twice: to half of every channel group and to a random fraction of each. A model counts as **proven** when
 both times its float64 output equals that of the dense model with the same channels masked. {proven} of {count} are
-({share:.1%}); {wrong} gave a wrong result.
+({share:.1%}); {wrong} gave a wrong result. {reloaded} of the pruned models were rebuilt in another process from the
+zoo's own constructor, the plan and safetensors, {exact} of them with outputs that differ by exactly 0.
 
 - **conv, linear**: share of the output channels of convolutions and of linear layers that can go. The classifier stays,
   which is all that is missing in most rows; `scap-hub inspect MODEL` says why anything else stays.
@@ -96,6 +97,8 @@ def coverage() -> str:
         proven=len(proven),
         share=len(proven) / len(rows),
         wrong=sum(row["status"] == "VerificationError" for row in rows) or "none",
+        reloaded=sum("reloaded" in row for row in rows),
+        exact=sum(row.get("reloaded", {}).get("difference") == 0 for row in rows),
         peer=_peer(rows),
     )
     return text + "".join(_coverage_row(row) for row in rows)
