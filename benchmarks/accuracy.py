@@ -147,12 +147,12 @@ def collate(batch: tuple[Tensor, Tensor], size: tuple[int, int, int], train: boo
 
 
 def loaders(folder: Path, size: tuple[int, int, int], images: int, batch: int) -> dict[str, DataLoader]:
-    """Training images, a tenth of them held out for validation, and the test images."""
+    """Training images, a tenth of them held out for validation, and a sixth as many test images."""
     splits = {}
     whole = [torch.from_numpy(part.copy()) for part in arrays(folder, "train")]
     order = torch.randperm(len(whole[1]), generator=torch.Generator().manual_seed(0))[:images]
     spared = len(order) // 10
-    final = [torch.from_numpy(part.copy())[:images] for part in arrays(folder, "t10k")]
+    final = [torch.from_numpy(part.copy())[: max(1, images // 6)] for part in arrays(folder, "t10k")]
     for name, (pixels, labels) in {
         "train": [part[order[spared:]] for part in whole],
         "validation": [part[order[:spared]] for part in whole],
@@ -195,7 +195,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--criteria", default="all", help="names, or all; Torch-Pruning is torch-pruning and its kin")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=60_000, help="training images, validation included")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=60_000,
+        help="training images, validation included, and as large a share of the test images",
+    )
     parser.add_argument("--calibration", type=int, default=512)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--dense-epochs", type=int, default=30)

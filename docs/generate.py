@@ -2,7 +2,7 @@
 
 import json
 import re
-import statistics
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ keys stay; softmax over channels keeps them too.
 def coverage() -> str:
     """The page of supported models."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "coverage.json").read_text(encoding="utf-8"))
+    compared = runpy.run_path(str(ROOT / "benchmarks" / "coverage.py"))["compared"]
     proven = [row for row in rows if row["status"] == "ok"]
     text = COVERAGE.format(
         count=len(rows),
@@ -99,30 +100,9 @@ def coverage() -> str:
         wrong=sum(row["status"] == "VerificationError" for row in rows) or "none",
         reloaded=sum("reloaded" in row for row in rows),
         exact=sum(row.get("reloaded", {}).get("difference") == 0 for row in rows),
-        peer=_peer(rows),
+        peer=f"{compared(rows)}.\n\n" if any("torch_pruning" in row for row in rows) else "",
     )
     return text + "".join(_coverage_row(row) for row in rows)
-
-
-def _peer(rows: list[dict[str, Any]]) -> str:
-    """What Torch-Pruning does with the models that it was given as well."""
-    tried = [row for row in rows if "torch_pruning" in row]
-    both = [row for row in tried if row["status"] == "ok" and row["torch_pruning"]["status"] == "ok"]
-    if not both:
-        return ""
-    theirs = sum(row["torch_pruning"]["status"] == "ok" for row in tried)
-    times = statistics.median(row["analysis_s"] / row["torch_pruning"]["analysis_s"] for row in both)
-    macs = [
-        statistics.median(values)
-        for values in ([r["uniform_macs"] for r in both], [r["torch_pruning"]["macs"] for r in both])
-    ]
-    return (
-        f"Torch-Pruning 1.6.1 in the same run, with the options of its timm example, returns a model for {theirs} of "
-        f"the {len(tried)} that it was given (whether the right one is not checked), scap_hub for "
-        f"{sum(row['status'] == 'ok' for row in tried)}. Over the {len(both)} that both prune, finding groups takes "
-        f"{times:.2f} times the CPU seconds of its constructor, and {macs[0]:.2f} of the MACs are left against "
-        f"{macs[1]:.2f} (medians).\n\n"
-    )
 
 
 def _coverage_row(row: dict[str, Any]) -> str:

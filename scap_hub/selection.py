@@ -137,11 +137,9 @@ def select_latency(
     def measured(plan: PruningPlan) -> tuple[float, np.ndarray]:
         """The pruned model's share of the reference's time, and the channels that stay."""
         dense, small = time([(reference, images), (apply_plan(model, plan), images)])
-        stays = np.ones(groups[0].space.count, dtype=bool)
-        for group in groups:
-            if group.name in plan.groups:
-                stays[np.delete(group.channels, plan.kept(group.name))] = False
-        return small / dense, stays
+        channels = {group.name: group.channels for group in groups}
+        kept = {name: plan.kept(name) for name in plan.groups}
+        return small / dense, groups[0].space.staying(channels, kept)
 
     smallest = select(groups, scores, {g.name: 1e-9 for g in groups if g.prunable and g.name in scores}, round_to,
                       floor=floor)  # fmt: skip

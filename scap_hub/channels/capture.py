@@ -56,7 +56,8 @@ def capture(model: nn.Module, inputs: tuple[Any, ...]) -> Capture:
     """
     recorder = Recorder(model, inputs)
     try:
-        recorder.run()
+        with untouched(model):
+            recorder.run()
     except Exception as error:
         message = str(error).strip().splitlines() or ["no message"]
         at = f" at {recorder.running}" if recorder.running else ""
@@ -98,9 +99,8 @@ class Recorder(SchemaCheckMode):
         self._varying = {self._placeholder(leaf) for leaf in leaves}
 
     def run(self) -> Any:
-        """Runs the model in eval mode and records what it does; returns its output."""
+        """Runs the model in eval mode and records what it does; returns its output. Caches are left in the model."""
         with (
-            untouched(self.model),
             evaluating(self.model),
             _no_autocast(),
             torch.no_grad(),
@@ -207,7 +207,7 @@ def without_weights(model: nn.Module) -> nn.Module:
 
 def on_meta(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same inputs as shapes only."""
-    return pytree.tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, inputs)
+    return pytree.tree_map(_shape, inputs)
 
 
 @contextlib.contextmanager

@@ -41,10 +41,7 @@ class Chooser:
 
     def stays(self, counts: dict[str, int]) -> np.ndarray:
         """(space.count,) whether each channel of the model stays."""
-        stays = np.ones(self.space.count, dtype=bool)
-        for name, kept in self.keep(counts).items():
-            stays[np.delete(self.groups[name].channels, kept)] = False
-        return stays
+        return self.space.staying({name: group.channels for name, group in self.groups.items()}, self.keep(counts))
 
     def _chosen(self, wanted: tuple[tuple[str, int], ...], balances: list[Balance]) -> dict[str, np.ndarray]:
         if not balances:

@@ -9,6 +9,7 @@ class.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from scap_hub.channels.capture import Recorder, running, untouched
 from scap_hub.channels.ids import Ids, support
 from scap_hub.channels.layers import layers_of
 from scap_hub.channels.rules import Trace
-from scap_hub.channels.rules.registry import flat, owner
+from scap_hub.channels.rules.registry import flat, operator_name, owner
 from scap_hub.channels.trace import bind
 from scap_hub.channels.widths import Features, features_of, widths
 from scap_hub.errors import PlanError
@@ -104,6 +105,11 @@ class Forward:
     chosen: Choice = field(default_factory=frozenset)
     features: Features | None = None
 
+    @functools.cached_property
+    def kinds(self) -> dict[str, type]:
+        """The class of every module, by path."""
+        return {path: type(module) for path, module in self.model.named_modules()}
+
 
 def forward_of(model: nn.Module, inputs: tuple[Any, ...], found: Trace, channel_of: np.ndarray) -> Forward:
     """Collects the integers of a model's forward pass that count channels, beyond those of standard layers.
@@ -146,7 +152,7 @@ def solve_integers(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dic
         StuckError: No choice makes it run.
     """
     changing = [integer for integer in forward.integers if not keep[integer.channels].all()]
-    kinds = {path: type(module) for path, module in forward.model.named_modules()}
+    kinds = forward.kinds
 
     trial = _Trial(forward, plan, keep)
 
@@ -181,9 +187,9 @@ def new_widths(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dict[st
     for path, known in plan.attributes.items():
         values[path] = {name: value for name, value in values.get(path, {}).items() if name not in known}
     while (failed := trial(values).failed) is not None:
-        kind = next(type(forward.model.get_submodule(path)) for path in failed if values.get(path))
+        kind = next(forward.kinds[path] for path in failed if values.get(path))
         for path in values:
-            if type(forward.model.get_submodule(path)) is kind:
+            if forward.kinds[path] is kind:
                 values[path] = {}
     return {path: own for path, own in values.items() if own}
 
@@ -199,7 +205,7 @@ def shared_numbers(forward: Forward, failed: Sequence[str], free: np.ndarray) ->
     Returns:
         For each such attribute, in all modules of the classes that failed, the channels of its places.
     """
-    kinds = {path: type(module) for path, module in forward.model.named_modules()}
+    kinds = forward.kinds
     blamed = {kinds[path] for path in failed[:1]}
     shared: dict[str, dict[bytes, np.ndarray]] = {}
     for integer in forward.integers:
@@ -232,7 +238,7 @@ def stuck_channels(
         Free channels by the path of the module to blame.
     """
     passing = [(name, layer.reshape(-1)) for name, ids in tensors.items() for layer in ids.layers]
-    kinds = {path: type(module) for path, module in forward.model.named_modules()}
+    kinds = forward.kinds
     for places, nested in ((forward.counted, False), (forward.counted, True), (passing, True)):
         for path in failed:
             alike = [path]
@@ -256,7 +262,7 @@ def _counts(node: fx.Node, found: Trace) -> Iterator[tuple[int, np.ndarray, str]
     """Numbers that a call was given and that count channels, with the ids that they count and their role in it."""
     if node.op != "call_function" or not hasattr(node.target, "_schema"):
         return
-    name = str(node.target).removeprefix("aten.").split(".")[0].removesuffix("_")
+    name = operator_name(node)
     arguments = bind(node)
     own = flat(found.ids.get(node))
     if name in ("view", "reshape", "expand", "unflatten", "_unsafe_view", "repeat", "new_zeros"):
@@ -400,8 +406,7 @@ _ARITHMETIC = ("add", "sub", "rsub", "mul", "div", "true_divide", "pow")
 
 def _numbers(node: fx.Node) -> list[float]:
     """A scale that follows the number of channels would make another function."""
-    every = str(node.target).removeprefix("aten.").split(".")[0].removesuffix("_") in _ARITHMETIC
-    kinds = (int, float) if every else (float,)
+    kinds = (int, float) if operator_name(node) in _ARITHMETIC else (float,)
     return [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if type(leaf) in kinds]
 
 

@@ -104,11 +104,8 @@ def masked_output(dense: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...]) 
     captured = capture(dense, inputs)
     found = trace(captured)
     space, channel_of = solve(captured, found, dense)
-    groups = {group.name: group for group in analyse(found, space, channel_of)}
-    keep = np.ones(space.count, dtype=bool)
-    for name, cut in plan.groups.items():
-        keep[np.delete(groups[name].channels, plan.indices(cut.keep))] = False
-    stays = keep[channel_of]
+    channels = {group.name: group.channels for group in analyse(found, space, channel_of)}
+    stays = space.staying(channels, {name: plan.kept(name) for name in plan.groups})[channel_of]
     interpreter = _Masked(captured.graph, found.ids, stays)
     values = []
     leaves = iter([leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)])

@@ -77,6 +77,13 @@ class ChannelSpace:
             macs[path] = macs.get(path, 0) + cost.times * count_staying(cost.ids, everything)
         return macs
 
+    def staying(self, channels: Mapping[str, np.ndarray], keep: Mapping[str, Sequence[int] | np.ndarray]) -> np.ndarray:
+        """(count,) whether each channel stays, if `keep[name]` of the groups with these channel numbers do."""
+        stays = np.ones(self.count, dtype=bool)
+        for name, indices in keep.items():
+            stays[np.delete(channels[name], indices)] = False
+        return stays
+
     def document(self, channels: Mapping[str, np.ndarray], keep: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """The fields of the `PruningPlan` that keeps `keep[name]` of the groups with these channel numbers.
 
@@ -85,19 +92,15 @@ class ChannelSpace:
         """
         document = self.cut(channels, keep)
         if self.forward is not None and document["tensors"]:
-            stays = np.ones(self.count, dtype=bool)
-            for name, indices in keep.items():
-                stays[np.delete(channels[name], indices)] = False
+            stays = self.staying(channels, keep)
             for path, values in new_widths(self.forward, PruningPlan(**document), stays).items():
                 document["attributes"].setdefault(path, {}).update(values)
         return document
 
     def cut(self, channels: Mapping[str, np.ndarray], keep: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """The same with no more than the forward pass needs."""
-        stays = np.ones(self.count, dtype=bool)
         kept = {name: _checked(name, wanted, channels[name].size) for name, wanted in keep.items()}
-        for name, indices in kept.items():
-            stays[np.delete(channels[name], indices)] = False
+        stays = self.staying(channels, kept)
         for balance in self.balances:
             lost = balance.lost(stays)
             if len(set(lost)) > 1:

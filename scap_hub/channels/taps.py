@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from scap_hub.channels.ids import Ids, support
 from scap_hub.channels.rules import Producer, Trace
-from scap_hub.channels.rules.registry import owner
+from scap_hub.channels.rules.registry import operator_name, owner
 
 _NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
 _ACTIVATIONS = (
@@ -62,7 +62,7 @@ def tap(found: Trace, producer: Producer, channel_of_row: np.ndarray, calls: Cou
         return None
     chain = _chain(producer.node)
     reach = max(i for i, node in enumerate(chain) if i == 0 or (_leaves(node) and calls[owner(node)] == 1))
-    post = list(itertools.takewhile(lambda node: _name(node) in _ACTIVATIONS, chain[reach + 1 :]))
+    post = list(itertools.takewhile(lambda node: operator_name(node) in _ACTIVATIONS, chain[reach + 1 :]))
     watched = found.ids[chain[reach]]
     dim = next(dim for dim, ids in _lines(watched) if np.isin(ids, producer.ids).all())
     return Tap(
@@ -80,7 +80,7 @@ def _chain(node: fx.Node) -> list[fx.Node]:
     chain = [node]
     while len(chain[-1].users) == 1:
         following = next(iter(chain[-1].users))
-        if _name(following) not in (*_NORMS, *_ACTIVATIONS, *_LAYOUTS):
+        if operator_name(following) not in (*_NORMS, *_ACTIVATIONS, *_LAYOUTS):
             break
         chain.append(following)
     return chain
@@ -105,10 +105,6 @@ def _applied(node: fx.Node) -> Callable[[Tensor], Tensor]:
     """The node's operator as a function of its first argument, never in place."""
     target: Any = node.target
     rest, options = node.args[1:], node.kwargs
-    if _name(node) + "_" == str(target).removeprefix("aten.").split(".")[0]:
+    if operator_name(node) + "_" == str(target).removeprefix("aten.").split(".")[0]:
         return lambda x: target(x.clone(), *rest, **options)
     return lambda x: target(x, *rest, **options)
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target).removeprefix("aten.").split(".")[0].removesuffix("_")

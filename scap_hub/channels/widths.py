@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from scap_hub.channels.capture import evaluating, untouched
+from scap_hub.channels.capture import untouched
 
 Shape = tuple[int, ...]
 _INPUTS, _OUTPUTS = ("in_chs", "in_channels", "in_dim", "groups"), ("out_chs", "out_channels", "out_dim")
@@ -50,8 +50,13 @@ def features_of(model: Any, inputs: tuple[Any, ...]) -> Features:
         model: Any; left as it was.
         inputs: Positional arguments of its forward pass.
     """
+    with untouched(model):
+        return _observed(model.eval(), inputs)
+
+
+def _observed(model: Any, inputs: tuple[Any, ...]) -> Features:
+    """The same; hooks and a watch on `forward_features` stay in the model."""
     features = Features()
-    handles = []
     if hasattr(model, "forward_features"):
         whole = model.forward_features
 
@@ -69,22 +74,17 @@ def features_of(model: Any, inputs: tuple[Any, ...]) -> Features:
             def keep(_: Any, __: Any, output: Any, index: int = index) -> None:
                 features.stages[index] = tuple(output.shape) if isinstance(output, Tensor) else None
 
-            handles.append(module.register_forward_hook(keep))
+            module.register_forward_hook(keep)
     for path, module in modules.items():
 
         def note(_: Any, arguments: tuple[Any, ...], output: Any, path: str = path) -> None:
             if arguments and isinstance(arguments[0], Tensor) and isinstance(output, Tensor):
                 features.calls[path] = tuple(arguments[0].shape), tuple(output.shape)
 
-        handles.append(module.register_forward_hook(note))
+        module.register_forward_hook(note)
     options = {"output_hidden_states": True} if _gives_hidden_states(model) else {}
-    try:
-        with torch.no_grad(), untouched(model), evaluating(model):
-            output = model(*inputs, **options)
-    finally:
-        for handle in handles:
-            handle.remove()
-        vars(model).pop("forward_features", None)
+    with torch.no_grad():
+        output = model(*inputs, **options)
     if options:
         features.hidden = [tuple(x.shape) for x in output.hidden_states or () if isinstance(x, Tensor)]
     weights = [weight for module in _classifier(model) for weight in module.parameters() if weight.ndim > 1]

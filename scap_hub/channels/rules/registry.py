@@ -146,6 +146,11 @@ def flat(ids: Any) -> list[Ids]:
     return [item for item in ids or () if isinstance(item, Ids)]
 
 
+def operator_name(node: fx.Node) -> str:
+    """The ATen operator of a node, without overload; the same for the in-place form."""
+    return str(node.target).removeprefix("aten.").split(".")[0].removesuffix("_")
+
+
 def owner(node: fx.Node) -> str:
     """Path of the innermost module whose forward pass made this node."""
     stack = node.meta.get("nn_module_stack")
