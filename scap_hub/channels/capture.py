@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 from unittest import mock
 
 import torch
@@ -140,17 +141,14 @@ class Recorder(SchemaCheckMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.running = str(func)
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_tensor(leaf)]
-        sources = {self.node(tensor) for tensor in tensors}
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        sources = {self.node(leaf) for leaf in leaves if _is_tensor(leaf)}
         if func in _VALUES and not sources.isdisjoint(self._varying):
             raise RuntimeError("it looks at the value of a tensor that depends on the input")
-        if func is torch.ops.aten.batch_norm.default and tensors[0].is_meta:
-            result = torch.empty_like(tensors[0])  # its kernel for shapes alone takes a millisecond
-        else:
-            result = func(*args, **kwargs)
+        result = _run(func, args, kwargs, leaves, structure)
         if func not in _VALUES:
-            arguments = pytree.tree_map(lambda leaf: self.node(leaf) if _is_tensor(leaf) else leaf, (args, kwargs))
-            made = self._make(result, "call_function", func, *arguments)
+            nodes = [self.node(leaf) if _is_tensor(leaf) else leaf for leaf in leaves]
+            made = self._make(result, "call_function", func, *pytree.tree_unflatten(nodes, structure))
             if not sources.isdisjoint(self._varying):
                 self._varying.add(made)
             parts: Iterable[Any] = result if isinstance(result, tuple | list) else ()
@@ -163,7 +161,7 @@ class Recorder(SchemaCheckMode):
 
     def _make(self, value: Any, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         made = self.graph.create_node(op, target, args, kwargs)
-        made.meta["val"] = pytree.tree_map(_shape, value)
+        made.meta["val"] = _shape(value) if _is_tensor(value) else pytree.tree_map(_shape, value)
         made.meta["nn_module_stack"] = dict(self._stack)
         if op == "call_function":
             self.made(made, value)
@@ -185,6 +183,58 @@ class Recorder(SchemaCheckMode):
     def _leave(self, module: nn.Module, *_: Any) -> None:
         if id(module) in self._paths:
             self._stack.popitem()
+
+
+class _Like(NamedTuple):
+    """What is known of a tensor without values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Like:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def empty(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+
+def _run(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], structure: pytree.TreeSpec
+) -> Any:
+    """What the operator returns; blocks repeat, and on tensors without values nothing is computed twice."""
+    tensors = [leaf for leaf in leaves if _is_tensor(leaf)]
+    if not tensors or not all(tensor.is_meta for tensor in tensors):
+        return func(*args, **kwargs)
+    if _in_place(func):
+        return args[0]
+    known = _made(func, structure, *(_Like.of(leaf) if _is_tensor(leaf) else leaf for leaf in leaves))
+    return func(*args, **kwargs) if known is None else known.empty()
+
+
+@functools.cache
+def _in_place(func: Any) -> bool:
+    """Whether it writes to its first argument, returns that, and leaves its shape."""
+    returned = [value.alias_info for value in func._schema.returns]
+    first = func._schema.arguments[0].alias_info
+    writes = len(returned) == 1 and first is not None and first.is_write and returned[0] is not None
+    return writes and torch.Tag.inplace_view not in func.tags and func._schema.name.endswith("_")
+
+
+@functools.lru_cache(maxsize=2**14, typed=True)
+def _made(func: Any, structure: pytree.TreeSpec, *leaves: Any) -> _Like | None:
+    """What an operator makes of such tensors, if that is one new tensor, not a view or an argument itself."""
+    if len(func._schema.returns) != 1 or func._schema.returns[0].alias_info is not None:
+        return None
+    empty = [leaf.empty() if isinstance(leaf, _Like) else leaf for leaf in leaves]
+    args, kwargs = pytree.tree_unflatten(empty, structure)
+    result = func(*args, **kwargs)
+    if not _is_tensor(result) or not result.is_meta:
+        return None
+    if any(_is_tensor(leaf) and torch._C._is_alias_of(leaf, result) for leaf in empty):  # type: ignore[attr-defined]
+        return None
+    return _Like.of(result)
 
 
 def _shape(leaf: Any) -> Any:

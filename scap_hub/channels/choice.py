@@ -1,7 +1,7 @@
 """Which channels stay, given how many of each group: the best ones with every balance kept.
 
 Groups that share a balance are solved together, as a mixed-integer programme (scipy's HiGHS): the highest total score
-with every block equally full, each group as near to its count as that allows.
+with every block equally full, each group as near to its count as that allows, and none whole that was to lose any.
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ def _solve(
 ) -> dict[str, np.ndarray]:
     """Best total score with every balance kept and each group as near to its count as the balances allow.
 
+    A group that is to lose any loses some, if at all possible.
+
     Channels of one group that the balances cannot tell apart form a cell. Only how many stay of each cell has to be an
     integer: which ones, their scores decide.
     """
@@ -84,9 +86,10 @@ def _solve(
     cell = _cells(groups, balances, column, x)
     cells = int(cell.max()) + 1
     # Columns: channels, how many stay of each cell and the level of each balance (integers), and each group's
-    # shortfall and excess.
+    # shortfall and excess, of which what leaves it whole is one of its own.
     levels = x + cells
-    width = levels + len(balances) + 2 * many
+    missing = levels + len(balances)
+    width = missing + 3 * many
     blocks = [(level, balance, i) for level, balance in enumerate(balances) for i in range(len(balance.blocks))]
     matrix, right = lil_matrix((cells + len(blocks) + many, width)), np.zeros(cells + len(blocks) + many)
     matrix[cell, np.arange(x)] = 1
@@ -100,20 +103,21 @@ def _solve(
         matrix[row, x + members] = often / sizes
         matrix[row, levels + level] = -1
     for row, group in enumerate(groups, start=cells + len(blocks)):
-        number = row - cells - len(blocks)
         matrix[row, column[group.channels]] = 1
-        matrix[row, levels + len(balances) + number] = 1
-        matrix[row, levels + len(balances) + many + number] = -1
+        matrix[row, missing + row - cells - len(blocks) + many * np.arange(3)] = 1, -1, -1
         right[row] = counts[group.name]
     value = np.concatenate([_scaled(scores[group.name]) for group in groups])
     lower = np.zeros(width)
     lower[levels : levels + len(balances)] = [1 + max(balance.offsets) for balance in balances]
     upper = np.full(width, np.inf)
     upper[:x] = 1
+    spare = np.array([group.size - 1 - counts[group.name] for group in groups])
+    upper[missing + many : missing + 2 * many] = np.maximum(spare, 0)
+    penalty = np.repeat([2.0 * x, 2.0 * x, 2.0 * x * max(group.size for group in groups)], many)
     answer = milp(
-        c=np.concatenate([-value, np.zeros(cells + len(balances)), np.full(2 * many, 2.0 * x)]),
+        c=np.concatenate([-value, np.zeros(cells + len(balances)), penalty]),
         constraints=LinearConstraint(csr_matrix(matrix), right, right),
-        integrality=np.concatenate([np.zeros(x), np.ones(cells + len(balances)), np.zeros(2 * many)]),
+        integrality=np.concatenate([np.zeros(x), np.ones(cells + len(balances)), np.zeros(3 * many)]),
         bounds=Bounds(lower, upper),
         options={"time_limit": _SOLVER_SECONDS, "mip_rel_gap": 1e-3},
     )

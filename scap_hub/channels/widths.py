@@ -30,7 +30,7 @@ class Features:
 
     Attributes:
         last: Output of timm's `forward_features`.
-        stages: Outputs of the modules that timm's `feature_info` names, None where there is no tensor.
+        stages: Sizes in the outputs of the modules that timm's `feature_info` names, None where one does not run.
         hidden: transformers' `hidden_states`.
         classifier: Width that the classifier reads, by timm's `get_classifier`.
         calls: Input and output of every module that maps one tensor to one, by path.
@@ -72,7 +72,8 @@ def _observed(model: Any, inputs: tuple[Any, ...]) -> Features:
         if (module := modules.get(stage["module"])) is not None:
 
             def keep(_: Any, __: Any, output: Any, index: int = index) -> None:
-                features.stages[index] = tuple(output.shape) if isinstance(output, Tensor) else None
+                tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+                features.stages[index] = tuple(size for tensor in tensors for size in tensor.shape)
 
             module.register_forward_hook(keep)
     for path, module in modules.items():
@@ -125,6 +126,11 @@ def widths(model: Any, dense: Features, small: Features) -> dict[str, dict[str, 
             _narrowed(stage["num_chs"], before, after) if before and after else stage["num_chs"]
             for stage, before, after in pairs
         ]
+        # What new heads are built from, where each stage has one.
+        widths_of_stages = [stage["num_chs"] for stage in stages]
+        for name, held in vars(model).items():
+            if isinstance(held, list | tuple) and list(held) == widths_of_stages:
+                own[name] = own["feature_info"]
     if dense.hidden:
         holders = (("", model), ("config.", model.config))
         for prefix, holder in holders:
