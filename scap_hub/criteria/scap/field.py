@@ -69,7 +69,7 @@ def normalise(x: Tensor, y: Tensor, balance: bool) -> Field:
 
     Args:
         x: (N, C, P) spectra of the input.
-        y: (N, K, P) spectra of the output channels, on the input's grid.
+        y: (N, K, P') spectra of the output channels, on the input's grid; P' < P where they are smaller maps.
         balance: Whether to balance the energies.
     """
     precision = 256 * torch.finfo(x.dtype).eps
@@ -85,9 +85,9 @@ def normalise(x: Tensor, y: Tensor, balance: bool) -> Field:
     energy_x = gram.trace()
     energy_x = torch.where(energy_x > precision**2 * (energy_x + constant), energy_x, 0)
 
-    y = y.double()
+    y = y.to(torch.float64, copy=True)
     mean = y.mean(0)
-    y = y - mean
+    y -= mean
     energy_y = torch.linalg.vector_norm(y, dim=(0, 2)).square()
     energy_y = torch.where(energy_y > precision**2 * (energy_y + len(y) * mean.square().sum(1)), energy_y, 0)
 

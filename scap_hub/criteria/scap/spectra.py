@@ -27,7 +27,8 @@ def hartley(size: int, bins: int, source: int) -> Tensor:
         source: Length of the signal as given. The resize is linear with `align_corners=False`, as in `F.interpolate`.
 
     Returns:
-        (min(bins, size), source) float64.
+        (min(bins, size), source) float64; (source, source) for a shorter signal, in an orthonormal basis of all that it
+        can become.
     """
     kept = min(bins, size)
     frequency = torch.fft.fftfreq(kept, 1 / kept, dtype=torch.float64)
@@ -36,7 +37,8 @@ def hartley(size: int, bins: int, source: int) -> Tensor:
     if source == size:
         return rows
     resize = F.interpolate(torch.eye(source, dtype=torch.float64)[None], size, mode="linear", align_corners=False)[0]
-    return rows @ resize.T
+    rows = rows @ resize.T
+    return torch.linalg.qr(rows).R if source < kept else rows
 
 
 def spectrum(maps: Tensor, grid: Sequence[int], bins: int) -> Tensor:
@@ -48,7 +50,8 @@ def spectrum(maps: Tensor, grid: Sequence[int], bins: int) -> Tensor:
         bins: Frequencies to keep on each axis.
 
     Returns:
-        (N, C, P), float64 for float64 maps, else float32; P is the product of min(bins, length) over the grid.
+        (N, C, P), float64 for float64 maps, else float32; P is the product of min(bins, length) over the axes, with the
+        smaller of its length before and after.
     """
     maps = maps.to(torch.float64 if maps.dtype == torch.float64 else torch.float32)
     images, channels = maps.shape[:2]
