@@ -16,6 +16,8 @@ _TIE = 1e-6
 """Costs that differ by less, relatively, are ties: the channel with the lowest number goes first."""
 _COMPACT = 0.8
 """Rows and columns of channels that are gone are dropped when fewer than this share is left."""
+_RANK = 256
+"""Updates of H⁻¹ wait until there are so many: one large product is several times faster than many thin ones."""
 
 
 class Reading:
@@ -39,24 +41,23 @@ class Reading:
         regular = gram + scale * torch.eye(size, dtype=gram.dtype, device=gram.device)
         self.columns = torch.arange(size, device=gram.device)
         self._owner = owner.to(gram.device, copy=True)
-        # H⁻¹ above W: elimination is the same update for both.
-        self._state = torch.cat([torch.cholesky_inverse(torch.linalg.cholesky(regular)), weight])
+        # H⁻¹ is the product of what is waiting subtracted from this.
+        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(regular))
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._transposed = weight.T.clone(memory_format=torch.contiguous_format)
         self._energy = ((weight @ gram) * weight).sum().clamp(min=torch.finfo(gram.dtype).tiny)
-        self._size = size
         self._places = self._by_width()
 
     @property
     def weight(self) -> Tensor:
         """The weights of the held columns, compensated for those that left, (O, held)."""
-        return self._state[len(self.columns) :]
+        return self._transposed.T
 
     def costs(self, channels: int) -> Tensor:
         """Increase of the relative squared output error if a channel left, (channels,); 0 for one that is not read."""
-        costs = self._state.new_zeros(channels)
-        inner = len(self.columns)
-        for own, columns in self._places:
-            block = self._state[columns[:, :, None], columns[:, None]]
-            weight = self._state[inner:, columns.flatten()].T.unflatten(0, columns.shape)  # (channels, columns, O)
+        costs = self._inverse.new_zeros(channels)
+        for own, columns, block in self._places:
+            weight = self._transposed[columns]  # (channels, columns, O)
             energy = weight @ weight.mT
             costs[own] = (
                 (torch.linalg.inv(block) * energy).sum((1, 2)) if block.shape[1] > 1 else (energy / block)[:, 0, 0]
@@ -68,34 +69,49 @@ class Reading:
         gone = (self._owner == channel).nonzero()[:, 0]
         if not len(gone):
             return
-        change = torch.linalg.solve(self._state[gone][:, gone], self._state[gone])
-        self._state.addmm_(self._state[:, gone], change, alpha=-1)
-        self._state[:, gone] = 0
+        rows = self._inverse[gone]
+        for left, right in self._waiting:
+            rows -= left[:, gone].T @ right
+        change = torch.linalg.solve(rows[:, gone], rows)
+        self._transposed.addmm_(change.T, self._transposed[gone], alpha=-1)
+        self._transposed[gone] = 0
+        self._waiting.append((rows, change))
         self._owner[gone] = -2
-        held = self._owner != -2
-        if held.sum() < _COMPACT * len(held):
-            self.compact()
-        else:
-            self._places = [(own[own != channel], columns[own != channel]) for own, columns in self._places]
+        self._places = [
+            (own[stays], columns[stays], block[stays] - rows.T[columns[stays]] @ change.T[columns[stays]].mT)
+            for own, columns, block in self._places
+            if (stays := own != channel).any()
+        ]
+        if sum(len(left) for left, _ in self._waiting) >= _RANK:
+            self._update()
+            if (self._owner != -2).sum() < _COMPACT * len(self._owner):
+                self.compact()
 
     def compact(self) -> None:
         """Forgets the rows and columns that are gone."""
+        self._update()
         held = self._owner != -2
-        rows = torch.cat([held, held.new_ones(len(self._state) - len(held))])
-        self._state = self._state[rows][:, held]
+        self._inverse, self._transposed = self._inverse[held][:, held], self._transposed[held]
         self.columns, self._owner = self.columns[held], self._owner[held]
         self._places = self._by_width()
 
-    def _by_width(self) -> list[tuple[Tensor, Tensor]]:
-        """Channels with equally many columns: their numbers (c,) and columns (c, width)."""
+    def _update(self) -> None:
+        if self._waiting:
+            left, right = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+            self._inverse.addmm_(left.T, right, alpha=-1)
+            self._waiting = []
+
+    def _by_width(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Channels with equally many columns: numbers (c,), columns (c, width), blocks of H⁻¹ (c, width, width)."""
         order = self._owner.argsort(stable=True)
         order = order[self._owner[order] >= 0]
         own, width = self._owner[order].unique_consecutive(return_counts=True)
         start = width.cumsum(0) - width
-        return [
-            (own[width == w], order[start[width == w][:, None] + torch.arange(int(w), device=own.device)])
-            for w in width.unique()
-        ]
+        places = []
+        for w in width.unique():
+            columns = order[start[width == w][:, None] + torch.arange(int(w), device=own.device)]
+            places.append((own[width == w], columns, self._inverse[columns[:, :, None], columns[:, None]]))
+        return places
 
 
 def eliminate(readings: Sequence[Reading], kind: Tensor, keep: Sequence[int]) -> list[int]:
