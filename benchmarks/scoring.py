@@ -5,7 +5,8 @@
 
 Each figure comes from a process of its own: seconds (CPU time of all threads, or a GPU's wall clock), and peak memory
 above what the model and the images take. The materialised reference scores VGG16's convolutions only, on as many images
-as fit; "scap" beside it scores the same. Weights are random: the cost does not depend on them. Runs on the GPU where
+as fit; "scap" beside it scores the same. "Spectra" is SCAP without autoencoders: the forward passes, what is kept of
+them, and its normalisation. Weights are random: the cost does not depend on them. Runs on the GPU where
 there is one; `OMP_NUM_THREADS` is yours.
 """
 
@@ -66,6 +67,7 @@ def measure(name: str, size: int, images: int, batch: int, what: str) -> dict[st
     import torch
 
     from scap_hub import channel_groups, score
+    from scap_hub.criteria.scap.sweep import fields
     from scap_hub.progress import set_quiet
 
     set_quiet(True)
@@ -84,6 +86,9 @@ def measure(name: str, size: int, images: int, batch: int, what: str) -> dict[st
             with torch.no_grad():
                 for images in batches:
                     model(images)
+        elif what == "spectra":
+            taps = [tap for group in groups for tap in group.taps]
+            list(fields(model, taps, batches, BINS, True, lambda tap, field: None))
         elif what == "convolutions, materialised":
             materialised(model, [tap for group in groups for tap in group.taps], batches)
         else:
@@ -125,7 +130,7 @@ def jobs(quick: bool, images: int, only: str, extended: bool) -> list[tuple[str,
         if name == "vgg16_bn":
             for fits in (8,) if quick else (16,):
                 rows += [(name, size, fits, fits, f"convolutions, {what}") for what in ("materialised", "scap, pca")]
-        listed = list(CRITERIA) if extended else ["scap", "scap, pca"]
+        listed = ["spectra", *(CRITERIA if extended else ("scap", "scap, pca"))]
         rows += [(name, size, count, min(count, 64), what) for what in ("forward", *listed)]
     return rows
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import operator
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
@@ -252,6 +253,10 @@ def without_weights(model: nn.Module) -> nn.Module:
     for tensor in [*model.parameters(), *model.buffers()]:
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    for module in model.modules():
+        # Every module has eight of them, for hooks, and they take longer to copy than all the rest.
+        empties = [value for value in vars(module).values() if type(value) is OrderedDict and not value]
+        memo |= {id(value): OrderedDict() for value in empties}
     return copy.deepcopy(model, memo)
 
 

@@ -95,13 +95,14 @@ def analyse(found: Trace, space: ChannelSpace, channel_of: np.ndarray) -> list[C
     channels: list[list[int]] = []
     index: dict[int, int] = {}
     for produced in rows:
-        for channel in dict.fromkeys(produced.tolist()):
-            if group_of[channel] < 0:
-                number = index.setdefault(int(signature[channel]), len(channels))
-                if number == len(channels):
-                    channels.append([])
-                channels[number].append(channel)
-                group_of[channel] = number
+        fresh = np.array(list(dict.fromkeys(produced[group_of[produced] < 0].tolist())), dtype=int)
+        for kind in dict.fromkeys(signature[fresh].tolist()):
+            own = fresh[signature[fresh] == kind]
+            number = index.setdefault(kind, len(channels))
+            if number == len(channels):
+                channels.append([])
+            channels[number] += own.tolist()
+            group_of[own] = number
 
     producers = _touching(group_of, rows, len(channels))
     consumers = _touching(group_of, reads, len(channels))
@@ -110,11 +111,10 @@ def analyse(found: Trace, space: ChannelSpace, channel_of: np.ndarray) -> list[C
     constraints = _touching(group_of, [np.concatenate(balance.blocks) for balance in space.balances], len(channels))
     calls = module_calls(found)
     groups = []
-    for number, own in enumerate(channels):
-        numbers = np.array(own)
+    for number, numbers in enumerate(map(np.array, channels)):
         place = np.full(space.count, -1)
         place[numbers] = np.arange(numbers.size)
-        reason = pinned.get(own[0]) or ("is a single channel" if numbers.size == 1 else None)
+        reason = pinned.get(int(numbers[0])) or ("is a single channel" if numbers.size == 1 else None)
         taps = [tap(found, found.producers[i], place[rows[i]], calls) for i in producers[number]]
         groups.append(
             ChannelGroup(
@@ -169,7 +169,9 @@ def _signatures(space: ChannelSpace, pinned: dict[int, str]) -> np.ndarray:
     signature = np.zeros(space.count, dtype=np.uint64)
     for _, ids in sorted(space.tensors.items()):
         for layer in ids.layers:
-            signature[np.unique(layer)] += random.integers(1, 2**63, dtype=np.uint64)
+            touched = np.zeros(space.count, dtype=bool)
+            touched[layer] = True
+            signature[touched] += random.integers(1, 2**63, dtype=np.uint64)
     signature[list(pinned)] ^= random.integers(1, 2**63, dtype=np.uint64)
     return signature
 
