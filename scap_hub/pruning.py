@@ -260,6 +260,9 @@ def _select(
 ) -> tuple[PruningPlan, Selection]:
     """The plan of one step, and what it came to."""
     settings, steps = recipe.target, recipe.schedule.steps
+    scope: str = settings.scope
+    if scope == "auto":
+        scope = criterion_named(recipe.criterion.name, recipe.criterion.options).scope
     target: str | dict[str, float]
     table = share = None
     if settings.latency is not None:
@@ -267,14 +270,14 @@ def _select(
         fraction = settings.latency ** ((step + 1) / steps)
         choice = select_latency(
             small, groups, scores, fraction, images, settings.round_to,
-            floor=settings.floor, scope=settings.scope, reference=dense,
+            floor=settings.floor, scope=scope, reference=dense,
         )  # fmt: skip
         plan, share, target, table = choice.plan, choice.share, choice.target, choice.table
     else:
         target = _step_target(settings, steps)
-        plan = select(groups, scores, target, settings.round_to, floor=settings.floor, scope=settings.scope)
+        plan = select(groups, scores, target, settings.round_to, floor=settings.floor, scope=scope)
     importance = kept_importance(plan, scores)
-    free = select(groups, scores, target, 1, floor=settings.floor, scope=settings.scope, latency=table)
+    free = select(groups, scores, target, 1, floor=settings.floor, scope=scope, latency=table)
     return plan, Selection(importance, max(0.0, kept_importance(free, scores) - importance), share)
 
 

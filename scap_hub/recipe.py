@@ -104,9 +104,9 @@ class TargetSettings(_Block):
     """Images at once when the budget is latency."""
     ratio: Fraction | dict[str, Fraction] | None = None
     """Channels that stay in each group, as a fraction; or {group name: fraction}."""
-    scope: Literal["global", "cost-aware", "uniform"] = "global"
+    scope: Literal["auto", "global", "cost-aware", "uniform"] = "auto"
     """Compare scores across groups, or scores for what a channel costs (importance per MAC, parameter or millisecond),
-    or keep the same fraction in each."""
+    or keep the same fraction in each; auto is what the criterion's scores are made for."""
     round_to: Count = 8
     """Kept channels are a multiple of this; fast kernels want 8."""
     floor: Share = 0.05

@@ -17,6 +17,7 @@ from scap_hub.criteria import OBS, ScapSet, base, score
 from scap_hub.criteria import obs as module
 from scap_hub.criteria.elimination import Reading, eliminate
 from scap_hub.criteria.scap.elimination import offsets
+from scap_hub.criteria.scap.outputs import marginal
 from scap_hub.errors import CalibrationError, RecipeError
 from scap_hub.patches import patches
 from scap_hub.progress import set_quiet
@@ -136,8 +137,11 @@ def test_set_criteria_keep_numbers_and_balance_and_repeat(make, name):
     scores = score(net, IMAGES, name, groups=groups)
     for group in groups:
         if group.prunable:
-            expected = (torch.arange(group.size).double() + 0.5) / group.size
-            torch.testing.assert_close(scores[group.name].sort().values, expected)
+            ranks = (torch.arange(group.size).double() + 0.5) / group.size
+            if name == "obs":
+                torch.testing.assert_close(scores[group.name].sort().values, ranks)
+            else:
+                assert (scores[group.name] > 0).all() and len(scores[group.name].unique()) == group.size
     plan = select(groups, scores, "ratio=0.5", round_to=1)
     criterion = {"obs": OBS, "scap-set": ScapSet}[name]()
     refined = criterion.refine(net, groups, IMAGES, plan)
@@ -146,6 +150,44 @@ def test_set_criteria_keep_numbers_and_balance_and_repeat(make, name):
     assert again == refined
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert type(criterion)(sequential=False).refine(net, groups, IMAGES, plan) is plan
+
+
+def test_outputs_tell_which_group_can_be_narrow():
+    """Two equal branches, of which one hardly reaches the output: ranks cut both alike, output errors only that one."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loud, self.faint = (nn.Conv2d(3, 16, 3, padding=1) for _ in range(2))
+            self.a, self.b = (nn.Conv2d(16, 8, 3, padding=1) for _ in range(2))
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head((self.a(self.loud(x).relu()) + 1e-3 * self.b(self.faint(x).relu())).mean((2, 3)))
+
+    torch.manual_seed(0)
+    net = Branches().eval()
+    groups = [group for group in channel_groups(net, IMAGES[0].float()) if group.name in ("loud", "faint")]
+    images = [images.float() for images in IMAGES]
+    kept = {}
+    for name, scope in (("obs", OBS.scope), ("scap-set", ScapSet.scope)):
+        plan = select(groups, score(net, images, name, groups=groups), "macs=0.6", round_to=1, scope=scope)
+        kept[name] = [len(plan.kept(group)) if group in plan.groups else 16 for group in ("loud", "faint")]
+    assert abs(kept["obs"][0] - kept["obs"][1]) <= 1
+    assert kept["scap-set"][0] > 10 and kept["scap-set"][1] <= 4
+
+
+@given(st.lists(st.floats(0, 4), min_size=1, max_size=8), st.randoms())
+def test_marginal_errors_grow_in_the_order_in_which_channels_leave(errors, random):
+    order = list(range(2 * len(errors) + 1))
+    random.shuffle(order)
+    curve = [(0, 0.0), *((2 * i + 2, error) for i, error in enumerate(errors))]
+    values = marginal(order, curve)
+    assert (values > 0).all() and (values[order].diff() > 0).all()
+    # The hull lies below the curve, and meets it at its ends.
+    total = values[order].cumsum(0)
+    assert all(total[gone - 1] <= error * (1 + 1e-4) + 1e-9 for gone, error in curve[1:])
+    assert float(total[-1]) == pytest.approx(max(1, 2 * errors[-1]), rel=1e-3)
 
 
 def test_every_reader_counts_once():
@@ -244,4 +286,5 @@ def test_two_processes_give_the_scores_and_the_plan_of_one(tmp_path):
             if isinstance(key, tuple):
                 assert two[key] == values
             else:
-                torch.testing.assert_close(two[key], values, rtol=0, atol=1e-6)
+                # Output errors are squares of what a float32 model gives for batches of other sizes.
+                torch.testing.assert_close(two[key], values, rtol=1e-5 if key == "scap-set" else 0, atol=1e-6)

@@ -23,9 +23,14 @@ class Criterion(ABC):
     """Scores the channels of groups; a higher importance is kept.
 
     A subclass is a keyword-only dataclass of its options with a `name`; defining it registers it.
+
+    Attributes:
+        name: Of the criterion.
+        scope: How `target.scope: auto` compares its scores across groups, see `select`.
     """
 
     name: ClassVar[str]
+    scope: ClassVar[str] = "global"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

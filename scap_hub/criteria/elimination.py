@@ -114,20 +114,22 @@ class Reading:
         return places
 
 
-def eliminate(readings: Sequence[Reading], kind: Tensor, keep: Sequence[int]) -> list[int]:
+def eliminate(readings: Sequence[Reading], kind: Tensor, keep: Sequence[int], before: Sequence[int] = ()) -> list[int]:
     """Eliminates a group's channels, one by one, until `keep[k]` of each kind k are left.
 
     Args:
         readings: Of the layers that read the group; costs add up.
         kind: (channels,) a number for each channel.
         keep: How many channels of each kind stay.
+        before: The channels that have left the readings already.
 
     Returns:
         The channels that left, in this order.
     """
-    left = torch.bincount(kind, minlength=len(keep)).tolist()
+    gone = list(before)
     staying = torch.ones(len(kind), dtype=torch.bool)
-    gone: list[int] = []
+    staying[gone] = False
+    left = torch.bincount(kind[staying], minlength=len(keep)).tolist()
     while True:
         spare = torch.tensor([have > wanted for have, wanted in zip(left, keep, strict=True)])
         candidates = (staying & spare[kind]).nonzero()[:, 0]

@@ -51,6 +51,9 @@ class Consumer:
     columns: np.ndarray
 
 
+Readings = list[tuple[Consumer, Reading]]
+
+
 @dataclass(kw_only=True)
 class OBS(Criterion):
     """Channels leave in the order in which the layers that read the group miss them least.
@@ -72,7 +75,7 @@ class OBS(Criterion):
             raise RecipeError(f"ridge = {self.ridge}: give a positive number, such as 0.01")
 
     def score(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> dict[str, Tensor]:
-        """See `Criterion.score`; a group that no convolution or linear layer reads gets the ranks of its L1 norms.
+        """See `Criterion.score`; a group that no convolution or linear layer reads is ranked by its L1 norms.
 
         Raises:
             CalibrationError: NaN or Inf in a layer's input, or fewer than 2 images over all processes.
@@ -80,14 +83,16 @@ class OBS(Criterion):
         batches = sized(batches)
         consumers = {group.name: consumers_of(model, group) for group in groups}
         grams = self._grams(model, groups, [c for group in groups for c in consumers[group.name]], batches)
+        judge = self._judge(model, batches)
         scores = {}
         for group in track(groups, "elimination"):
-            readings = self._readings(model, group, consumers[group.name], grams)
-            if readings:
-                order = eliminate([reading for _, reading in readings], torch.zeros(group.size, dtype=torch.long), [0])
-                scores[group.name] = (torch.tensor(order).argsort().double() + 0.5) / group.size
-            else:
-                scores[group.name] = fuse(group, [filter_norm(model, tap, 1) for tap in group.taps], rank)
+            if readings := self._readings(model, group, consumers[group.name], grams):
+                scores[group.name] = judge(group, readings)
+        typical = torch.cat(list(scores.values())).median() if scores else 0.5
+        for group in groups:
+            if group.name not in scores:
+                norms = fuse(group, [filter_norm(model, tap, 1) for tap in group.taps], rank)
+                scores[group.name] = norms * typical / 0.5  # which is the mean of ranks
         return scores
 
     def refine(
@@ -112,8 +117,12 @@ class OBS(Criterion):
                 keep[group.name] = sorted(set(range(group.size)) - set(gone))
             stays[np.delete(group.channels, keep[group.name])] = False
             for consumer, reading in readings:
-                _write(work, consumer, reading, stays)
+                write(work, consumer, reading, stays)
         return PruningPlan.from_keep(groups, keep)
+
+    def _judge(self, model: nn.Module, batches: Collection[Any]) -> Callable[[ChannelGroup, Readings], Tensor]:
+        """What turns a group and its readings into importances."""
+        return _ranks
 
     def _grams(
         self, model: nn.Module, groups: Sequence[ChannelGroup], consumers: Sequence[Consumer], batches: Collection[Any]
@@ -129,7 +138,7 @@ class OBS(Criterion):
         group: ChannelGroup,
         consumers: Sequence[Consumer],
         grams: dict[tuple[str, int], Tensor],
-    ) -> list[tuple[Consumer, Reading]]:
+    ) -> Readings:
         assert group.space is not None
         place = np.full(group.space.count + 1, -1)
         place[group.channels] = np.arange(group.size)
@@ -146,6 +155,11 @@ class OBS(Criterion):
             for consumer in consumers
             if (consumer.path, consumer.block) in grams
         ]
+
+
+def _ranks(group: ChannelGroup, readings: Readings) -> Tensor:
+    order = eliminate([reading for _, reading in readings], torch.zeros(group.size, dtype=torch.long), [0])
+    return (torch.tensor(order).argsort().double() + 0.5) / group.size
 
 
 def kinds(group: ChannelGroup) -> Tensor:
@@ -210,7 +224,7 @@ def weight_of(model: nn.Module, consumer: Consumer, columns: Any) -> Tensor:
     return weight.chunk(getattr(layer, "groups", 1))[consumer.block][:, columns]
 
 
-def _write(model: nn.Module, consumer: Consumer, reading: Reading, stays: np.ndarray) -> None:
+def write(model: nn.Module, consumer: Consumer, reading: Reading, stays: np.ndarray) -> None:
     """Puts the compensated weights into the model, and zero where channels left."""
     reading.compact()
     layer: Any = model.get_submodule(consumer.path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup, Tap
-from scap_hub.criteria.obs import OBS, Consumer, PatchMoments, accumulate, over_processes, read_inputs
+from scap_hub.criteria.obs import OBS, Consumer, PatchMoments, Readings, accumulate, over_processes, read_inputs
 from scap_hub.criteria.scap.autoencoder import pca
 from scap_hub.criteria.scap.criterion import check_size
 from scap_hub.criteria.scap.field import Field
+from scap_hub.criteria.scap.outputs import Outputs, marginal
 from scap_hub.criteria.scap.spectra import spectrum
 from scap_hub.criteria.scap.sweep import fields
 from scap_hub.criteria.taps import enough, images_of
@@ -30,6 +31,9 @@ class ScapSet(OBS):
     that reads the group sees at each offset of its kernel, so that codes have the columns that patches have, and a
     second moment Z Zᵀ over the images, which is blended with the patches' P Pᵀ.
 
+    A channel's importance is what the model's outputs lose when it leaves, after those of its group that left before
+    it, and with the layers that read it compensated. Between groups, it is compared for what their channels cost.
+
     Attributes:
         bins: As for `Scap`.
         latent: As for `Scap`; the autoencoder is PCA.
@@ -37,6 +41,7 @@ class ScapSet(OBS):
     """
 
     name: ClassVar[str] = "scap-set"
+    scope: ClassVar[str] = "cost-aware"
     bins: int = 7
     latent: int = 16
     blend: float = 0.5
@@ -46,6 +51,10 @@ class ScapSet(OBS):
         check_size(self.bins, self.latent)
         if not 0 <= self.blend <= 1:
             raise RecipeError(f"blend = {self.blend}: give the share of the codes, from 0 to 1")
+
+    def _judge(self, model: nn.Module, batches: Collection[Any]) -> Callable[[ChannelGroup, Readings], Tensor]:
+        outputs = Outputs(model, batches, self.bins)
+        return lambda group, readings: marginal(*outputs.curve(group, readings))
 
     def _grams(
         self, model: nn.Module, groups: Sequence[ChannelGroup], consumers: Sequence[Consumer], batches: Collection[Any]

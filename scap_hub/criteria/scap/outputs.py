@@ -1,0 +1,145 @@
+"""What the model's outputs lose when a group's channels leave one after the other: how wide a group should stay."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from scap_hub.channels.capture import evaluating
+from scap_hub.channels.groups import ChannelGroup
+from scap_hub.criteria.elimination import Reading, eliminate
+from scap_hub.criteria.obs import Consumer, write
+from scap_hub.criteria.scap.spectra import spectrum
+from scap_hub.criteria.taps import images_of
+
+PROBES = 64  # images over all processes
+WIDTHS = (0.8, 0.6, 0.4, 0.2, 0.1)
+
+
+class Outputs:
+    """A model's outputs on some of the calibration images; maps are taken by their low-pass spectra."""
+
+    def __init__(self, model: nn.Module, batches: Collection[Any], bins: int) -> None:
+        """Runs the model.
+
+        Args:
+            model: The dense model.
+            batches: This process's calibration images.
+            bins: Frequencies kept on each axis of an output that is a map.
+        """
+        self.bins = bins
+        self._work = copy.deepcopy(model)
+        self._images = _probes(batches)
+        self._dense = list(self._run())
+        sums = [[(len(z), z.sum(0), z.square().sum()) for z in leaves] for leaves in self._dense]
+        shards = [leaves for part in gather_object([[_on_cpu(leaves) for leaves in sums]]) for leaves in part]
+        self._variances = []
+        for leaf in zip(*shards, strict=True):
+            count, total, square = (sum(values) for values in zip(*leaf, strict=True))
+            self._variances.append(float(square - total.square().sum() / count))
+
+    def curve(
+        self, group: ChannelGroup, readings: Sequence[tuple[Consumer, Reading]]
+    ) -> tuple[list[int], list[tuple[int, float]]]:
+        """Eliminates a group, and looks at the outputs whenever its width is one of `WIDTHS`.
+
+        Args:
+            group: All of its channels leave in the end.
+            readings: The layers that read it; used up.
+
+        Returns:
+            The channels in the order in which they leave; and how many have left, with the error of the outputs: their
+            squared distance from the dense model's, relative to the variance over the images, mean over the outputs.
+        """
+        assert group.space is not None
+        kind = torch.zeros(group.size, dtype=torch.long)
+        held = {consumer.path: self._work.get_submodule(consumer.path) for consumer, _ in readings}
+        before = {path: copy.deepcopy(layer.state_dict()) for path, layer in held.items()}
+        stays = np.ones(group.space.count, dtype=bool)
+        gone: list[int] = []
+        errors = [(0, 0.0)]
+        for width in dict.fromkeys(max(1, round(share * group.size)) for share in WIDTHS):
+            if width == group.size:
+                continue
+            gone = eliminate([reading for _, reading in readings], kind, [width], gone)
+            stays[group.channels[gone]] = False
+            for consumer, reading in readings:
+                write(self._work, consumer, reading, stays)
+            errors.append((len(gone), self._error()))
+            for path, layer in held.items():
+                layer.load_state_dict(before[path])
+        return eliminate([reading for _, reading in readings], kind, [0], gone), errors
+
+    def _error(self) -> float:
+        found = [
+            [float((z - dense).square().sum()) for z, dense in zip(leaves, kept, strict=True)]
+            for leaves, kept in zip(self._run(), self._dense, strict=True)
+        ]
+        leaves = [leaves for part in gather_object([found]) for leaves in part]
+        totals = [sum(values) for values in zip(*leaves, strict=True)]
+        shares = [total / max(own, 1e-30) for total, own in zip(totals, self._variances, strict=True)]
+        return sum(shares) / max(len(shares), 1)
+
+    def _run(self) -> Iterator[list[Tensor]]:
+        """For each batch, every output as (N, q)."""
+        with evaluating(self._work), torch.no_grad():
+            for images in self._images:
+                parameter = next(p for p in self._work.parameters() if p.is_floating_point())
+                leaves = pytree.tree_leaves(self._work(images.to(parameter.device, parameter.dtype)))
+                yield [
+                    (spectrum(leaf, leaf.shape[2:], self.bins) if leaf.ndim > 2 else leaf.float()).flatten(1)
+                    for leaf in leaves
+                    if isinstance(leaf, Tensor) and leaf.is_floating_point() and len(leaf) == len(images)
+                ]
+
+
+def marginal(order: Sequence[int], errors: Sequence[tuple[int, float]]) -> Tensor:
+    """What the outputs lose for each channel, on the convex hull of the errors, so that it grows from one to the next.
+
+    Args:
+        order: The channels in the order in which they leave.
+        errors: How many have left, with the error; without any channel left, all of the variance is lost at least.
+
+    Returns:
+        (size,) float64.
+    """
+    hull: list[tuple[int, float]] = []
+    for point in [*errors, (len(order), max(1.0, 2 * errors[-1][1]))]:
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], point):
+            hull.pop()
+        hull.append(point)
+    values = torch.zeros(len(order), dtype=torch.float64)
+    for start, end in itertools.pairwise(hull):
+        values[start[0] : end[0]] = max(_slope(start, end), 1e-12)
+    values *= 1 + 1e-6 * torch.arange(len(order))  # within a segment, the order decides
+    return torch.zeros_like(values).index_copy_(0, torch.tensor(order), values)
+
+
+def _slope(start: tuple[int, float], end: tuple[int, float]) -> float:
+    return (end[1] - start[1]) / (end[0] - start[0])
+
+
+def _on_cpu(leaves: list[tuple[int, Tensor, Tensor]]) -> list[tuple[int, Tensor, Tensor]]:
+    return [(count, total.double().cpu(), square.double().cpu()) for count, total, square in leaves]
+
+
+def _probes(batches: Collection[Any]) -> list[Tensor]:
+    """This process's part of `PROBES` calibration images, the same ones however the images are shared out."""
+    images = [images_of(batch) for batch in batches]
+    brightness = [[float(image.double().mean()) for image in batch] for batch in images]
+    everyone = sorted(value for part in gather_object([brightness]) for batch in part for value in batch)
+    spread = np.linspace(0, len(everyone) - 1, min(PROBES, len(everyone))).round().astype(int)
+    chosen = {everyone[index] for index in spread}
+    kept = [
+        batch[torch.tensor([value in chosen for value in own], device=batch.device)]
+        for batch, own in zip(images, brightness, strict=True)
+    ]
+    return [batch for batch in kept if len(batch)]
