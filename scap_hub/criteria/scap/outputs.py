@@ -21,7 +21,7 @@ from scap_hub.criteria.scap.spectra import spectrum
 from scap_hub.criteria.taps import images_of
 
 PROBES = 64  # images over all processes
-WIDTHS = (0.8, 0.6, 0.4, 0.2, 0.1)
+WIDTHS = (0.75, 0.5, 0.25, 0.1)
 
 
 class Outputs:
