@@ -74,8 +74,8 @@ class CriterionSettings(_Block):
 
     model_config = ConfigDict(json_schema_extra=_or_text)
 
-    name: str = "scap"
-    """Name of a registered criterion."""
+    name: str = "scap-set"
+    """Name of a registered criterion; with a threshold, "scap" is the default, whose importances it is made for."""
     options: dict[str, Any] = {}
     """Keyword options of that criterion."""
     diagnostics: bool = True
@@ -219,6 +219,18 @@ class Recipe(_Block):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything random."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _thresholds_are_for_scap(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        target, criterion = value.get("target"), value.get("criterion", {})
+        short = isinstance(target, str) and target.startswith("threshold")
+        threshold = short or (isinstance(target, Mapping) and target.get("threshold") is not None)
+        if threshold and isinstance(criterion, Mapping) and "name" not in criterion:
+            return {**value, "criterion": {**criterion, "name": "scap"}}
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.target.threshold is not None and self.schedule.steps > 1:
@@ -272,7 +284,7 @@ class Recipe(_Block):
         base = _validate(document, text, source)
         if not overrides:
             return base
-        merged = base.model_dump()
+        merged = base.model_dump(exclude_unset=True)
         paths = {"_".join(path): path for path in _paths(cls)} | {"round_to": ("target", "round_to")}
         for name, value in overrides.items():
             if name not in paths:
@@ -406,7 +418,7 @@ def _merge(block: type[BaseModel], old: Mapping[str, Any], new: Mapping[str, Any
         merged["options"] = {}
     for key, value in new.items():
         inner = _block_of(block, key)
-        merged[key] = _merge(inner, old[key], value) if inner and isinstance(value, Mapping) else value
+        merged[key] = _merge(inner, old.get(key) or {}, value) if inner and isinstance(value, Mapping) else value
     return merged
 
 

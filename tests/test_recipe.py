@@ -61,6 +61,14 @@ def test_yaml_round_trip(tmp_path_factory, budget, fraction, epochs, protect, pa
     assert Recipe.from_yaml(path) == recipe
 
 
+def test_a_threshold_is_for_the_importances_of_scap():
+    assert Recipe.resolve().criterion.name == "scap-set"
+    assert Recipe.resolve(target="threshold=0.6").criterion.name == "scap"
+    assert Recipe.resolve({"criterion": {"diagnostics": False}}, target="threshold=0.6").criterion.name == "scap"
+    assert Recipe.resolve("quick").criterion.name == "scap-set"
+    assert Recipe.resolve(target="threshold=0.6", criterion="l1").criterion.name == "l1"
+
+
 def test_overrides_win_over_the_recipe(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("target: params=0.3\nfinetune: {epochs: 9, distillation: {temperature: 4}}\nseed: 3\n")
