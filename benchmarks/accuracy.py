@@ -250,8 +250,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 print("  ".join(f"{cell:>20}" for cell in row), flush=True)
             if options.json:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps(found, indent=1) + "\n")
+                document = {"command": repeated(parser, options), "nets": found}
+                options.json.write_text(json.dumps(document, indent=1) + "\n")
     return found
+
+
+def repeated(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """The command that measures the same, without this machine's files."""
+    given = {key: value for key, value in vars(options).items() if value != parser.get_default(key)}
+    settings = {key: value for key, value in given.items() if not isinstance(value, Path | bool)}
+    return " ".join(
+        ["python benchmarks/accuracy.py", *(f"--{key.replace('_', '-')} {settings[key]}" for key in settings)]
+    )
 
 
 if __name__ == "__main__":

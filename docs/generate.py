@@ -1,4 +1,4 @@
-"""Writes what follows from code and results: docs/recipes.md and its schema, docs/coverage.md. `--check` compares."""
+"""Writes the pages of docs/ that follow from code and results, and the schema of recipes. `--check` compares."""
 
 import json
 import re
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scap_hub.comparison import Comparison
 from scap_hub.recipe import recipe_schema, shipped_recipes
 
 ROOT = Path(__file__).parents[1]
@@ -117,6 +118,46 @@ def _coverage_row(row: dict[str, Any]) -> str:
     )
 
 
+ACCURACY = """\
+<!-- Written by docs/generate.py from benchmarks/results/accuracy.json; do not edit. -->
+# Accuracy
+
+Top-1 on Fashion-MNIST after pruning, in percent: every criterion at the same budgets, with the same repair, from the
+same dense nets. Least-squares repair and batch-norm statistics come from {calibration} images; where nothing else is
+said, nothing is trained after pruning. Nothing is decided on these test images. The small print: the nets were trained
+for a few epochs on part of the training images, because this was measured on two slow CPU cores, so they are below what
+they can be; with {seeds} seed(s), rows that differ by a point are ties.
+
+- `torch-pruning` is Torch-Pruning's own pipeline (L2 group norm, local ratios) without our repair, `torch-pruning-bn`
+  the same with batch-norm statistics taken anew.
+- **mean rank** is over the budgets: 1 is best.
+
+Repeat it, with `mobilenet_v2-b0353104.pth` from torchvision:
+
+```bash
+{command}
+```
+"""
+
+
+def accuracy() -> str:
+    """The page of what is left of the accuracy."""
+    document = json.loads((ROOT / "benchmarks" / "results" / "accuracy.json").read_text(encoding="utf-8"))
+    comparisons = [own for net in document["nets"].values() for own in net["variants"].values()]
+    text = ACCURACY.format(
+        command=document["command"],
+        calibration=comparisons[0]["recipe"]["data"]["calibration_images"],
+        seeds=max(cell["seed"] for own in comparisons for cell in own["cells"]) + 1,
+    )
+    for name, net in document["nets"].items():
+        for variant, found in net["variants"].items():
+            comparison = Comparison({}, found["dense"], found["cells"])
+            head, *rows = comparison.rows("test")
+            text += f"\n## {name}, {variant}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}\n"
+            text += "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return text
+
+
 def _block(name: str, block: dict[str, Any], schema: dict[str, Any]) -> list[str]:
     about = [block["description"], ""] if "description" in block else []
     return ["", f"## {name}", "", *about, *_table(block["properties"], schema)]
@@ -160,6 +201,7 @@ def main(check: bool) -> int:
     texts = {
         ROOT / "docs" / "recipes.md": reference(),
         ROOT / "docs" / "coverage.md": coverage(),
+        ROOT / "docs" / "accuracy.md": accuracy(),
         ROOT / "recipes" / "recipe.schema.json": json.dumps(recipe_schema(), indent=1) + "\n",
     }
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]

@@ -134,7 +134,7 @@ def _on_cpu(leaves: list[tuple[int, Tensor, Tensor]]) -> list[tuple[int, Tensor,
 def _probes(batches: Collection[Any]) -> list[Tensor]:
     """This process's part of `PROBES` calibration images, the same ones however the images are shared out."""
     images = [images_of(batch) for batch in batches]
-    brightness = [[float(image.double().mean()) for image in batch] for batch in images]
+    brightness = [[float(image.detach().double().mean()) for image in batch] for batch in images]
     everyone = sorted(value for part in gather_object([brightness]) for batch in part for value in batch)
     spread = np.linspace(0, len(everyone) - 1, min(PROBES, len(everyone))).round().astype(int)
     chosen = {everyone[index] for index in spread}

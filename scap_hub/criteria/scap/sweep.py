@@ -16,7 +16,7 @@ from scap_hub.criteria.scap.spectra import onto, spectrum
 from scap_hub.criteria.taps import images_of, sized, watch
 from scap_hub.progress import track
 
-MEMORY = 7 * 2**28  # bytes of spectra that a process holds at a time; more of them take further sweeps over the batches
+MEMORY = 2**32  # bytes of spectra that a process holds at a time; more of them take further sweeps over the batches
 
 T = TypeVar("T")
 Spectra = tuple[Tensor, Tensor]
