@@ -57,7 +57,7 @@ def fields(
         yield from ((tap, measured[i]) for i, tap in enumerate(some))
 
 
-def _spectra(model: nn.Module, taps: Sequence[Tap], batches: Iterable[Any], bins: int) -> list[Spectra | None]:
+def _spectra(model: nn.Module, taps: Sequence[Tap], batches: Collection[Any], bins: int) -> list[Spectra | None]:
     """Spectra of this process's images for each tap, in one sweep; None if it has no images."""
 
     def read_input(tap: Tap, x: Tensor) -> tuple[Sequence[int], Tensor]:
@@ -68,14 +68,16 @@ def _spectra(model: nn.Module, taps: Sequence[Tap], batches: Iterable[Any], bins
         held = torch.as_tensor(tap.channel_of_row >= 0, device=y.device)
         return x, spectrum(onto(y if held.all() else y[:, held], grid), grid, bins)
 
-    parts: list[list[Spectra]] = [[] for _ in taps]
+    images = sum(len(images_of(batch)) for batch in batches)
+    spectra: list[Spectra | None] = [None] * len(taps)
+    seen = 0
     for batch in watch(model, taps, batches, read_input, read_output, "spectra"):
-        for part, pair in zip(parts, batch, strict=True):
-            part.append(pair)
-    spectra: list[Spectra | None] = []
-    for part in parts:
-        spectra.append((torch.cat([x for x, _ in part]), torch.cat([y for _, y in part])) if part else None)
-        part.clear()
+        for i, (x, y) in enumerate(batch):
+            # One place for all images from the start: putting batches together afterwards would take twice the memory.
+            whole_x, whole_y = spectra[i] or (x.new_empty(images, *x.shape[1:]), y.new_empty(images, *y.shape[1:]))
+            whole_x[seen : seen + len(x)], whole_y[seen : seen + len(y)] = x, y
+            spectra[i] = whole_x, whole_y
+        seen += len(batch[0][0]) if batch else 0
     return spectra
 
 
