@@ -271,8 +271,8 @@ def compared(rows: list[dict[str, Any]]) -> str:
         "Torch-Pruning, with the options of its own timm example and in the same run, returns a model for "
         f"{len(theirs)} of the {len(tried)} that it was given (whether the right one is not checked), scap_hub for "
         f"{sum(row['status'] == 'ok' for row in tried)}. Over the {len(both)} that both prune, finding groups takes "
-        f"{ratio:.2f} times the CPU seconds of its constructor (median; {seconds[0]:.0f} s against {seconds[1]:.0f} s for "
-        f"all of them), and {ours:.2f} of the MACs are left against {peer:.2f} (medians)"
+        f"{ratio:.2f} times the CPU seconds of its constructor (median; {seconds[0]:.0f} s against {seconds[1]:.0f} s "
+        f"for all of them), and {ours:.2f} of the MACs are left against {peer:.2f} (medians)"
     )
 
 
