@@ -61,7 +61,7 @@ def measure(library: str, name: str, size: int) -> dict[str, Any]:
     from torch import nn
 
     from scap_hub import apply_plan, channel_groups, select, verify
-    from scap_hub.channels.capture import _made, capture, on_meta, without_weights
+    from scap_hub.channels.capture import capture, on_meta, result_like, without_weights
     from scap_hub.channels.oracle import randomize
     from scap_hub.errors import ModelError
     from scap_hub.training.evaluate import count
@@ -72,7 +72,7 @@ def measure(library: str, name: str, size: int) -> dict[str, Any]:
     start = time.process_time()
     groups = channel_groups(model, example)
     row["analysis_s"] = time.process_time() - start  # its own capture included
-    _made.cache_clear()
+    result_like.cache_clear()
     start = time.process_time()
     with contextlib.suppress(ModelError):
         capture(without_weights(model), on_meta((example,)))
@@ -93,9 +93,7 @@ def measure(library: str, name: str, size: int) -> dict[str, Any]:
             rows[kind][0] += 0 if own is None else int(free[own].sum())
             rows[kind][1] += module.weight.shape[0]
     row["coverage"] = {kind: able / whole if whole else None for kind, (able, whole) in rows.items()}
-    rng = np.random.default_rng(0)
-    scores = {group.name: torch.from_numpy(rng.random(group.size)) for group in groups if group.prunable}
-    fractions = {name: float(rng.uniform(0.2, 0.9)) for name in scores}
+    scores, fractions = drawn(groups)
     before = count(model, tuple(example.shape[1:]))["macs"]
     for kind, target in (("uniform", "ratio=0.5"), ("random", fractions)):
         start = time.process_time()
@@ -111,9 +109,18 @@ def measure(library: str, name: str, size: int) -> dict[str, Any]:
     return row
 
 
+def drawn(groups: list[Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    """Random scores of the prunable groups, and a random fraction to keep of each."""
+    import numpy as np
+    import torch
+
+    rng = np.random.default_rng(0)
+    scores = {group.name: torch.from_numpy(rng.random(group.size)) for group in groups if group.prunable}
+    return scores, {name: float(rng.uniform(0.2, 0.9)) for name in scores}
+
+
 def save_pruned(library: str, name: str, size: int, folder: str) -> dict[str, Any]:
     """Prunes an untrained model at random ratios; leaves its plan, its weights and one output in a folder."""
-    import numpy as np
     import torch
     from safetensors.torch import save_file
 
@@ -123,9 +130,7 @@ def save_pruned(library: str, name: str, size: int, folder: str) -> dict[str, An
     model = build(library, name).eval()
     example = torch.randn(1, 3, size, size)
     groups = channel_groups(model, example)
-    rng = np.random.default_rng(0)
-    scores = {group.name: torch.from_numpy(rng.random(group.size)) for group in groups if group.prunable}
-    plan = select(groups, scores, {name: float(rng.uniform(0.2, 0.9)) for name in scores}, round_to=1, floor=0.0)
+    plan = select(groups, *drawn(groups), round_to=1, floor=0.0)
     small = apply_plan(model, plan).eval()
     Path(folder, "plan.json").write_text(plan.to_json())
     weights = {key: tensor.contiguous().clone() for key, tensor in small.state_dict().items()}

@@ -106,6 +106,7 @@ def prune_loaded(
     """
     stages = stages or Stages()
     criterion = criterion_named(recipe.criterion.name, recipe.criterion.options)
+    scope = criterion.scope if recipe.target.scope == "auto" else recipe.target.scope
     dense = loaded.module.to(accelerator().device).eval()
     with stages("load"):
         calibration = shard_calibration(data, recipe.data.batch_size)
@@ -130,7 +131,9 @@ def prune_loaded(
         with stages("selection"):
             # Decided once: ranks may differ in the last bit of a score, never in the plan.
             images = example(small, loaded, recipe.target.batch_size)
-            step_plan, selection = from_main(lambda: _select(dense, small, groups, scores, recipe, step, images))  # noqa: B023
+            step_plan, selection = from_main(
+                lambda: _select(dense, small, groups, scores, recipe, scope, step, images)  # noqa: B023
+            )
             selections.append(selection)
         with stages("refinement"):
             refined = criterion.refine(small, groups, calibration, step_plan)
@@ -255,14 +258,12 @@ def _select(
     groups: list[ChannelGroup],
     scores: dict[str, Tensor],
     recipe: Recipe,
+    scope: str,
     step: int,
     images: Tensor,
 ) -> tuple[PruningPlan, Selection]:
     """The plan of one step, and what it came to."""
     settings, steps = recipe.target, recipe.schedule.steps
-    scope: str = settings.scope
-    if scope == "auto":
-        scope = criterion_named(recipe.criterion.name, recipe.criterion.options).scope
     target: str | dict[str, float]
     table = share = None
     if settings.latency is not None:

@@ -26,7 +26,7 @@ def benchmark():
 def test_pruned_equals_masked(benchmark, library, name, size):
     row = benchmark.isolated(benchmark.measure, (library, name, int(size)), 600)
     assert row["status"] == "ok", row.get("message")
-    # A random fraction near 1 may be nearest to a whole block.
+    # A random fraction near 1 may round to all channels of a small group.
     assert row["uniform_pruned"] == row["prunable"]
     assert benchmark.reloaded(library, name, int(size), 600)["difference"] == 0
 

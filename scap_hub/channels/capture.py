@@ -102,13 +102,7 @@ class Recorder(SchemaCheckMode):
 
     def run(self) -> Any:
         """Runs the model in eval mode and records what it does; returns its output. Caches are left in the model."""
-        with (
-            evaluating(self.model),
-            _no_autocast(),
-            torch.no_grad(),
-            self._watching(),
-            enable_python_dispatcher(),
-        ):
+        with evaluating(self.model), _no_autocast(), torch.no_grad(), self._watching(), enable_python_dispatcher():
             with self:
                 output = self.model(*self.inputs)
             self.graph.output([self.node(leaf) for leaf in pytree.tree_leaves(output) if _is_tensor(leaf)])
@@ -210,7 +204,7 @@ def _run(
         return func(*args, **kwargs)
     if _in_place(func):
         return args[0]
-    known = _made(func, structure, *(_Like.of(leaf) if _is_tensor(leaf) else leaf for leaf in leaves))
+    known = result_like(func, structure, *(_Like.of(leaf) if _is_tensor(leaf) else leaf for leaf in leaves))
     return func(*args, **kwargs) if known is None else known.empty()
 
 
@@ -224,7 +218,7 @@ def _in_place(func: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=2**14, typed=True)
-def _made(func: Any, structure: pytree.TreeSpec, *leaves: Any) -> _Like | None:
+def result_like(func: Any, structure: pytree.TreeSpec, *leaves: Any) -> _Like | None:
     """What an operator makes of such tensors, if that is one new tensor, not a view or an argument itself."""
     if len(func._schema.returns) != 1 or func._schema.returns[0].alias_info is not None:
         return None

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 from scap_hub.channels.capture import evaluating
 from scap_hub.channels.groups import ChannelGroup
-from scap_hub.criteria.elimination import Reading, eliminate
-from scap_hub.criteria.obs import Consumer, write
+from scap_hub.criteria.elimination import eliminate
+from scap_hub.criteria.obs import Readings, write
 from scap_hub.criteria.scap.spectra import spectrum
 from scap_hub.criteria.taps import images_of
 
@@ -39,16 +39,17 @@ class Outputs:
         self._work = copy.deepcopy(model)
         self._images = _probes(batches)
         self._dense = list(self._run())
-        sums = [[(len(z), z.sum(0), z.square().sum()) for z in leaves] for leaves in self._dense]
-        shards = [leaves for part in gather_object([[_on_cpu(leaves) for leaves in sums]]) for leaves in part]
+        sums = [
+            [(len(z), z.sum(0).double().cpu(), z.square().sum().double().cpu()) for z in leaves]
+            for leaves in self._dense
+        ]
+        shards = [leaves for part in gather_object([sums]) for leaves in part]
         self._variances = []
         for leaf in zip(*shards, strict=True):
             count, total, square = (sum(values) for values in zip(*leaf, strict=True))
             self._variances.append(float(square - total.square().sum() / count))
 
-    def curve(
-        self, group: ChannelGroup, readings: Sequence[tuple[Consumer, Reading]]
-    ) -> tuple[list[int], list[tuple[int, float]]]:
+    def curve(self, group: ChannelGroup, readings: Readings) -> tuple[list[int], list[tuple[int, float]]]:
         """Eliminates a group, and looks at the outputs whenever its width is one of `WIDTHS`.
 
         Args:
@@ -60,7 +61,7 @@ class Outputs:
             squared distance from the dense model's, relative to the variance over the images, mean over the outputs.
         """
         assert group.space is not None
-        kind = torch.zeros(group.size, dtype=torch.long)
+        kind, views = torch.zeros(group.size, dtype=torch.long), [reading for _, reading in readings]
         held = {consumer.path: self._work.get_submodule(consumer.path) for consumer, _ in readings}
         before = {path: copy.deepcopy(layer.state_dict()) for path, layer in held.items()}
         stays = np.ones(group.space.count, dtype=bool)
@@ -69,14 +70,14 @@ class Outputs:
         for width in dict.fromkeys(max(1, round(share * group.size)) for share in WIDTHS):
             if width == group.size:
                 continue
-            gone = eliminate([reading for _, reading in readings], kind, [width], gone)
+            gone = eliminate(views, kind, [width], gone)
             stays[group.channels[gone]] = False
             for consumer, reading in readings:
                 write(self._work, consumer, reading, stays)
             errors.append((len(gone), self._error()))
             for path, layer in held.items():
                 layer.load_state_dict(before[path])
-        return eliminate([reading for _, reading in readings], kind, [0], gone), errors
+        return eliminate(views, kind, [0], gone), errors
 
     def _error(self) -> float:
         found = [
@@ -90,9 +91,9 @@ class Outputs:
 
     def _run(self) -> Iterator[list[Tensor]]:
         """For each batch, every output as (N, q)."""
+        parameter = next(p for p in self._work.parameters() if p.is_floating_point())
         with evaluating(self._work), torch.no_grad():
             for images in self._images:
-                parameter = next(p for p in self._work.parameters() if p.is_floating_point())
                 leaves = pytree.tree_leaves(self._work(images.to(parameter.device, parameter.dtype)))
                 yield [
                     (spectrum(leaf, leaf.shape[2:], self.bins) if leaf.ndim > 2 else leaf.float()).flatten(1)
@@ -125,10 +126,6 @@ def marginal(order: Sequence[int], errors: Sequence[tuple[int, float]]) -> Tenso
 
 def _slope(start: tuple[int, float], end: tuple[int, float]) -> float:
     return (end[1] - start[1]) / (end[0] - start[0])
-
-
-def _on_cpu(leaves: list[tuple[int, Tensor, Tensor]]) -> list[tuple[int, Tensor, Tensor]]:
-    return [(count, total.double().cpu(), square.double().cpu()) for count, total, square in leaves]
 
 
 def _probes(batches: Collection[Any]) -> list[Tensor]:
