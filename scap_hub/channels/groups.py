@@ -26,7 +26,7 @@ def channel_groups(model: nn.Module, inputs: tuple[Any, ...] | Tensor) -> list[C
     """Finds every group of channels of a model, prunable or pinned.
 
     Args:
-        model: Any module that `torch.export` can capture; left as it was.
+        model: Any module whose forward pass does not depend on values; left as it was.
         inputs: Example positional arguments of its forward pass; a single tensor stands for one argument.
 
     Returns:
@@ -47,7 +47,7 @@ def channel_groups(model: nn.Module, inputs: tuple[Any, ...] | Tensor) -> list[C
     balanced: set[str] = set()
     while True:
         space, channel_of = solve(captured, found, model)
-        space = replace(space, forward=forward_of(bare, shapes, found, channel_of))
+        space = replace(space, forward=forward_of(bare, shapes, found, channel_of, space.layers))
         groups = analyse(found, space, channel_of)
         stuck = _stuck(groups, space)
         if stuck is None:
@@ -169,9 +169,7 @@ def _signatures(space: ChannelSpace, pinned: dict[int, str]) -> np.ndarray:
     signature = np.zeros(space.count, dtype=np.uint64)
     for _, ids in sorted(space.tensors.items()):
         for layer in ids.layers:
-            touched = np.zeros(space.count, dtype=bool)
-            touched[layer] = True
-            signature[touched] += random.integers(1, 2**63, dtype=np.uint64)
+            signature[layer] += random.integers(1, 2**63, dtype=np.uint64)  # once, however often a channel is there
     signature[list(pinned)] ^= random.integers(1, 2**63, dtype=np.uint64)
     return signature
 

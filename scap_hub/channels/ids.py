@@ -7,6 +7,7 @@ those of its outputs; `Ledger` collects what they say and solves it once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -74,19 +75,22 @@ class Ledger:
 
     def fresh(self, *shape: int) -> np.ndarray:
         """New ids, one an element."""
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         ids = np.arange(self.count, self.count + size).reshape(shape)
         self.count += size
         return ids
 
     def equate(self, left: np.ndarray, right: np.ndarray, reason: str) -> None:
         """Elements of `left` leave together with those of `right` (broadcast); meeting STAYS pins."""
-        left, right = (array.ravel() for array in np.broadcast_arrays(left, right))
-        for one, other in ((left, right), (right, left)):
-            self.pin(one[other == STAYS], reason)
-        differ = (left != right) & (left != STAYS) & (right != STAYS)
-        self._left.append(left[differ])
-        self._right.append(right[differ])
+        if left.shape != right.shape:
+            left, right = np.broadcast_arrays(left, right)
+        left, right = left.ravel(), right.ravel()
+        stays = (left == STAYS) | (right == STAYS)
+        if stays.any():
+            self.pin(np.maximum(left, right)[stays], reason)
+            left, right = left[~stays], right[~stays]
+        self._left.append(left)
+        self._right.append(right)
 
     def pin(self, ids: np.ndarray, reason: str) -> None:
         """These ids never leave."""

@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from scap_hub.channels.capture import Recorder, running, untouched
+from scap_hub.channels.graph import Node, each
 from scap_hub.channels.ids import Ids, support
-from scap_hub.channels.layers import layers_of
+from scap_hub.channels.layers import Layer
 from scap_hub.channels.rules import Trace
-from scap_hub.channels.rules.registry import flat, operator_name, owner
-from scap_hub.channels.trace import bind
+from scap_hub.channels.rules.registry import flat
 from scap_hub.channels.widths import Features, features_of, widths
 from scap_hub.errors import PlanError
 from scap_hub.plan import PruningPlan
@@ -111,7 +111,9 @@ class Forward:
         return {path: type(module) for path, module in self.model.named_modules()}
 
 
-def forward_of(model: nn.Module, inputs: tuple[Any, ...], found: Trace, channel_of: np.ndarray) -> Forward:
+def forward_of(
+    model: nn.Module, inputs: tuple[Any, ...], found: Trace, channel_of: np.ndarray, layers: Iterable[Layer]
+) -> Forward:
     """Collects the integers of a model's forward pass that count channels, beyond those of standard layers.
 
     Args:
@@ -119,13 +121,14 @@ def forward_of(model: nn.Module, inputs: tuple[Any, ...], found: Trace, channel_
         inputs: On the meta device.
         found: The trace of the model.
         channel_of: The channel number of each of its ids.
+        layers: The modules whose integers follow from their weights.
     """
     modules = dict(model.named_modules())
-    standard = {layer.path for layer in layers_of(model) if layer.kind != "group_norm"}
+    standard = {layer.path for layer in layers if layer.kind != "group_norm"}
     counted = [
         (node, old, channel_of[ids], role)
         for node in found.ids
-        if owner(node) not in standard
+        if node.owner not in standard
         for old, ids, role in _counts(node, found)
     ]
     return Forward(
@@ -133,7 +136,7 @@ def forward_of(model: nn.Module, inputs: tuple[Any, ...], found: Trace, channel_
         inputs=inputs,
         outputs=tuple(ids.shape for ids in found.outputs),
         integers=tuple(integer for number in counted for integer in _held(*number, modules)),
-        counted=tuple((owner(node), channels) for node, _, channels, _ in counted),
+        counted=tuple((node.owner, channels) for node, _, channels, _ in counted),
         found=found,
         channel_of=channel_of,
         reshapes=tuple(dict.fromkeys(place for node in found.ids for place in _reshapes(node, modules))),
@@ -258,12 +261,11 @@ def _inside(path: str, places: Iterable[tuple[str, np.ndarray]], nested: bool, f
     return channels[free[channels]]
 
 
-def _counts(node: fx.Node, found: Trace) -> Iterator[tuple[int, np.ndarray, str]]:
+def _counts(node: Node, found: Trace) -> Iterator[tuple[int, np.ndarray, str]]:
     """Numbers that a call was given and that count channels, with the ids that they count and their role in it."""
-    if node.op != "call_function" or not hasattr(node.target, "_schema"):
+    if not node.is_operator:
         return
-    name = operator_name(node)
-    arguments = bind(node)
+    name, arguments = node.name, node.arguments
     own = flat(found.ids.get(node))
     if name in ("view", "reshape", "expand", "unflatten", "_unsafe_view", "repeat", "new_zeros"):
         sizes = arguments.get("size") or arguments.get("shape") or arguments.get("sizes") or ()
@@ -297,13 +299,13 @@ def _counts(node: fx.Node, found: Trace) -> Iterator[tuple[int, np.ndarray, str]
         yield from _line(arguments["num_groups"], own[0], 1, name)
 
 
-def _reshapes(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, int, int]]:
+def _reshapes(node: Node, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, int, int]]:
     """The module that reshapes, with how many sizes it gives and each that may come from another tensor, last first."""
-    path = owner(node)
+    path = node.owner
     if node.target in (torch.ops.aten.view.default, torch.ops.aten.reshape.default) and path:
         sizes = node.args[1]
-        if not type(modules[path]).__module__.startswith("torch.nn") and -1 not in sizes:  # type: ignore[operator]
-            yield from ((path, len(sizes), dim) for dim in reversed(range(1, len(sizes))))  # type: ignore[arg-type]
+        if not type(modules[path]).__module__.startswith("torch.nn") and -1 not in sizes:
+            yield from ((path, len(sizes), dim) for dim in reversed(range(1, len(sizes))))
 
 
 def _line(size: int, ids: Ids, dim: int, role: str) -> Iterator[tuple[int, np.ndarray, str]]:
@@ -311,9 +313,9 @@ def _line(size: int, ids: Ids, dim: int, role: str) -> Iterator[tuple[int, np.nd
         yield size, line, role
 
 
-def _held(node: fx.Node, old: int, channels: np.ndarray, role: str, modules: dict[str, nn.Module]) -> Iterator[Integer]:
+def _held(node: Node, old: int, channels: np.ndarray, role: str, modules: dict[str, nn.Module]) -> Iterator[Integer]:
     """Attributes of the calling module and of those around it that hold the number, or else a small multiple."""
-    for path, _ in node.meta.get("nn_module_stack", {}).values():
+    for _, path in node.calls:
         for times in _MULTIPLES:
             places = list(_integers(path, modules[path], old * times)) if old * times > 1 else []
             yield from (Integer(place, channels, times, role) for place in places)
@@ -387,7 +389,7 @@ class _Checked(Recorder):
         self.expected = expected
         self.finished = 0
 
-    def made(self, node: fx.Node, value: Any) -> None:
+    def made(self, node: Node, value: Any) -> None:
         target, shape, numbers = self.expected[self.finished] if self.finished < len(self.expected) else (None,) * 3
         if node.target is not target:
             raise RuntimeError(f"{node.target} runs instead of {target}")
@@ -404,10 +406,10 @@ _Step = tuple[Any, tuple[int, ...] | None, list[float] | None]
 _ARITHMETIC = ("add", "sub", "rsub", "mul", "div", "true_divide", "pow")
 
 
-def _numbers(node: fx.Node) -> list[float]:
+def _numbers(node: Node) -> list[float]:
     """A scale that follows the number of channels would make another function."""
-    kinds = (int, float) if operator_name(node) in _ARITHMETIC else (float,)
-    return [leaf for leaf in pytree.tree_leaves((node.args, node.kwargs)) if type(leaf) in kinds]
+    kinds = (int, float) if node.name in _ARITHMETIC else (float,)
+    return [leaf for leaf in each((*node.args, *node.kwargs.values())) if type(leaf) in kinds]
 
 
 def _steps(forward: Forward, keep: np.ndarray) -> list[_Step]:
@@ -415,7 +417,7 @@ def _steps(forward: Forward, keep: np.ndarray) -> list[_Step]:
     return [
         (node.target, _shape(ids, stays) if isinstance(ids, Ids) and ids.layers else None, _numbers(node))
         for node, ids in forward.found.ids.items()
-        if node.op == "call_function"
+        if node.target is not None
     ]
 
 

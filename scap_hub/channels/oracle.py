@@ -8,20 +8,21 @@ the surgery is used, so a wrong index anywhere shows as a difference.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from scap_hub.channels.capture import capture, evaluating
+from scap_hub.channels.graph import Node, mapped
 from scap_hub.channels.groups import analyse
 from scap_hub.channels.ids import Ids, support
 from scap_hub.channels.rules.registry import flat
 from scap_hub.channels.space import solve
-from scap_hub.channels.trace import bind, trace
+from scap_hub.channels.trace import trace
 from scap_hub.errors import VerificationError
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
@@ -106,55 +107,48 @@ def masked_output(dense: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...]) 
     space, channel_of = solve(captured, found, dense)
     channels = {group.name: group.channels for group in analyse(found, space, channel_of)}
     stays = space.staying(channels, {name: plan.kept(name) for name in plan.groups})[channel_of]
-    interpreter = _Masked(captured.graph, found.ids, stays)
-    values = []
-    leaves = iter([leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)])
-    for node in captured.graph.nodes:
-        if node.op != "placeholder":
-            continue
-        if node.name in captured.states:
-            name = captured.states[node.name]
-            values.append(_masked(captured.tensors[name].detach(), name, plan))
-        elif node.name in captured.constants:
-            values.append(captured.constants[node.name])
-        else:
-            values.append(next(leaves))
-    return interpreter.run(*values)
+    masked = _Masked(found.ids, stays)
+    for node in captured.given:
+        assert node.tensor is not None
+        masked.values[node] = _masked(node.tensor.detach(), node.state, plan) if node.state else node.tensor
+    for node in captured.called:
+        masked.values[node] = masked.run(node)
+    return [masked.values[node] for node in captured.outputs]
 
 
-class _Masked(fx.Interpreter):
-    """Runs the dense graph; operators that count channels see the survivors only."""
+class _Masked:
+    """Runs the dense operators; those that count channels see the survivors only."""
 
-    def __init__(self, graph: fx.Graph, ids: dict[fx.Node, Any], stays: np.ndarray) -> None:
-        super().__init__(fx.GraphModule(nn.Module(), graph))
-        self.ids = {node.name: value for node, value in ids.items()}  # the graph module has nodes of its own
-        self.stays = stays
+    def __init__(self, ids: dict[Node, Any], stays: np.ndarray) -> None:
+        self.ids, self.stays = ids, stays
+        self.values: dict[Node, Any] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        name = str(n.target).removeprefix("aten.").split(".")[0]
-        counts = name in _SURVIVORS or (name.startswith("conv") and self._slides_over_channels(n))
-        if n.op != "call_function" or not counts or not self._loses(n):
-            return super().run_node(n)
-        arguments = {
-            key: fx.map_arg(value, lambda node: self._compact(self.env[node], self.ids[node.name]))
-            for key, value in bind(n).items()
-        }
+    def run(self, n: Node) -> Any:
+        """What the node's operator makes of the values so far."""
+        counts = n.name in _SURVIVORS or (n.name.startswith("conv") and self._slides_over_channels(n))
+        if not n.is_operator or not counts or not self._loses(n):
+            return n.target(*self._read(n.args), **dict(zip(n.kwargs, self._read(n.kwargs.values()), strict=True)))
+        compact = (mapped(value, self._compact) for value in n.arguments.values())
+        arguments = dict(zip(n.arguments, compact, strict=True))
         if "normalized_shape" in arguments:
             arguments["normalized_shape"] = arguments["input"].shape[-len(arguments["normalized_shape"]) :]
-        if name == "group_norm" and arguments["num_groups"] == flat(self.ids[n.name])[0].shape[1]:
+        if n.name == "group_norm" and arguments["num_groups"] == flat(self.ids[n])[0].shape[1]:
             arguments["num_groups"] = arguments["input"].shape[1]  # one group a channel
-        result = n.target(**arguments)  # type: ignore[operator]
-        ids = flat(self.ids[n.name])
+        result = n.target(**arguments)
+        ids = flat(self.ids[n])
         if isinstance(result, Tensor):
             return self._scatter(result, ids[0])
         return [self._scatter(value, own) for value, own in zip(result, ids, strict=True)]
 
-    def _slides_over_channels(self, n: fx.Node) -> bool:
-        x = self.ids[bind(n)["input"].name]
+    def _read(self, values: Iterable[Any]) -> list[Any]:
+        return [mapped(value, lambda leaf: self.values[leaf] if isinstance(leaf, Node) else leaf) for value in values]
+
+    def _slides_over_channels(self, n: Node) -> bool:
+        x = self.ids[n.arguments["input"]]
         return any(max(support(layer), default=0) > 1 for layer in x.layers)
 
-    def _loses(self, n: fx.Node) -> bool:
-        read = [ids for node in n.all_input_nodes for ids in flat(self.ids[node.name])]
+    def _loses(self, n: Node) -> bool:
+        read = [ids for node in n.sources for ids in flat(self.ids[node])]
         return any(not self.stays[layer].all() for ids in read for layer in ids.layers)
 
     def _kept(self, ids: Ids) -> list[tuple[int, Tensor]]:
@@ -173,7 +167,10 @@ class _Masked(fx.Interpreter):
             kept.append((dims[-1], columns.movedim(-1, dims[-1])))
         return kept
 
-    def _compact(self, value: Any, ids: Any) -> Any:
+    def _compact(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Node):
+            return leaf
+        value, ids = self.values[leaf], self.ids[leaf]
         if isinstance(value, Tensor) and isinstance(ids, Ids):
             for dim, kept in self._kept(ids):
                 value = value.take_along_dim(_stretched(kept, value.shape, dim), dim)

@@ -171,11 +171,7 @@ def solve(captured: Capture, found: Trace, model: nn.Module) -> tuple[ChannelSpa
     def translated(ids: Ids) -> Ids:
         return Ids(ids.shape, tuple(channel_of[layer] for layer in ids.layers))
 
-    tensors = {
-        found.states[node.name]: translated(ids)
-        for node, ids in found.ids.items()
-        if node.op == "placeholder" and node.name in found.states and ids is not None
-    }
+    tensors = {node.state: translated(found.ids[node]) for node in captured.given if node.state}
     balances = []
     for equal in found.ledger.equal:
         blocks = tuple(channel_of[block] for block in equal.blocks)

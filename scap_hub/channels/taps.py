@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor, fx
+from torch import Tensor
 
+from scap_hub.channels.graph import Node
 from scap_hub.channels.ids import Ids, support
 from scap_hub.channels.rules import Producer, Trace
-from scap_hub.channels.rules.registry import operator_name, owner
 
 _NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
 _ACTIVATIONS = (
@@ -48,8 +48,8 @@ class Tap:
 
 def module_calls(found: Trace) -> Counter[str]:
     """How often the forward pass calls each module."""
-    calls = {key: path for node in found.ids for key, (path, _) in node.meta.get("nn_module_stack", {}).items()}
-    return Counter(calls.values())
+    calls = {call for node in found.ids for call in node.calls}
+    return Counter(path for _, path in calls)
 
 
 def tap(found: Trace, producer: Producer, channel_of_row: np.ndarray, calls: Counter[str]) -> Tap | None:
@@ -58,40 +58,38 @@ def tap(found: Trace, producer: Producer, channel_of_row: np.ndarray, calls: Cou
     None for a weight that is used without calling the module that owns it.
     """
     path = producer.weight.rpartition(".")[0]
-    if owner(producer.node) != path:
+    if producer.node.owner != path:
         return None
     chain = _chain(producer.node)
-    reach = max(i for i, node in enumerate(chain) if i == 0 or (_leaves(node) and calls[owner(node)] == 1))
-    post = list(itertools.takewhile(lambda node: operator_name(node) in _ACTIVATIONS, chain[reach + 1 :]))
+    reach = max(i for i, node in enumerate(chain) if i == 0 or (_leaves(node) and calls[node.owner] == 1))
+    post = list(itertools.takewhile(lambda node: node.name in _ACTIVATIONS, chain[reach + 1 :]))
     watched = found.ids[chain[reach]]
     dim = next(dim for dim, ids in _lines(watched) if np.isin(ids, producer.ids).all())
     return Tap(
         path,
         producer.weight,
         channel_of_row,
-        owner(chain[reach]),
+        chain[reach].owner,
         tuple(_applied(node) for node in post),
         -1 if dim == len(watched.shape) - 1 else dim,
     )
 
 
-def _chain(node: fx.Node) -> list[fx.Node]:
+def _chain(node: Node) -> list[Node]:
     """The producer and the norm, activation and layout operators that alone follow it."""
     chain = [node]
     while len(chain[-1].users) == 1:
         following = next(iter(chain[-1].users))
-        if operator_name(following) not in (*_NORMS, *_ACTIVATIONS, *_LAYOUTS):
+        if following.name not in (*_NORMS, *_ACTIVATIONS, *_LAYOUTS):
             break
         chain.append(following)
     return chain
 
 
-def _leaves(node: fx.Node) -> bool:
+def _leaves(node: Node) -> bool:
     """Whether the node is the last of its module's call: whoever reads it stands outside of that module."""
-    path = owner(node)
-    return bool(path) and all(
-        path not in (outer for outer, _ in user.meta.get("nn_module_stack", {}).values()) for user in node.users
-    )
+    path = node.owner
+    return bool(path) and all(path not in (outer for _, outer in user.calls) for user in node.users)
 
 
 def _lines(ids: Ids) -> Iterator[tuple[int, np.ndarray]]:
@@ -101,10 +99,10 @@ def _lines(ids: Ids) -> Iterator[tuple[int, np.ndarray]]:
             yield support(layer)[0], layer.reshape(-1)
 
 
-def _applied(node: fx.Node) -> Callable[[Tensor], Tensor]:
+def _applied(node: Node) -> Callable[[Tensor], Tensor]:
     """The node's operator as a function of its first argument, never in place."""
     target: Any = node.target
     rest, options = node.args[1:], node.kwargs
-    if operator_name(node) + "_" == str(target).removeprefix("aten.").split(".")[0]:
+    if node.op.startswith(f"{node.name}_."):
         return lambda x: target(x.clone(), *rest, **options)
     return lambda x: target(x, *rest, **options)

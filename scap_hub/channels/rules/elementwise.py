@@ -37,7 +37,7 @@ def prelu(call: Call) -> Ids:
 )  # fmt: skip
 def constant(call: Call) -> Ids | list[Ids]:
     """Made from sizes alone: carries no ids, and pins what it meets."""
-    value = call.node.meta["val"]
+    value = call.node.value
     return [Ids(shape) for shape in call.shapes] if isinstance(value, list | tuple) else Ids(call.shape)
 
 

@@ -25,7 +25,7 @@ def reduction(call: Call) -> Ids | list[Ids]:
             layers.append(layer if keepdim else layer.reshape([s for d, s in enumerate(layer.shape) if d not in gone]))
         elif "max.dim" in call.op or "min.dim" in call.op:
             call.ledger.pin(layer, f"is indexed by {call.place}")
-    value = call.node.meta["val"]
+    value = call.node.value
     if isinstance(value, tuple | list):
         return [Ids(shape, tuple(layers)) for shape in call.shapes]
     return merge(call.ledger, call.shape, layers, f"is reduced ({call.place})")
@@ -45,5 +45,5 @@ def fixed_along(call: Call) -> Ids | list[Ids]:
         return Ids(call.shape, tuple(kept))
     for layer in kept:
         call.ledger.pin(layer, f"enters {call.place}")
-    value = call.node.meta["val"]
+    value = call.node.value
     return [Ids(shape) for shape in call.shapes] if isinstance(value, tuple | list) else Ids(call.shape)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import fx
 
+from scap_hub.channels.graph import Node
 from scap_hub.channels.ids import Ids, Ledger
 
 
@@ -16,7 +16,7 @@ from scap_hub.channels.ids import Ids, Ledger
 class Producer:
     """A layer that computes channels: its weight's rows are theirs."""
 
-    node: fx.Node
+    node: Node
     weight: str
     ids: np.ndarray
 
@@ -25,7 +25,7 @@ class Producer:
 class Consumer:
     """A layer that reads channels through its weight."""
 
-    node: fx.Node
+    node: Node
     weight: str
     ids: np.ndarray
 
@@ -49,18 +49,21 @@ class Trace:
     summed: list[np.ndarray] = field(default_factory=list)
     """Ids that products sum over: being read by another tensor is being read."""
     costs: list[Cost] = field(default_factory=list)
-    ids: dict[fx.Node, Any] = field(default_factory=dict)
+    ids: dict[Node, Any] = field(default_factory=dict)
     outputs: list[Ids] = field(default_factory=list)
-    states: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One operator call, its arguments bound to the names of its schema."""
+    """One operator call, as its rule sees it."""
 
-    node: fx.Node
+    node: Node
     trace: Trace
-    args: Mapping[str, Any]
+
+    @property
+    def args(self) -> Mapping[str, Any]:
+        """Its arguments by the names of the operator's schema."""
+        return self.node.arguments
 
     @property
     def ledger(self) -> Ledger:
@@ -68,12 +71,12 @@ class Call:
 
     @property
     def op(self) -> str:
-        return str(self.node.target).removeprefix("aten.")
+        return self.node.op
 
     @property
     def place(self) -> str:
         """The operator and the module that calls it, for reasons that a person reads."""
-        return f"{self.op.split('.')[0]} in {owner(self.node) or 'the model'!r}"
+        return f"{self.op.split('.')[0]} in {self.node.owner or 'the model'!r}"
 
     def __getitem__(self, name: str) -> Any:
         return self.args[name]
@@ -84,22 +87,22 @@ class Call:
 
     def given(self, name: str) -> bool:
         """Whether an optional tensor argument is present."""
-        return isinstance(self.args.get(name), fx.Node)
+        return isinstance(self.args.get(name), Node)
 
     @property
     def tensors(self) -> list[Ids]:
         """Ids of every tensor argument, those in lists too."""
-        return [ids for node in self.node.all_input_nodes for ids in flat(self.trace.ids[node])]
+        return [ids for node in self.node.sources for ids in flat(self.trace.ids[node])]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the output."""
-        return tuple(self.node.meta["val"].shape)
+        return tuple(self.node.value.shape)
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of several outputs."""
-        return [tuple(value.shape) for value in self.node.meta["val"]]
+        return [tuple(value.shape) for value in self.node.value]
 
     def state(self, name: str) -> str | None:
         """The parameter or buffer that an argument is made from, through the first operand of each operator.
@@ -107,10 +110,10 @@ class Call:
         A standardised weight is a batch norm of the weight, scaled by a gain: the weight comes first.
         """
         node = self.args[name]
-        while isinstance(node, fx.Node):
-            if node.name in self.trace.states:
-                return self.trace.states[node.name]
-            node = next(iter(node.all_input_nodes), None)
+        while isinstance(node, Node):
+            if node.state:
+                return node.state
+            node = next(iter(node.sources), None)
         return None
 
     def dim(self, name: str = "dim", rank: int | None = None) -> int:
@@ -144,14 +147,3 @@ def flat(ids: Any) -> list[Ids]:
     if isinstance(ids, Ids):
         return [ids]
     return [item for item in ids or () if isinstance(item, Ids)]
-
-
-def operator_name(node: fx.Node) -> str:
-    """The ATen operator of a node, without overload; the same for the in-place form."""
-    return str(node.target).removeprefix("aten.").split(".")[0].removesuffix("_")
-
-
-def owner(node: fx.Node) -> str:
-    """Path of the innermost module whose forward pass made this node."""
-    stack = node.meta.get("nn_module_stack")
-    return list(stack.values())[-1][0] if stack else ""

@@ -36,7 +36,7 @@ def pool1d(call: Call) -> Ids:
 def pool2d(call: Call) -> Ids | list[Ids]:
     """(N, C, H, W)."""
     layers = _channels_only(call, 2)
-    value = call.node.meta["val"]
+    value = call.node.value
     return [Ids(shape, layers) for shape in call.shapes] if isinstance(value, tuple | list) else Ids(call.shape, layers)
 
 
