@@ -15,6 +15,7 @@ from scap_hub.channels.groups import Tap
 from scap_hub.criteria import Scap, score
 from scap_hub.criteria.scap import autoencoder, sweep
 from scap_hub.criteria.scap.field import normalise
+from scap_hub.criteria.scap.shelf import Shelf
 from scap_hub.criteria.scap.spectra import spectrum
 from scap_hub.errors import CalibrationError, ModelError, RecipeError
 from tests import scap_reference
@@ -232,8 +233,23 @@ def test_scores_do_not_depend_on_batch_size_order_sweeps_or_run(kind, monkeypatc
     assert_same(images.split(5))
     assert_same([images[12:], images[:12]])
     assert_same([images], groups[::-1])
-    monkeypatch.setattr(sweep, "MEMORY", 1)
+    monkeypatch.setattr(sweep, "DISK", 1)
     assert_same(iter(images.split(7)))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_with_what_to_do():
+    with pytest.raises(CalibrationError, match=r"No space left.*TMPDIR"):
+        Shelf(Path("/dev/full")).put(0, torch.ones(2, 3, 4))
+
+
+def test_spectra_leave_no_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    model, groups = plain(width=(16, 24))
+    score(model, [torch.randn(8, 3, 16, 16)], groups=groups)
+    with pytest.raises(CalibrationError, match="NaN"):
+        score(model, [torch.full((8, 3, 16, 16), torch.nan)], groups=groups)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_seed_of_the_features_matters_only_a_little():

@@ -1,8 +1,14 @@
-"""Sweeps over the calibration images that bring together the field of one layer after the other."""
+"""Sweeps over the calibration images that bring together the field of one layer after the other.
+
+Exact scores compare all images with each other, so the spectra of all of them are needed at once. In files, they take
+no more memory than those of one layer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -12,14 +18,14 @@ from torch import Tensor, nn
 
 from scap_hub.channels.groups import Tap
 from scap_hub.criteria.scap.field import Field, normalise
+from scap_hub.criteria.scap.shelf import Shelf
 from scap_hub.criteria.scap.spectra import onto, spectrum
 from scap_hub.criteria.taps import images_of, sized, watch
 from scap_hub.progress import track
 
-MEMORY = 2**32  # bytes of spectra that a process holds at a time; more of them take further sweeps over the batches
+DISK = 2**32  # bytes of spectra that a process has in files at a time; more take further sweeps over the batches
 
 T = TypeVar("T")
-Spectra = tuple[Tensor, Tensor]
 
 
 def fields(
@@ -46,57 +52,49 @@ def fields(
     state = PartialState()
     batches = sized(batches)
     for some in _rounds(model, taps, batches, bins):
-        spectra = _spectra(model, some, batches, bins)
         mine = {}
-        for i, tap in enumerate(track(some, "autoencoders")):
-            x, y = _gather(spectra[i])
-            spectra[i] = None
-            if i % state.num_processes == state.process_index:
-                mine[i] = measure(tap, normalise(x, y, balance))
+        with TemporaryDirectory(prefix="scap-hub-") as folder:
+            spectra = _spectra(model, some, batches, bins, Path(folder))
+            for i, tap in enumerate(track(some, "autoencoders")):
+                x, y = (_gather(shelf) for shelf in spectra[i])
+                if i % state.num_processes == state.process_index:
+                    mine[i] = measure(tap, normalise(x, y, balance))
         measured = {i: value for part in gather_object([mine]) for i, value in part.items()}
         yield from ((tap, measured[i]) for i, tap in enumerate(some))
 
 
-def _spectra(model: nn.Module, taps: Sequence[Tap], batches: Collection[Any], bins: int) -> list[Spectra | None]:
-    """Spectra of this process's images for each tap, in one sweep; None if it has no images."""
-
-    def read_input(tap: Tap, x: Tensor) -> tuple[Sequence[int], Tensor]:
-        return x.shape[2:], spectrum(x, x.shape[2:], bins)
-
-    def read_output(tap: Tap, read: tuple[Sequence[int], Tensor], y: Tensor) -> Spectra:
-        grid, x = read
-        held = torch.as_tensor(tap.channel_of_row >= 0, device=y.device)
-        return x, spectrum(onto(y if held.all() else y[:, held], grid), grid, bins)
-
-    images = sum(len(images_of(batch)) for batch in batches)
-    spectra: list[Spectra | None] = [None] * len(taps)
+def _spectra(
+    model: nn.Module, taps: Sequence[Tap], batches: Collection[Any], bins: int, folder: Path
+) -> list[tuple[Shelf, Shelf]]:
+    """Spectra of this process's images for the input and the output of each tap, in one sweep."""
+    shelves = {tap: (Shelf(folder / f"{i}.x"), Shelf(folder / f"{i}.y")) for i, tap in enumerate(taps)}
     seen = 0
-    for batch in watch(model, taps, batches, read_input, read_output, "spectra"):
-        for i, (x, y) in enumerate(batch):
-            # One place for all images from the start: putting batches together afterwards would take twice the memory.
-            whole_x, whole_y = spectra[i] or (x.new_empty(images, *x.shape[1:]), y.new_empty(images, *y.shape[1:]))
-            whole_x[seen : seen + len(x)], whole_y[seen : seen + len(y)] = x, y
-            spectra[i] = whole_x, whole_y
-        seen += len(batch[0][0]) if batch else 0
-    return spectra
+
+    def read_input(tap: Tap, x: Tensor) -> Sequence[int]:
+        shelves[tap][0].put(seen, spectrum(x, x.shape[2:], bins))
+        return x.shape[2:]
+
+    def read_output(tap: Tap, grid: Sequence[int], y: Tensor) -> int:
+        held = torch.as_tensor(tap.channel_of_row >= 0, device=y.device)
+        shelves[tap][1].put(seen, spectrum(onto(y if held.all() else y[:, held], grid), grid, bins))
+        return len(y)
+
+    for counts in watch(model, taps, batches, read_input, read_output, "spectra"):
+        seen += counts[0] if counts else 0
+    return list(shelves.values())
 
 
-def _gather(spectra: Spectra | None) -> Spectra:
+def _gather(shelf: Shelf) -> Tensor:
     """The spectra of the images of all processes."""
-    if PartialState().num_processes == 1:
-        assert spectra is not None  # `watch` refuses to see no images at all
-        return spectra
-    shards = gather_object([spectra and (spectra[0].cpu(), spectra[1].cpu())])
-    held = [shard for shard in shards if shard is not None]
-    device = PartialState().device
-    return torch.cat([x for x, _ in held]).to(device), torch.cat([y for _, y in held]).to(device)
+    state, whole = PartialState(), shelf.get()
+    if state.num_processes > 1:
+        whole = torch.cat([shard for shard in gather_object([whole]) if shard is not None])
+    assert whole is not None  # `watch` refuses to see no images at all
+    return whole.to(state.device)
 
 
 def _rounds(model: nn.Module, taps: Sequence[Tap], batches: Collection[Any], bins: int) -> Iterator[list[Tap]]:
-    """Cuts the taps into runs whose spectra fit into memory; each costs a sweep over the batches.
-
-    Exact scores need all pairs of images, so the spectra of a layer are held together, but not those of all layers.
-    """
+    """Cuts the taps into runs whose spectra fit onto the disk; each costs a sweep over the batches."""
     first = next(iter(batches), None)
     images = max(gather_object([0 if first is None else len(images_of(first)) * len(batches)]))
     some: list[Tap] = []
@@ -107,7 +105,7 @@ def _rounds(model: nn.Module, taps: Sequence[Tap], batches: Collection[Any], bin
         weight = model.get_parameter(tap.weight)
         width = weight.shape[1] * getattr(model.get_submodule(tap.module), "groups", 1) + len(tap.channel_of_row)
         size = images * width * bins**2 * max(weight.element_size(), 4)
-        if some and used + size > MEMORY:
+        if some and used + size > DISK:
             yield some
             some, used = [], 0
         some.append(tap)
