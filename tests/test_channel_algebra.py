@@ -69,6 +69,18 @@ class ChannelsLast(nn.Module):
         return x + (self.gamma * y).permute(0, 3, 1, 2)
 
 
+class Windows(nn.Module):
+    """Unfolds into patches, works on them, and folds them again."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(4 * width, 4 * width)
+
+    def forward(self, x):
+        patches = self.linear(nn.functional.unfold(x, 2, stride=2).transpose(1, 2))
+        return nn.functional.fold(torch.relu(patches).transpose(1, 2), x.shape[2:], 2, stride=2)
+
+
 BLOCKS = {
     "conv": lambda w: nn.Sequential(nn.Conv2d(w, w, 3, padding=1), nn.BatchNorm2d(w), nn.ReLU()),
     "grouped": lambda w: nn.Conv2d(w, w, 3, padding=1, groups=2),
@@ -82,6 +94,7 @@ BLOCKS = {
     "gate": Gate,
     "channels_last": ChannelsLast,
     "pool": lambda w: nn.AvgPool2d(3, 1, 1),
+    "windows": Windows,
 }
 
 

@@ -44,6 +44,8 @@ def rolled(rule):
         ("chunk", ["halves"]),
         ("cat", ["dense"]),
         ("add", ["residual"]),
+        ("im2col", ["windows"]),
+        ("col2im", ["windows"]),
     ],
 )
 def test_a_shifted_channel_in_any_rule_is_seen(op, blocks, monkeypatch):

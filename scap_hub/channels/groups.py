@@ -44,7 +44,8 @@ def channel_groups(model: nn.Module, inputs: tuple[Any, ...] | Tensor) -> list[C
         bare, shapes = copy.deepcopy(model), arguments
         captured = capture(bare, shapes)
     found = trace(captured)
-    balanced: set[str] = set()
+    tried: set[str] = set()
+    unbalanced, path = found.ledger.equal, ""
     while True:
         space, channel_of = solve(captured, found, model)
         space = replace(space, forward=forward_of(bare, shapes, found, channel_of, space.layers))
@@ -53,15 +54,21 @@ def channel_groups(model: nn.Module, inputs: tuple[Any, ...] | Tensor) -> list[C
         if stuck is None:
             return groups
         assert space.forward is not None
+        if found.ledger.equal is not unbalanced and stuck.failed[0] == path:
+            # The last balance did not help.
+            found.ledger.equal = unbalanced
+            continue
+        unbalanced, path = found.ledger.equal, stuck.failed[0]
         free = np.zeros(space.count, dtype=bool)
         for group in groups:
             free[group.channels] = group.prunable
         shared = shared_numbers(space.forward, stuck.failed, free)
-        if shared.keys() - balanced:
+        if shared.keys() - tried:
+            found.ledger.equal = list(unbalanced)
             id_of = np.unique(channel_of, return_index=True)[1]
-            for name in shared.keys() - balanced:
+            for name in shared.keys() - tried:
                 found.ledger.balance([id_of[channels] for channels in shared[name]], f"places of {name}")
-            balanced |= shared.keys()
+            tried |= shared.keys()
             continue
         for place, channels in stuck_channels(space.forward, space.tensors, stuck.failed, free).items():
             ids = np.flatnonzero(np.isin(channel_of, channels))

@@ -91,6 +91,7 @@ class Forward:
         channel_of: The channel number of each of its ids.
         reshapes: Modules that reshape, with how many sizes they give and which one may come from another tensor.
         chosen: What turned out to have to change.
+        widened: Whether attributes that hold the width of what enters their module may be part of that.
         features: The dense model's, once somebody asked.
     """
 
@@ -103,7 +104,40 @@ class Forward:
     channel_of: np.ndarray
     reshapes: tuple[tuple[str, int, int], ...] = ()
     chosen: Choice = field(default_factory=frozenset)
+    widened: bool = False
     features: Features | None = None
+
+    @functools.cached_property
+    def entering(self) -> list[tuple[str, np.ndarray]]:
+        """The channels that come into each module, with its path."""
+        own = {path for path, kind in self.kinds.items() if not kind.__module__.startswith("torch.nn")}
+        sources = {
+            (path, source): None
+            for node in self.found.ids
+            for source in node.sources
+            if source.varies
+            for path in {path for _, path in node.calls} - {path for _, path in source.calls}
+            if path in own
+        }
+        return [
+            (path, self.channel_of[line])
+            for path, source in sources
+            for ids in flat(self.found.ids[source])
+            for dim in range(len(ids.shape))
+            if (line := ids.along(dim)) is not None
+        ]
+
+    def changing(self, keep: np.ndarray) -> list[Integer]:
+        """The attributes that may have to change if these channels stay."""
+        integers = [*self.integers]
+        if self.widened:
+            modules = dict(self.model.named_modules())
+            integers += [
+                Integer(place, channels, Fraction(1), "what enters")
+                for path, channels in self.entering
+                for place in _integers(path, modules[path], Fraction(channels.size))
+            ]
+        return [integer for integer in integers if not keep[integer.channels].all()]
 
     @functools.cached_property
     def kinds(self) -> dict[str, type]:
@@ -154,9 +188,7 @@ def solve_integers(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dic
     Raises:
         StuckError: No choice makes it run.
     """
-    changing = [integer for integer in forward.integers if not keep[integer.channels].all()]
-    kinds = forward.kinds
-
+    changing, kinds = forward.changing(keep), forward.kinds
     trial = _Trial(forward, plan, keep)
 
     def run(chosen: Choice) -> _Outcome:
@@ -171,9 +203,13 @@ def solve_integers(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dic
             for own in (*_attempts(changing, kinds, path), *_other_reshapes(forward, kinds, path))
         )
         better = next(((result, own) for own in attempts if (result := run(own)).finished > outcome.finished), None)
-        if better is None:
-            raise StuckError(outcome.failed, outcome.message)
-        outcome, chosen = better
+        if better is not None:
+            outcome, chosen = better
+        elif not forward.widened:
+            forward.widened = True
+            changing = forward.changing(keep)
+        else:
+            raise StuckError(outcome.failed or (), outcome.message)
     forward.chosen |= chosen
     return _values(forward, changing, keep, kinds, chosen)
 
@@ -198,7 +234,9 @@ def new_widths(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dict[st
 
 
 def shared_numbers(forward: Forward, failed: Sequence[str], free: np.ndarray) -> dict[str, list[np.ndarray]]:
-    """Channels that one attribute counts in several places of one module: they must stay equally many.
+    """Channels that one number counts in several places of one module: they must stay equally many.
+
+    The number is an attribute of the module, or the width of what enters it.
 
     Args:
         forward: Where the numbers are.
@@ -206,16 +244,23 @@ def shared_numbers(forward: Forward, failed: Sequence[str], free: np.ndarray) ->
         free: Of every channel, whether it can still be pruned; beside one that cannot, nothing is gained.
 
     Returns:
-        For each such attribute, in all modules of the classes that failed, the channels of its places.
+        For each such number, in all modules of the classes that failed, the channels of its places.
     """
     kinds = forward.kinds
-    blamed = {kinds[path] for path in failed[:1]}
+    blamed = {path for path, kind in kinds.items() if kind is kinds[failed[0]]}
     shared: dict[str, dict[bytes, np.ndarray]] = {}
+
+    def place(name: str, channels: np.ndarray) -> None:
+        shared.setdefault(name, {})[np.sort(channels).tobytes()] = channels
+
     for integer in forward.integers:
         path, name, index = integer.place
-        if kinds[path] in blamed and integer.times == 1:
-            places = shared.setdefault(f"{path}.{name}" + ("" if index is None else f"[{index}]"), {})
-            places[np.sort(integer.channels).tobytes()] = integer.channels
+        if path in blamed and integer.times == 1:
+            place(f"{path}.{name}" + ("" if index is None else f"[{index}]"), integer.channels)
+    entering = {(path, channels.size) for path, channels in forward.entering if path in blamed}
+    for path, channels in (*forward.entering, *forward.counted):
+        if (path, channels.size) in entering:
+            place(f"what enters {path}", channels)
     alike = {name: list(places.values()) for name, places in shared.items()}
     return {
         name: places
@@ -333,15 +378,17 @@ def _integers(path: str, module: nn.Module, value: Fraction) -> Iterator[Place]:
 
 def _attempts(changing: Sequence[Integer], kinds: Mapping[str, type], path: str) -> Iterator[Choice]:
     """Attributes of a module that may have to change: one use of one, one alone, all together, two at a time."""
-    uses = sorted({(kinds[path], *integer.use) for integer in changing if integer.place[0] == path}, key=str)
-    yield from (frozenset([use]) for use in uses)
-    names = sorted({use[1:3] for use in uses})
-    wholes = [frozenset(use for use in uses if use[1:3] == name) for name in names]
-    yield from (whole for whole in wholes if len(whole) > 1)
-    if len(names) > 1:
-        yield frozenset(uses)
-    if len(names) > 2:
-        yield from (one | other for one, other in itertools.combinations(wholes, 2))
+    every = sorted({(kinds[path], *integer.use) for integer in changing if integer.place[0] == path}, key=str)
+    yield from (frozenset([use]) for use in every)
+    # A number that is the one in the graph, rather than a multiple of another by chance.
+    for uses in ([use for use in every if use[2] == 1], every):
+        names = sorted({use[1:3] for use in uses})
+        wholes = [frozenset(use for use in uses if use[1:3] == name) for name in names]
+        yield from (whole for whole in wholes if len(whole) > 1)
+        if len(names) > 1:
+            yield frozenset(uses)
+        if len(names) > 2:
+            yield from (one | other for one, other in itertools.combinations(wholes, 2))
 
 
 def _other_reshapes(forward: Forward, kinds: Mapping[str, type], path: str) -> Iterator[Choice]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from scap_hub.channels.ids import STAYS, Ids, support
+from scap_hub.channels.ids import STAYS, Ids, line, support
 from scap_hub.channels.rules.registry import Call, rule
 
 
@@ -49,6 +49,28 @@ def unfold(call: Call) -> Ids:
             call.ledger.pin(layer, f"lies along the window of {call.place}")
     kept = [layer[..., None] for layer in x.layers if dim not in support(layer)]
     return Ids(call.shape, tuple(kept))
+
+
+@rule("im2col")
+def im2col(call: Call) -> Ids:
+    """(N, C, H, W) to (N, C * window, L): the places of its window follow each channel."""
+    _channels_only(call, 2)
+    channels = call.ids("self").along(1)
+    if channels is None:
+        return Ids(call.shape)
+    return Ids(call.shape, (line(np.repeat(channels, call.shape[1] // channels.size), 1, 3),))
+
+
+@rule("col2im")
+def col2im(call: Call) -> Ids:
+    """(N, C * window, L) to (N, C, H, W): a channel leaves with all places of its window."""
+    _channels_only(call, 1)
+    places = call.ids("self").along(1)
+    if places is None:
+        return Ids(call.shape)
+    places = places.reshape(call.shape[1], -1)
+    call.ledger.equate(places[:, :1], places, f"is folded into a channel that stays ({call.place})")
+    return Ids(call.shape, (line(places[:, 0], 1, 4),))
 
 
 @rule("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d")
