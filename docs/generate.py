@@ -126,11 +126,12 @@ Top-1 on Fashion-MNIST after pruning, in percent: every criterion at the same bu
 same dense nets. Least-squares repair and batch-norm statistics come from {calibration} images; where nothing else is
 said, nothing is trained after pruning. Nothing is decided on these test images. The small print: the nets were trained
 for a few epochs on part of the training images, because this was measured on two slow CPU cores, so they are below what
-they can be; with {seeds} seed(s), rows that differ by a point are ties.
+they can be. Where there is a ±, it is the standard deviation over {seeds} seeds, which choose the calibration images; where
+there is none, one seed was measured, and rows that differ by a point are ties.
 
 - `torch-pruning` is Torch-Pruning's own pipeline (L2 group norm, local ratios) without our repair, `torch-pruning-bn`
   the same with batch-norm statistics taken anew.
-- **mean rank** is over the budgets: 1 is best.
+- **mean rank** is over the budgets and seeds: 1 is best.
 
 `scap`, the published criterion, does not lead: it judges channels one by one, so that two that say the same go or stay
 together, and cuts all groups by equal shares. `scap-set` mends both. Most of its lead comes from the widths.

@@ -288,3 +288,12 @@ def test_two_processes_give_the_scores_and_the_plan_of_one(tmp_path):
             else:
                 # Output errors are squares of what a float32 model gives for batches of other sizes.
                 torch.testing.assert_close(two[key], values, rtol=1e-5 if key == "scap-set" else 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("criterion", [OBS(), ScapSet()])
+def test_the_ranking_orders_channels_as_the_scores_do(criterion):
+    model = randomize(Residual(width=16)).double().eval()
+    groups = [group for group in channel_groups(model, IMAGES[0]) if group.prunable]
+    scores, ranks = criterion.score(model, groups, IMAGES), criterion.ranking(model, groups, IMAGES)
+    for group in groups:
+        assert scores[group.name].argsort().tolist() == ranks[group.name].argsort().tolist()

@@ -47,6 +47,10 @@ class Criterion(ABC):
             batches: Calibration batches; this rank's shard when several processes run.
         """
 
+    def ranking(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> dict[str, Tensor]:
+        """Scores that order the channels of each group as `score` does; for criteria where that alone is cheaper."""
+        return self.score(model, groups, batches)
+
     def refine(
         self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any], plan: PruningPlan
     ) -> PruningPlan:

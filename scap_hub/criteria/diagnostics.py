@@ -30,7 +30,7 @@ class Diagnosis:
         energy: Variance of each channel over images and places, as a share of the group's.
         dead: Channels that are constant on the calibration images.
         l1_correlation: Spearman's rank correlation of the scores with those of `l1`; None where either is constant.
-        stability: The same between the scores from two halves of the calibration images; None with fewer than 8.
+        stability: The same between the rankings from two halves of the calibration images; None with fewer than 8.
     """
 
     fidelity: tuple[float, ...] | None
@@ -82,12 +82,12 @@ def diagnose(
 def _halves(
     model: nn.Module, groups: Sequence[ChannelGroup], batches: Collection[Any], criterion: Criterion
 ) -> list[dict[str, Tensor]]:
-    """Scores from every other calibration image, and from the rest."""
+    """Rankings from every other calibration image, and from the rest."""
     images = [images_of(batch) for batch in batches]
     if enough(sum(len(some) for some in images)) < _IMAGES:
         return []
     shards = [[some[half::2] for some in images if len(some) > half] for half in (0, 1)]
-    return [criterion.score(model, groups, shard) for shard in shards]
+    return [criterion.ranking(model, groups, shard) for shard in shards]
 
 
 def _moments(grid: Sequence[int], y: Tensor) -> Tensor:

@@ -52,6 +52,8 @@ class Consumer:
 
 
 Readings = list[tuple[Consumer, Reading]]
+Judge = Callable[[ChannelGroup, Readings], Tensor]
+"""What turns a group and the layers that read it into importances, (size,)."""
 
 
 @dataclass(kw_only=True)
@@ -81,9 +83,17 @@ class OBS(Criterion):
             CalibrationError: NaN or Inf in a layer's input, or fewer than 2 images over all processes.
         """
         batches = sized(batches)
+        return self._judged(model, groups, batches, self._judge(model, batches))
+
+    def ranking(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> dict[str, Tensor]:
+        """See `Criterion.ranking`."""
+        return self._judged(model, groups, sized(batches), _ranks)
+
+    def _judged(
+        self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Collection[Any], judge: Judge
+    ) -> dict[str, Tensor]:
         consumers = {group.name: consumers_of(model, group) for group in groups}
         grams = self._grams(model, groups, [c for group in groups for c in consumers[group.name]], batches)
-        judge = self._judge(model, batches)
         scores = {}
         for group in track(groups, "elimination"):
             if readings := self._readings(model, group, consumers[group.name], grams):
@@ -120,7 +130,7 @@ class OBS(Criterion):
                 write(work, consumer, reading, stays)
         return PruningPlan.from_keep(groups, keep)
 
-    def _judge(self, model: nn.Module, batches: Collection[Any]) -> Callable[[ChannelGroup, Readings], Tensor]:
+    def _judge(self, model: nn.Module, batches: Collection[Any]) -> Judge:
         """What turns a group and its readings into importances."""
         return _ranks
 

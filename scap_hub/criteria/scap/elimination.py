@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup, Tap
-from scap_hub.criteria.obs import OBS, Consumer, PatchMoments, Readings, accumulate, over_processes, read_inputs
+from scap_hub.criteria.obs import OBS, Consumer, Judge, PatchMoments, accumulate, over_processes, read_inputs
 from scap_hub.criteria.scap.autoencoder import pca
 from scap_hub.criteria.scap.criterion import check_size
 from scap_hub.criteria.scap.field import Field
@@ -52,7 +52,7 @@ class ScapSet(OBS):
         if not 0 <= self.blend <= 1:
             raise RecipeError(f"blend = {self.blend}: give the share of the codes, from 0 to 1")
 
-    def _judge(self, model: nn.Module, batches: Collection[Any]) -> Callable[[ChannelGroup, Readings], Tensor]:
+    def _judge(self, model: nn.Module, batches: Collection[Any]) -> Judge:
         outputs = Outputs(model, batches, self.bins)
         return lambda group, readings: marginal(*outputs.curve(group, readings))
 
