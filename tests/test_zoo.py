@@ -279,6 +279,16 @@ def test_uneven_parts_lose_equally_many():
     assert verify(model, random_plan(groups, seed=1), x) < 1e-9
 
 
+def test_a_width_that_is_the_sum_over_several_heads_follows():
+    model = timm.create_model("efficientvim_m1", num_classes=10).eval()
+    x = torch.randn(1, 3, 64, 64)
+    _, small = halved(model, x)
+    read = [head.linear.in_features for head in small.heads]
+    assert small.num_features == small.head_hidden_size == sum(read) < model.num_features
+    small.reset_classifier(7)
+    assert small(x).shape == (1, 7) and [head.linear.in_features for head in small.heads] == read
+
+
 @pytest.mark.parametrize(
     "name", ["resnet18", "mobilenetv3_small_050", "inception_next_atto", "regnety_002", "test_vit", "mambaout_femto"]
 )

@@ -32,14 +32,14 @@ class Features:
         last: Output of timm's `forward_features`.
         stages: Sizes in the outputs of the modules that timm's `feature_info` names, None where one does not run.
         hidden: transformers' `hidden_states`.
-        classifier: Width that the classifier reads, by timm's `get_classifier`.
+        classifiers: Widths that the classifier reads, by timm's `get_classifier`; several where it has several heads.
         calls: Input and output of every module that maps one tensor to one, by path.
     """
 
     last: Shape | None = None
     stages: list[Shape | None] = field(default_factory=list)
     hidden: list[Shape] = field(default_factory=list)
-    classifier: int | None = None
+    classifiers: list[int] = field(default_factory=list)
     calls: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
 
 
@@ -89,7 +89,7 @@ def _observed(model: Any, inputs: tuple[Any, ...]) -> Features:
     if options:
         features.hidden = [tuple(x.shape) for x in output.hidden_states or () if isinstance(x, Tensor)]
     weights = [weight for module in _classifier(model) for weight in module.parameters() if weight.ndim > 1]
-    features.classifier = weights[0].shape[1] if weights else None
+    features.classifiers = [weight.shape[1] for weight in weights]
     return features
 
 
@@ -107,8 +107,10 @@ def widths(model: Any, dense: Features, small: Features) -> dict[str, dict[str, 
             width = vars(module).get(name)
             if path in dense.calls and width in dense.calls[path][0]:
                 found.setdefault(path, {})[name] = _narrowed(width, dense.calls[path][0], small.calls[path][0])
-            elif width == dense.classifier is not None:
-                found.setdefault(path, {})[name] = small.classifier
+            elif width in dense.classifiers[:1]:
+                found.setdefault(path, {})[name] = small.classifiers[0]
+            elif width is not None and width == sum(dense.classifiers):
+                found.setdefault(path, {})[name] = sum(small.classifiers)
     for path, shapes in dense.calls.items():
         held = vars(model.get_submodule(path))
         for side, names in enumerate((_INPUTS, _OUTPUTS)):
@@ -118,7 +120,7 @@ def widths(model: Any, dense: Features, small: Features) -> dict[str, dict[str, 
                     if new != held[name]:
                         found.setdefault(path, {}).setdefault(name, new)
     own = found.setdefault("", {})
-    if dense.last and small.last and type(vars(model).get("num_features")) is int:
+    if dense.last and small.last and vars(model).get("num_features") in dense.last:
         own["num_features"] = _narrowed(model.num_features, dense.last, small.last)
     if stages := _stages(model):
         pairs = zip(stages, dense.stages, small.stages, strict=True)
