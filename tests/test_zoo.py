@@ -283,10 +283,10 @@ def test_a_width_that_is_the_sum_over_several_heads_follows():
     model = timm.create_model("efficientvim_m1", num_classes=10).eval()
     x = torch.randn(1, 3, 64, 64)
     _, small = halved(model, x)
-    read = [head.linear.in_features for head in small.heads]
+    read = [head.in_features for head in small.heads]
     assert small.num_features == small.head_hidden_size == sum(read) < model.num_features
     small.reset_classifier(7)
-    assert small(x).shape == (1, 7) and [head.linear.in_features for head in small.heads] == read
+    assert small(x).shape == (1, 7) and [head.in_features for head in small.heads] == read
 
 
 @pytest.mark.parametrize(
