@@ -243,6 +243,18 @@ def test_a_full_disk_is_told_with_what_to_do():
         Shelf(Path("/dev/full")).put(0, torch.ones(2, 3, 4))
 
 
+def test_an_input_that_is_the_output_before_it_is_kept_once(monkeypatch):
+    model, groups = plain(width=(16, 24))
+    images = torch.randn(24, 3, 16, 16)
+    shared = []
+    monkeypatch.setattr(Shelf, "share", lambda self, *how, own=Shelf.share: shared.append(how) or own(self, *how))
+    together = score(model, images.split(7), groups=groups)
+    assert len(shared) == 4  # the second layer's input, in each batch
+    for one in groups:
+        torch.testing.assert_close(score(model, images.split(7), groups=[one])[one.name], together[one.name])
+    assert len(shared) == 4
+
+
 def test_spectra_leave_no_files(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     model, groups = plain(width=(16, 24))

@@ -10,16 +10,19 @@ from torch import Tensor
 
 from scap_hub.errors import CalibrationError
 
+Chunk = tuple[Path, int, tuple[int, ...], np.dtype]
+"""Where rows are: file, offset in bytes, shape, type."""
+
 
 class Shelf:
     """Rows of equal shape, one an image."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._row: tuple[tuple[int, ...], np.dtype] | None = None
+        self._chunks: dict[int, Chunk] = {}
 
     def put(self, first: int, rows: Tensor) -> None:
-        """Writes rows from number `first` on; what is there is replaced.
+        """Adds rows, or replaces them.
 
         Args:
             first: Number of rows before these.
@@ -29,10 +32,9 @@ class Shelf:
             CalibrationError: The disk is full, or cannot be written to.
         """
         data = rows.contiguous().cpu().numpy()
-        self._row = data.shape[1:], data.dtype
         try:
-            with self.path.open("r+b" if self.path.exists() else "wb") as file:
-                file.seek(first * data[0].nbytes)
+            with self.path.open("ab") as file:
+                self._chunks[first] = self.path, file.tell(), data.shape, data.dtype
                 file.write(data.data)
         except OSError as error:
             raise CalibrationError(
@@ -40,9 +42,20 @@ class Shelf:
                 "TMPDIR to a folder with more space, or take fewer calibration images"
             ) from error
 
+    def share(self, first: int, other: Shelf) -> None:
+        """Takes over the rows that another shelf has got from number `first` on."""
+        self._chunks[first] = other._chunks[first]
+
     def get(self) -> Tensor | None:
         """All rows, (N, *shape), on the CPU; None if there are none."""
-        if self._row is None:
+        if not self._chunks:
             return None
-        shape, dtype = self._row
-        return torch.from_numpy(np.fromfile(self.path, dtype)).view(-1, *shape)
+        (_, _, shape, dtype), *_ = chunks = [self._chunks[first] for first in sorted(self._chunks)]
+        whole = np.empty((sum(shape[0] for _, _, shape, _ in chunks), *shape[1:]), dtype)
+        done = 0
+        for path, offset, shape, _ in chunks:
+            with path.open("rb") as file:
+                file.seek(offset)
+                file.readinto(whole[done : done + shape[0]].data)
+            done += shape[0]
+        return torch.from_numpy(whole)
