@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import accuracy  # noqa: E402
+import finetune  # noqa: E402
 import latency  # noqa: E402
 
 needs_images = pytest.mark.skipif(not fashion_mnist.FOLDER.is_dir(), reason="needs Debian's dataset-fashion-mnist")
@@ -79,3 +80,10 @@ def test_latency_compares_dense_and_pruned(monkeypatch, tmp_path):
     assert {row["model"] for row in rows} == {"dense", "half", "half, any counts", "latency"} and len(rows) == 8
     assert all(0.4 < row["macs"] <= 0.5 for row in rows if row["model"].startswith("half"))
     assert json.loads((tmp_path / "latency.json").read_text())["rows"] == rows
+
+
+@pytest.mark.parametrize("name", finetune.SETTINGS)
+def test_fine_tuning_is_compared_one_change_at_a_time(name):
+    default, own = (finetune.changed(setting, 2).model_dump() for setting in ("default", name))
+    different = [key for key in default if default[key] != own[key]]
+    assert own["epochs"] == 2 and len(different) == (0 if name == "default" else 2 if name == "SGD" else 1)
