@@ -185,7 +185,7 @@ def trained(name: str, net: Net, splits: dict[str, DataLoader], settings: Finetu
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="benchmarks/accuracy.py", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one net, 400 images, one epoch, one target, one seed")
     parser.add_argument("--json", type=Path, help="where to write everything that was found")
     parser.add_argument("--out", type=Path, help="where nets and finished cells are kept; out/accuracy")
@@ -259,9 +259,7 @@ def repeated(parser: argparse.ArgumentParser, options: argparse.Namespace) -> st
     """The command that measures the same, without this machine's files."""
     given = {key: value for key, value in vars(options).items() if value != parser.get_default(key)}
     settings = {key: value for key, value in given.items() if not isinstance(value, Path | bool)}
-    return " ".join(
-        ["python benchmarks/accuracy.py", *(f"--{key.replace('_', '-')} {settings[key]}" for key in settings)]
-    )
+    return " ".join([f"python {parser.prog}", *(f"--{key.replace('_', '-')} {settings[key]}" for key in settings)])
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def changed(name: str, epochs: int, **options: Any) -> FinetuneSettings:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="benchmarks/finetune.py", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one net, 400 images, one epoch, one seed, two settings")
     parser.add_argument("--json", type=Path, help="where to write everything that was found")
     parser.add_argument("--out", type=Path, default=Path("out/accuracy"), help="where dense nets are kept")
@@ -107,8 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             print(f"{setting:16}" + "".join(f"{100 * value:8.2f}" for value in top1), flush=True)
             if options.json:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
-                command = repeated(parser, options).replace("accuracy.py", "finetune.py")
-                options.json.write_text(json.dumps({"command": command, "nets": found}, indent=1) + "\n")
+                document = {"command": repeated(parser, options), "nets": found}
+                options.json.write_text(json.dumps(document, indent=1) + "\n")
     return found
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -21,6 +22,9 @@ from typing import Any
 
 import timm
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from accuracy import repeated
 
 import scap_hub
 from scap_hub.selection import select_latency
@@ -59,7 +63,7 @@ def measure(name: str, size: int, options: argparse.Namespace) -> list[dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="benchmarks/latency.py", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--quick", action="store_true", help="two networks at 64 pixels, batches of 1 and 4, eager, fp32"
     )
@@ -91,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             print(f"{name:17}{row['model']:17}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            document = {"device": device_name(accelerator().device), "torch": torch.__version__, "rows": rows}
+            about = {"device": device_name(accelerator().device), "torch": torch.__version__}
+            document = {"command": repeated(parser, options), **about, "rows": rows}
             options.json.write_text(json.dumps(document, indent=1) + "\n")
     return rows
 

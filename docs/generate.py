@@ -126,8 +126,8 @@ Top-1 on Fashion-MNIST after pruning, in percent: every criterion at the same bu
 same dense nets. Least-squares repair and batch-norm statistics come from {calibration} images; where nothing else is
 said, nothing is trained after pruning. Nothing is decided on these test images. The small print: the nets were trained
 for a few epochs on part of the training images, because this was measured on two slow CPU cores, so they are below what
-they can be. Where there is a ±, it is the standard deviation over {seeds} seeds, which choose the calibration images; where
-there is none, one seed was measured, and rows that differ by a point are ties.
+they can be. Where there is a ±, it is the standard deviation over {seeds} seeds, which choose the calibration images;
+where there is none, one seed was measured, and rows that differ by a point are ties.
 
 - `torch-pruning` is Torch-Pruning's own pipeline (L2 group norm, local ratios) without our repair, `torch-pruning-bn`
   the same with batch-norm statistics taken anew.
@@ -164,6 +164,47 @@ def accuracy() -> str:
             for cell in found["cells"]:
                 if cell["target"].startswith("threshold"):
                     text += f"\n{cell['macs']:.1%} of the MACs stay, {cell['params']:.1%} of the parameters.\n"
+    return text
+
+
+SPEED = """\
+<!-- Written by docs/generate.py from benchmarks/results/latency.json; do not edit. -->
+# Speed
+
+How much faster pruned models are, measured: the dense model and its pruned ones take turns in one process, and each
+figure is a ratio of the same rounds. On {device}, torch {torch}.
+
+- **half**: half of the MACs, channel counts in multiples of 8 (`target: macs=0.5`, the default `round_to`);
+  **any counts** the same with `round_to: 1`.
+- **latency**: pruned to half of the dense time at batch 1 (`target: latency=0.5`), planned from a table of layer times
+  measured there.
+
+Weights are random and every group keeps the same share: speed depends on shapes only.
+
+```bash
+{command}
+```
+
+| network | batch | dtype | mode | dense, images/s | half | any counts | latency |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def speed() -> str:
+    """The page of measured speed."""
+    document = json.loads((ROOT / "benchmarks" / "results" / "latency.json").read_text(encoding="utf-8"))
+    text = SPEED.format(**{key: document[key] for key in ("device", "torch", "command")})
+    settings: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in document["rows"]:
+        key = tuple(row[name] for name in ("network", "batch", "dtype", "mode"))
+        settings.setdefault(key, {})[row["model"]] = row
+    for key, rows in settings.items():
+        faster = [
+            f"{rows[name]['speedup']:.2f}x ({rows[name]['macs']:.2f} of the MACs)" if name in rows else ""
+            for name in ("half", "half, any counts", "latency")
+        ]
+        cells = [*map(str, key), f"{rows['dense']['images_per_second']:.1f}", *faster]
+        text += f"| {' | '.join(cells)} |\n"
     return text
 
 
