@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 2**16  # samples, or columns, at a time
+BLOCK = 2**16  # samples at a time
+COLUMNS = 2**12  # of the input's spectra at a time, few enough for the processor's cache
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def normalise(x: Tensor, y: Tensor, balance: bool) -> Field:
     # Scores are ranks, which amplify rounding; float64 from here on makes them independent of the order of images.
     # The input is the largest tensor: its Gram matrix over the images is summed up part by part.
     gram, constant = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device), 0.0
-    for part in x.flatten(1).split(BLOCK, 1):
+    for part in x.flatten(1).split(COLUMNS, 1):
         part = part.double()
         mean = part.mean(0)
         part -= mean
