@@ -32,6 +32,7 @@ from scap_hub.errors import PlanError
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import RESHAPE, apply_plan, set_attributes
 
+_ENTERS = "what enters"
 _MULTIPLES = tuple(map(Fraction, ("1", "2", "3", "4", "1/2", "1/3", "1/4")))
 
 
@@ -91,7 +92,6 @@ class Forward:
         channel_of: The channel number of each of its ids.
         reshapes: Modules that reshape, with how many sizes they give and which one may come from another tensor.
         chosen: What turned out to have to change.
-        widened: Whether attributes that hold the width of what enters their module may be part of that.
         features: The dense model's, once somebody asked.
     """
 
@@ -104,7 +104,6 @@ class Forward:
     channel_of: np.ndarray
     reshapes: tuple[tuple[str, int, int], ...] = ()
     chosen: Choice = field(default_factory=frozenset)
-    widened: bool = False
     features: Features | None = None
 
     @functools.cached_property
@@ -127,17 +126,15 @@ class Forward:
             if (line := ids.along(dim)) is not None
         ]
 
-    def changing(self, keep: np.ndarray) -> list[Integer]:
-        """The attributes that may have to change if these channels stay."""
-        integers = [*self.integers]
-        if self.widened:
-            modules = dict(self.model.named_modules())
-            integers += [
-                Integer(place, channels, Fraction(1), "what enters")
-                for path, channels in self.entering
-                for place in _integers(path, modules[path], Fraction(channels.size))
-            ]
-        return [integer for integer in integers if not keep[integer.channels].all()]
+    @functools.cached_property
+    def widths(self) -> list[Integer]:
+        """Attributes that hold the width of what enters their module."""
+        modules = dict(self.model.named_modules())
+        return [
+            Integer(place, channels, Fraction(1), _ENTERS)
+            for path, channels in self.entering
+            for place in _integers(path, modules[path], Fraction(channels.size))
+        ]
 
     @functools.cached_property
     def kinds(self) -> dict[str, type]:
@@ -188,7 +185,7 @@ def solve_integers(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dic
     Raises:
         StuckError: No choice makes it run.
     """
-    changing, kinds = forward.changing(keep), forward.kinds
+    changing, kinds = [integer for integer in forward.integers if not keep[integer.channels].all()], forward.kinds
     trial = _Trial(forward, plan, keep)
 
     def run(chosen: Choice) -> _Outcome:
@@ -197,19 +194,11 @@ def solve_integers(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dic
     chosen = forward.chosen
     outcome = run(chosen)
     while outcome.failed is not None:
-        attempts = (
-            chosen | own
-            for path in outcome.failed
-            for own in (*_attempts(changing, kinds, path), *_other_reshapes(forward, kinds, path))
-        )
+        attempts = (chosen | own for own in _all_attempts(forward, changing, outcome.failed))
         better = next(((result, own) for own in attempts if (result := run(own)).finished > outcome.finished), None)
-        if better is not None:
-            outcome, chosen = better
-        elif not forward.widened:
-            forward.widened = True
-            changing = forward.changing(keep)
-        else:
-            raise StuckError(outcome.failed or (), outcome.message)
+        if better is None:
+            raise StuckError(outcome.failed, outcome.message)
+        outcome, chosen = better
     forward.chosen |= chosen
     return _values(forward, changing, keep, kinds, chosen)
 
@@ -376,19 +365,29 @@ def _integers(path: str, module: nn.Module, value: Fraction) -> Iterator[Place]:
             yield from ((path, name, index) for index, item in enumerate(held) if item == value)
 
 
+def _all_attempts(forward: Forward, changing: Sequence[Integer], failed: Sequence[str]) -> Iterator[Choice]:
+    """What may have to change after a failure in these modules, the likely first."""
+    kinds = forward.kinds
+    for path in failed:
+        yield from _attempts(changing, kinds, path)
+        yield from _other_reshapes(forward, kinds, path)
+    for path in failed:
+        uses = dict.fromkeys((kinds[path], *width.use) for width in forward.widths if width.place[0] == path)
+        yield from (frozenset([use]) for use in uses)
+
+
 def _attempts(changing: Sequence[Integer], kinds: Mapping[str, type], path: str) -> Iterator[Choice]:
     """Attributes of a module that may have to change: one use of one, one alone, all together, two at a time."""
-    every = sorted({(kinds[path], *integer.use) for integer in changing if integer.place[0] == path}, key=str)
-    yield from (frozenset([use]) for use in every)
-    # A number that is the one in the graph, rather than a multiple of another by chance.
-    for uses in ([use for use in every if use[2] == 1], every):
-        names = sorted({use[1:3] for use in uses})
-        wholes = [frozenset(use for use in uses if use[1:3] == name) for name in names]
-        yield from (whole for whole in wholes if len(whole) > 1)
-        if len(names) > 1:
-            yield frozenset(uses)
-        if len(names) > 2:
-            yield from (one | other for one, other in itertools.combinations(wholes, 2))
+    uses = sorted({(kinds[path], *integer.use) for integer in changing if integer.place[0] == path}, key=str)
+    yield from (frozenset([use]) for use in uses)
+    names = sorted({use[1:3] for use in uses})
+    wholes = [frozenset(use for use in uses if use[1:3] == name) for name in names]
+    yield from (whole for whole in wholes if len(whole) > 1)
+    if len(names) > 1:
+        exact = frozenset(use for use in uses if use[2] == 1)  # not a multiple of another number by chance
+        yield from dict.fromkeys([exact, frozenset(uses)])
+    if len(names) > 2:
+        yield from (one | other for one, other in itertools.combinations(wholes, 2))
 
 
 def _other_reshapes(forward: Forward, kinds: Mapping[str, type], path: str) -> Iterator[Choice]:
@@ -402,7 +401,7 @@ def _values(
     forward: Forward, changing: Sequence[Integer], keep: np.ndarray, kinds: Mapping[str, type], chosen: Choice
 ) -> dict[str, dict[str, Any]]:
     values: dict[str, dict[str, Any]] = {}
-    for integer in changing:
+    for integer in (*changing, *(forward.widths if any(use[-1] == _ENTERS for use in chosen) else ())):
         path, name, index = integer.place
         if (kinds[path], *integer.use) not in chosen:
             continue
