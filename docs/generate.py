@@ -99,7 +99,7 @@ def coverage() -> str:
         proven=len(proven),
         share=len(proven) / len(rows),
         wrong=sum(row["status"] == "VerificationError" for row in rows) or "none",
-        reloaded=sum("reloaded" in row for row in rows),
+        reloaded=sum("difference" in row.get("reloaded", {}) for row in rows),
         exact=sum(row.get("reloaded", {}).get("difference") == 0 for row in rows),
         peer=f"{compared(rows)}.\n\n" if any("torch_pruning" in row for row in rows) else "",
     )
