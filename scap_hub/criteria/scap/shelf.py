@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -47,15 +49,15 @@ class Shelf:
         self._chunks[first] = other._chunks[first]
 
     def get(self) -> Tensor | None:
-        """All rows, (N, *shape), on the CPU; None if there are none."""
+        """All rows, (N, *shape), on the CPU, read as they are used; None if there are none."""
         if not self._chunks:
             return None
-        (_, _, shape, dtype), *_ = chunks = [self._chunks[first] for first in sorted(self._chunks)]
-        whole = np.empty((sum(shape[0] for _, _, shape, _ in chunks), *shape[1:]), dtype)
-        done = 0
-        for path, offset, shape, _ in chunks:
-            with path.open("rb") as file:
-                file.seek(offset)
-                file.readinto(whole[done : done + shape[0]].data)
-            done += shape[0]
-        return torch.from_numpy(whole)
+        chunks = [self._chunks[first] for first in sorted(self._chunks)]
+        path, offset, shape, dtype = chunks[0]
+        rows = list(itertools.accumulate((chunk[2][0] for chunk in chunks), initial=0))
+        row = math.prod(shape[1:]) * dtype.itemsize
+        if all(chunk[:2] == (path, offset + first * row) for chunk, first in zip(chunks, rows, strict=False)):
+            # One after the other: seen as one, without a copy.
+            chunks = [(path, offset, (rows[-1], *shape[1:]), dtype)]
+        parts = [torch.from_numpy(np.memmap(path, dtype, "c", offset, shape)) for path, offset, shape, dtype in chunks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
