@@ -180,7 +180,7 @@ figure is a ratio of the same rounds. On {device}, torch {torch}.
 - **half**: half of the MACs, channel counts in multiples of 8 (`target: macs=0.5`, the default `round_to`);
   **any counts** the same with `round_to: 1`.
 - **latency**: pruned to half of the dense time at batch 1 (`target: latency=0.5`), planned from a table of layer times
-  measured there. Another process was computing beside it, which is why more was pruned than had to be.
+  measured there. Another process was computing beside it, and more was pruned than had to be.
 
 Weights are random and every group keeps the same share: speed depends on shapes only.
 
