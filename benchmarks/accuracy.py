@@ -214,8 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.quick:
         small = {"nets": "resnet56", "targets": "macs=0.5", "criteria": "scap,l1", "seeds": 1, "images": 400}
         small |= {"calibration": 32, "batch": 64, "dense_epochs": 1, "epochs": 1, "precision": "no"}
-        given = {key: value for key, value in vars(options).items() if value != parser.get_default(key)}
-        vars(options).update(small | given)
+        vars(options).update(small | given(parser, options))
     out = options.out or Path("out/accuracy-quick" if options.quick else "out/accuracy")
     out.mkdir(parents=True, exist_ok=True)
     # On the CPU in float32, torch 2.15 corrupts memory in strided 1 x 1 convolutions of few channels in this layout.
@@ -255,10 +254,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return found
 
 
+def given(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, Any]:
+    """The options that differ from their defaults."""
+    return {key: value for key, value in vars(options).items() if value != parser.get_default(key)}
+
+
 def repeated(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
     """The command that measures the same, without this machine's files."""
-    given = {key: value for key, value in vars(options).items() if value != parser.get_default(key)}
-    settings = {key: value for key, value in given.items() if not isinstance(value, Path | bool)}
+    settings = {key: value for key, value in given(parser, options).items() if not isinstance(value, Path | bool)}
     return " ".join([f"python {parser.prog}", *(f"--{key.replace('_', '-')} {settings[key]}" for key in settings)])
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from accuracy import FOLDER, loaders, nets, repeated, trained
+from accuracy import FOLDER, given, loaders, nets, repeated, trained
 
 import scap_hub
 from scap_hub.recipe import FinetuneSettings
@@ -75,8 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.quick:
         small = {"nets": "resnet56", "targets": "macs=0.5", "settings": "default,no teacher", "seeds": 1, "images": 400}
         small |= {"calibration": 32, "batch": 64, "dense_epochs": 1, "epochs": 1, "out": Path("out/accuracy-quick")}
-        given = {key: value for key, value in vars(options).items() if value != parser.get_default(key)}
-        vars(options).update(small | given)
+        vars(options).update(small | given(parser, options))
     options.out.mkdir(parents=True, exist_ok=True)
     precision = {"precision": options.precision, "channels_last": options.precision == "bf16"}
 

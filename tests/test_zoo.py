@@ -77,12 +77,6 @@ SPECIAL = {
         "resnetv2_50d_evos", layers=[1, 1, 1, 1]
     ),
     "a number that is a quarter of another by chance": lambda: timm.create_model("fasternet_t0", depths=(1, 1, 1, 1)),
-    "the width of what enters, read off and checked": lambda: hf.FocalNetForImageClassification(
-        hf.FocalNetConfig(embed_dim=24, depths=[1, 1], hidden_sizes=[24, 48], focal_levels=[2, 2], focal_windows=[3, 3])
-    ),
-    "windows unfolded and folded": lambda: hf.MobileViTV2ForImageClassification(
-        hf.MobileViTV2Config(width_multiplier=0.25, n_attn_blocks=[1, 1, 1])
-    ),
     "the whole less a part": lambda: timm.create_model("shvit_s1"),
     "padded values, a size that hides in another": lambda: timm.create_model("efficientvit_b0"),
 }
@@ -93,8 +87,29 @@ def test_constructions_that_need_more_than_shapes(name):
     model = randomize(SPECIAL[name]())
     x = torch.randn(1, 3, 64, 64)
     groups = channel_groups(model, x)
-    # Up to three pinned channels are gates, one for each of so many tensors.
-    assert all(group.prunable or group.size < 4 or "output of the model" in group.pinned_because for group in groups)
+    assert all(group.prunable or "output of the model" in group.pinned_because for group in groups)
+    for ratio in (0.5, None):
+        assert verify(model, random_plan(groups, seed=1, ratio=ratio), x) < 1e-9
+
+
+# A few of their channels are gates, one for each of so many tensors.
+GATED = {
+    "the width of what enters, read off and checked": lambda: hf.FocalNetForImageClassification(
+        hf.FocalNetConfig(embed_dim=24, depths=[1, 1], hidden_sizes=[24, 48], focal_levels=[2, 2], focal_windows=[3, 3])
+    ),
+    "windows unfolded and folded": lambda: hf.MobileViTV2ForImageClassification(
+        hf.MobileViTV2Config(width_multiplier=0.25, n_attn_blocks=[1, 1, 1])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_all_but_gates_go(name):
+    model = randomize(GATED[name]())
+    x = torch.randn(1, 3, 64, 64)
+    groups = channel_groups(model, x)
+    pinned = [group for group in groups if not group.prunable and "output of the model" not in group.pinned_because]
+    assert all(group.size < 4 and "mul in" in group.pinned_because for group in pinned)
     for ratio in (0.5, None):
         assert verify(model, random_plan(groups, seed=1, ratio=ratio), x) < 1e-9
 

@@ -140,14 +140,12 @@ class Recorder(SchemaCheckMode):
         form, leaves = flattened(args, kwargs or {})
         nodes = [self.node(leaf) if _is_tensor(leaf) else leaf for leaf in leaves]
         varies = any(isinstance(node, Node) and node.varies for node in nodes)
-        if func in _VALUES:
-            if varies:
-                raise RuntimeError("it looks at the value of a tensor that depends on the input")
-            return func(*args, **kwargs or {})
+        if func in _VALUES and varies:
+            raise RuntimeError("it looks at the value of a tensor that depends on the input")
         result = _run(func, form, leaves)
-        whole = self._call(func, *rebuilt(form, nodes), result, varies)
-        if isinstance(result, tuple | list):
-            for index, item in enumerate(result):
+        if func not in _VALUES:
+            whole = self._call(func, *rebuilt(form, nodes), result, varies)
+            for index, item in enumerate(result if isinstance(result, tuple | list) else ()):
                 if _is_tensor(item):
                     self._call(operator.getitem, (whole, index), {}, item, varies)
         self.running = None

@@ -45,20 +45,21 @@ def channel_groups(model: nn.Module, inputs: tuple[Any, ...] | Tensor) -> list[C
         captured = capture(bare, shapes)
     found = trace(captured)
     tried: set[str] = set()
-    unbalanced, path = found.ledger.equal, ""
+    unbalanced, fault = found.ledger.equal, None  # before the last balances, and how it failed then
+    known: StuckError | None = None
     while True:
         space, channel_of = solve(captured, found, model)
         space = replace(space, forward=forward_of(bare, shapes, found, channel_of, space.layers))
         groups = analyse(found, space, channel_of)
-        stuck = _stuck(groups, space)
+        stuck, known = known or _stuck(groups, space), None
         if stuck is None:
             return groups
         assert space.forward is not None
-        if found.ledger.equal is not unbalanced and stuck.failed[0] == path:
-            # The last balance did not help.
-            found.ledger.equal = unbalanced
+        if fault is not None and found.ledger.equal is not unbalanced and stuck.failed[0] == fault.failed[0]:
+            # The last balances did not help.
+            found.ledger.equal, known = unbalanced, fault
             continue
-        unbalanced, path = found.ledger.equal, stuck.failed[0]
+        unbalanced, fault = found.ledger.equal, stuck
         free = np.zeros(space.count, dtype=bool)
         for group in groups:
             free[group.channels] = group.prunable

@@ -37,6 +37,12 @@ class Ids:
         dim %= len(self.shape)
         return next((layer.reshape(-1) for layer in self.layers if support(layer) == (dim,)), None)
 
+    def lines(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The dimensions that are tracked by themselves, each with its ids."""
+        for layer in self.layers:
+            if len(support(layer)) == 1:
+                yield support(layer)[0], layer.reshape(-1)
+
     def only(self, *dims: int) -> Ids:
         """The part of the ids that varies along `dims` and nothing else."""
         wanted = {dim % len(self.shape) for dim in dims}

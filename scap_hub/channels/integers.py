@@ -122,8 +122,7 @@ class Forward:
             (path, self.channel_of[line])
             for path, source in sources
             for ids in flat(self.found.ids[source])
-            for dim in range(len(ids.shape))
-            if (line := ids.along(dim)) is not None
+            for _, line in ids.lines()
         ]
 
     @functools.cached_property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 from torch import Tensor
 
 from scap_hub.channels.graph import Node
-from scap_hub.channels.ids import Ids, support
 from scap_hub.channels.rules import Producer, Trace
 
 _NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
@@ -64,7 +63,7 @@ def tap(found: Trace, producer: Producer, channel_of_row: np.ndarray, calls: Cou
     reach = max(i for i, node in enumerate(chain) if i == 0 or (_leaves(node) and calls[node.owner] == 1))
     post = list(itertools.takewhile(lambda node: node.name in _ACTIVATIONS, chain[reach + 1 :]))
     watched = found.ids[chain[reach]]
-    dim = next(dim for dim, ids in _lines(watched) if np.isin(ids, producer.ids).all())
+    dim = next(dim for dim, ids in watched.lines() if np.isin(ids, producer.ids).all())
     return Tap(
         path,
         producer.weight,
@@ -90,13 +89,6 @@ def _leaves(node: Node) -> bool:
     """Whether the node is the last of its module's call: whoever reads it stands outside of that module."""
     path = node.owner
     return bool(path) and all(path not in (outer for _, outer in user.calls) for user in node.users)
-
-
-def _lines(ids: Ids) -> Iterator[tuple[int, np.ndarray]]:
-    """The tracked dimensions of a tensor, each with its ids."""
-    for layer in ids.layers:
-        if len(support(layer)) == 1:
-            yield support(layer)[0], layer.reshape(-1)
 
 
 def _applied(node: Node) -> Callable[[Tensor], Tensor]:
