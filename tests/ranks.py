@@ -1,9 +1,11 @@
 """Run by torchrun from test_training.py: trains and evaluates on every rank, and writes what each one saw."""
 
+import atexit
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed
 from torch.utils.data import DataLoader, TensorDataset
 
 from scap_hub.adapters.base import Preprocessing
@@ -17,6 +19,8 @@ from tests.nets import tiny_net
 
 
 def main(folder: Path) -> None:
+    # What is registered first runs last.
+    atexit.register(lambda: (folder / f"left-open{rank}").write_text(str(torch.distributed.is_initialized())))
     rank, ranks = accelerator().process_index, accelerator().num_processes
     data = load_data("digits", Preprocessing((1, 8, 8), (0.5,), (0.5,)), DataSettings(batch_size=32), num_classes=10)
     seen: list[int] = []

@@ -172,7 +172,6 @@ state = PartialState()
 assert state.num_processes == 2
 saved = {"plan": result.plan.to_json(), "weights": result.model.state_dict()}
 torch.save(saved, f"{sys.argv[1]}/{state.process_index}.pt")
-state.destroy_process_group()
 """
 
 

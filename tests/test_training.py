@@ -276,6 +276,7 @@ def test_two_ranks_train_alike_and_see_each_image_once(tmp_path, digits):
         timeout=300,
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
+    assert [(tmp_path / f"left-open{rank}").read_text() for rank in range(2)] == ["False", "False"]
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert (first["ranks"], first["wrapped"]) == (2, "Sequential")
     assert (first["from_main"], second["from_main"]) == (0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 from collections.abc import Callable, Iterable
@@ -30,6 +31,8 @@ def accelerator() -> Accelerator:
     )
     if not built.is_local_main_process:
         set_quiet(True)
+    # A thread of gloo that still holds a tensor aborts a process whose interpreter is gone; NCCL only warns.
+    atexit.register(built.state.destroy_process_group)
     return built
 
 
