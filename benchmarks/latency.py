@@ -49,10 +49,10 @@ def measure(name: str, size: int, options: argparse.Namespace) -> list[dict[str,
         "half": scap_hub.select(groups, scores, budget, round_to=8, scope="uniform"),
         "half, any counts": scap_hub.select(groups, scores, budget, round_to=1, scope="uniform"),
     }
-    timer = partial(milliseconds, seconds=options.seconds, least=options.rounds)
+    timer = partial(milliseconds, seconds=options.seconds, turns=options.turns)
     images = torch.randn(batches[0], 3, size, size, device=device)
     try:
-        choice = select_latency(dense, groups, scores, options.fraction, images, scope="uniform", timer=timer)
+        choice = select_latency(dense, groups, scores, options.fraction, images, scope="uniform")
         plans["latency"] = choice.plan
         print(f"{name}: asked for {options.fraction:.3f} of the time, found a plan that takes {choice.share:.3f}")
     except scap_hub.ScapHubError as error:
@@ -75,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--modes", default="eager,compile")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--fraction", type=float, default=0.5, help="of the MACs, and of the time, that stays")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each figure, at least")
-    parser.add_argument("--rounds", type=int, default=10, help="forward passes for each figure, at least")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each figure and model, at least")
+    parser.add_argument("--turns", type=int, default=10, help="of each model, for each figure")
     options = parser.parse_args(arguments)
     if options.quick:
         vars(options).update(batches="1,4", dtypes="fp32", modes="eager", size=64, seconds=0.05)

@@ -110,7 +110,7 @@ def latency_table(
         timer: Measures calls that take turns; by default `scap_hub.timing.milliseconds`.
     """
     whole = (timer or milliseconds)([(model, images)])[0]
-    timer = timer or functools.partial(milliseconds, seconds=0.02, least=5)
+    timer = timer or functools.partial(milliseconds, seconds=0.02, turns=5)
     space = groups[0].space
     known: dict[Any, LayerTimes] = {}
     entries = []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import operator
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,40 +19,64 @@ Call = tuple[nn.Module, Tensor]
 Timer = Callable[[Sequence[Call]], list[float]]
 """Gives the milliseconds of one forward pass of each module on its images."""
 
-WARM_UP = 3
-"""The first calls choose kernels and fill caches."""
-
 
 @torch.no_grad()
-def milliseconds(calls: Sequence[Call], seconds: float = 0.5, least: int = 10, most: int = 200) -> list[float]:
+def milliseconds(calls: Sequence[Call], seconds: float = 0.5, turns: int = 7) -> list[float]:
     """Times of forward passes, in eval mode, where the images are, with the threads torch has.
 
-    The calls take turns, so whatever slows the machine for a while slows all of them alike. The first call's time is
-    its median; the others' are that, times the median of their ratio to the first in the same round. On two busy cores
-    such ratios spread by 1 % where ratios of medians spread by 10 %.
+    The modules take turns, so whatever slows the machine for a while slows all of them alike. In a turn a module runs
+    until its time is over, and where it runs more than once, the first run does not count: it finds caches and memory
+    as another module left them, which makes a small network after a large one up to 1.5 times slower than after itself.
+
+    The first module's time is its median; the others' are that, times the median of their ratio to the first in the
+    same turn. On two busy cores such ratios spread by 1 % where ratios of medians spread by 10 %.
 
     Args:
         calls: Modules, each with its input; the one that others are compared with first.
-        seconds: Go on until the calls have taken this long each, on average.
-        least: Rounds at least.
-        most: Rounds at most.
+        seconds: How long each module runs in all its turns, if a single run does not take longer.
+        turns: Of each module, after one that chooses kernels.
     """
     times: list[list[float]] = [[] for _ in calls]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_steady_heap())
         for module, _ in calls:
             stack.enter_context(evaluating(module))
-        for turn in range(WARM_UP + most):
+        for _ in range(1 + turns):
             for own, (module, images) in zip(times, calls, strict=True):
-                start = time.perf_counter()
-                module(images)
-                if images.device.type != "cpu":
-                    torch.accelerator.synchronize(images.device)
-                if turn >= WARM_UP:
-                    own.append(time.perf_counter() - start)
-            if turn >= WARM_UP + least - 1 and sum(map(sum, times)) > seconds * len(calls):
-                break
-    first = 1e3 * statistics.median(times[0])
-    return [first * statistics.median(map(operator.truediv, own, times[0])) for own in times]
+                own.append(_turn(module, images, seconds / turns))
+    first = [1e3 * time for time in times[0][1:]]
+    return [statistics.median(first) * statistics.median(map(operator.truediv, own[1:], times[0][1:])) for own in times]
+
+
+def _turn(module: nn.Module, images: Tensor, seconds: float) -> float:
+    """Seconds of one run."""
+    runs: list[float] = []
+    while sum(runs) < seconds:
+        start = time.perf_counter()
+        module(images)
+        if images.device.type != "cpu":
+            torch.accelerator.synchronize(images.device)
+        runs.append(time.perf_counter() - start)
+    return statistics.median(runs[1:] or runs)
+
+
+@contextlib.contextmanager
+def _steady_heap() -> Iterator[None]:
+    """Keeps glibc from giving memory back after a run, which else it does or not as the process's past has it.
+
+    A forward pass of MobileNetV2 takes 30 ms with thousands of page faults, or 20 ms. The limits that are left behind
+    are the highest that glibc would come to by itself.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+    mallopt(mmap_threshold, 32 << 20)
+    mallopt(trim_threshold, 1 << 30)
+    try:
+        yield
+    finally:
+        mallopt(trim_threshold, 64 << 20)
 
 
 def device_name(device: torch.device) -> str:

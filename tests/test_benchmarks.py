@@ -10,6 +10,7 @@ import fashion_mnist
 import pytest
 import torch
 
+import scap_hub
 from scap_hub.training.evaluate import count
 from tests.nets import Clock
 
@@ -75,7 +76,8 @@ def test_accuracy_runs_without_the_datasets_package_and_takes_up_where_it_stoppe
 
 def test_latency_compares_dense_and_pruned(monkeypatch, tmp_path):
     monkeypatch.setattr(latency, "MODELS", ("test_resnet",))
-    monkeypatch.setattr(latency, "milliseconds", Clock())
+    for module in (latency, scap_hub.selection, scap_hub.latency):
+        monkeypatch.setattr(module, "milliseconds", Clock())
     rows = latency.main(["--quick", "--only", "test_resnet", "--json", str(tmp_path / "latency.json")])
     assert {row["model"] for row in rows} == {"dense", "half", "half, any counts", "latency"} and len(rows) == 8
     assert all(0.4 < row["macs"] <= 0.5 for row in rows if row["model"].startswith("half"))
