@@ -41,6 +41,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no teacher": {"distillation": {"weight": 0.0}},
     "teacher 0.9": {"distillation": {"weight": 0.9}},
     "temperature 4": {"distillation": {"temperature": 4.0}},
+    "features 1": {"distillation": {"features": 1.0}},
+    "features 10": {"distillation": {"features": 10.0}},
     "no decay": {"weight_decay": 0.0},
     "SGD": {"optimizer": "sgd", "learning_rate": 40.0},
 }
@@ -98,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             top1 = []
             for seed in range(options.seeds):
                 own = changed(setting, options.epochs, **precision)
-                teacher = dense if own.distillation.weight else None
+                teacher = dense if own.distillation.needs_teacher else None
                 rows = finetune(copy.deepcopy(pruned), data, own, teacher, seed=seed)
                 top1.append(max(row["top1"] for row in rows))
             found[name].setdefault("repaired", rows[0]["top1"])

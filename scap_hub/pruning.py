@@ -114,7 +114,7 @@ def prune_loaded(
         with stages("measure dense"):
             before = measure(dense, loaded.preprocessing.input_size, data)
 
-    teacher = dense if recipe.finetune.distillation.weight else None
+    teacher = dense if recipe.finetune.distillation.needs_teacher else None
     small, history, selections = dense, [], []
     kept: dict[str, list[int]] = {}
     for step in range(recipe.schedule.steps):

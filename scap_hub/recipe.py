@@ -150,6 +150,13 @@ class DistillationSettings(_Block):
     """Share of the loss that follows the dense model's logits; 0 turns distillation off."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """Both logits are divided by this before they are compared."""
+    features: Annotated[float, Field(ge=0)] = 0.0
+    """Weight, beside the rest of the loss, of the distance from the dense model's attention maps; 0 leaves them out."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything of the dense model is learned."""
+        return bool(self.weight or self.features)
 
 
 class FinetuneSettings(_Block):

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from scap_hub.errors import DataError, TrainingError
 from scap_hub.progress import track
 from scap_hub.recipe import FinetuneSettings
 from scap_hub.training.data import Data
+from scap_hub.training.distillation import Maps, attention_loss, divergence, feature_maps
 from scap_hub.training.distributed import accelerator, average_buffers
 from scap_hub.training.evaluate import autocast, evaluate
 
@@ -49,7 +51,7 @@ def finetune(
         model: Bare, not wrapped for distribution, the same on every rank.
         data: Its `train` and `validation` are used.
         settings: The recipe's `finetune` block.
-        teacher: The dense model, for distillation (Hinton et al., arXiv 1503.02531); unlabelled images need one.
+        teacher: The dense model, for distillation; unlabelled images need one.
         output_dir: Where a checkpoint is kept after each epoch; the same call takes up there and ends with the
             weights of a run that was never interrupted.
         seed: Seeds shuffling, augmentation, mixup and dropout.
@@ -254,9 +256,10 @@ def _schedule(optimizer: Optimizer, settings: FinetuneSettings, steps_per_epoch:
 
 
 def _loss(model: nn.Module, batch: Any, settings: FinetuneSettings, teacher: nn.Module | None) -> Tensor:
-    """Cross-entropy with the labels, mixed with the divergence from the teacher's softened output."""
+    """Cross-entropy with the labels, mixed with what the teacher says."""
     images, labels = batch if len(batch) == 2 else (batch[0], None)
-    weight = settings.distillation.weight if teacher is not None else 0.0
+    learn = settings.distillation
+    weight = learn.weight if teacher is not None else 0.0
     if labels is None and not weight:
         raise DataError(
             "these images have no labels: training the dense model (finetune.dense_epochs) needs them, fine-tuning the "
@@ -269,33 +272,28 @@ def _loss(model: nn.Module, batch: Any, settings: FinetuneSettings, teacher: nn.
         images = images.lerp(images.flip(0), 1 - share)
     if settings.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    with autocast(settings.precision):
-        output = logits(model(images))
-        guide = _no_grad_logits(teacher, images) if teacher is not None and weight else None
-    output = output.float()
+
+    def run(network: nn.Module) -> tuple[Tensor, Maps]:
+        watches = teacher is not None and learn.features
+        watched: AbstractContextManager[Maps] = feature_maps(network) if watches else nullcontext({})
+        with autocast(settings.precision), watched as maps:
+            return logits(network(images)).float(), maps
+
+    output, maps = run(model)
     loss = output.new_zeros(())
     if labels is not None and weight < 1:
         smoothing = settings.label_smoothing
         loss = share * F.cross_entropy(output, labels, label_smoothing=smoothing)
         if share < 1:
             loss = loss + (1 - share) * F.cross_entropy(output, labels.flip(0), label_smoothing=smoothing)
-    if guide is None:
+    if teacher is None or not learn.needs_teacher:
         return loss
-    temperature = settings.distillation.temperature
-    divergence = F.kl_div(
-        F.log_softmax(output / temperature, 1),
-        F.log_softmax(guide.float() / temperature, 1),
-        reduction="batchmean",
-        log_target=True,
-    )
-    # The square keeps the gradients' size independent of the temperature.
-    divergence = divergence * temperature**2
-    return divergence if labels is None else (1 - weight) * loss + weight * divergence
-
-
-@torch.no_grad()
-def _no_grad_logits(teacher: nn.Module, images: Tensor) -> Tensor:
-    return logits(teacher(images))
+    with torch.no_grad():
+        guide, theirs = run(teacher)
+    if weight:
+        soft = divergence(output, guide, learn.temperature)
+        loss = soft if labels is None else (1 - weight) * loss + weight * soft
+    return loss + learn.features * attention_loss(maps, theirs) if learn.features else loss
 
 
 def _save(output_dir: Path, epoch: int, identity: dict[str, Any]) -> None:
