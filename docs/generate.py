@@ -179,10 +179,13 @@ figure is a ratio of the same rounds. On {device}, torch {torch}.
 
 - **half**: half of the MACs, channel counts in multiples of 8 (`target: macs=0.5`, the default `round_to`);
   **any counts** the same with `round_to: 1`.
-- **latency**: pruned to half of the dense time at batch 1 (`target: latency=0.5`), planned from a table of layer times
-  measured there. Another process was computing beside it, and more was pruned than had to be.
+- **latency**: pruned to half of the dense time at batch 1, eager, in fp32 (`target: latency=0.5`), planned from a table
+  of layer times measured there; the other rows show what that model does elsewhere.
 
-Weights are random and every group keeps the same share: speed depends on shapes only.
+Weights are random and every group keeps the same share: speed depends on shapes only. On Linux the C library may give
+memory back after each forward pass, which can take a third of the time of a small network on a CPU; while times are
+measured it keeps it, as it does under jemalloc, or with `MALLOC_TRIM_THRESHOLD_=1073741824
+MALLOC_MMAP_THRESHOLD_=33554432` in the environment of whatever serves the model.
 
 ```bash
 {command}
