@@ -175,7 +175,7 @@ SPEED = """\
 # Speed
 
 How much faster pruned models are, measured: the dense model and its pruned ones take turns in one process, and each
-figure is a ratio of the same rounds. On {device}, torch {torch}.
+figure is a ratio of the same turns. On {device}, torch {torch}. {note}
 
 - **half**: half of the MACs, channel counts in multiples of 8 (`target: macs=0.5`, the default `round_to`);
   **any counts** the same with `round_to: 1`.
@@ -199,7 +199,7 @@ MALLOC_MMAP_THRESHOLD_=33554432` in the environment of whatever serves the model
 def speed() -> str:
     """The page of measured speed."""
     document = json.loads((ROOT / "benchmarks" / "results" / "latency.json").read_text(encoding="utf-8"))
-    text = SPEED.format(**{key: document[key] for key in ("device", "torch", "command")})
+    text = SPEED.format(**{key: document[key] for key in ("device", "torch", "command", "note")})
     settings: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in document["rows"]:
         key = tuple(row[name] for name in ("network", "batch", "dtype", "mode"))
