@@ -108,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             print(f"{setting:16}" + "".join(f"{100 * value:8.2f}" for value in top1), flush=True)
             if options.json:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
-                document = {"command": repeated(parser, options), "nets": found}
+                about = {"epochs": options.epochs, "rate": FinetuneSettings().learning_rate}
+                document = {"command": repeated(parser, options), **about, "nets": found}
                 options.json.write_text(json.dumps(document, indent=1) + "\n")
     return found
 

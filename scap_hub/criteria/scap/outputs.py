@@ -20,7 +20,7 @@ from scap_hub.criteria.obs import Readings, write
 from scap_hub.criteria.scap.spectra import spectrum
 from scap_hub.criteria.taps import images_of
 
-PROBES = 64  # images over all processes
+PROBES = 16  # images over all processes; 64 give no better widths
 WIDTHS = (0.75, 0.5, 0.25, 0.1)
 
 
