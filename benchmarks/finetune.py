@@ -46,14 +46,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no decay": {"weight_decay": 0.0},
     "SGD": {"optimizer": "sgd", "learning_rate": 40.0},
 }
-"""What is changed; learning rates are multiples of the default."""
+"""What is changed; learning rates are multiples of the one that all others have."""
 
 
-def changed(name: str, epochs: int, **options: Any) -> FinetuneSettings:
-    """The default settings with one change."""
+def changed(name: str, rate: float, **options: Any) -> FinetuneSettings:
+    """The default settings at this learning rate, with one change."""
     change = dict(SETTINGS[name])
-    rate = FinetuneSettings().learning_rate * change.pop("learning_rate", 1.0)
-    return FinetuneSettings.model_validate({"epochs": epochs, "learning_rate": rate, **options, **change})
+    rate *= change.pop("learning_rate", 1.0)
+    return FinetuneSettings.model_validate({"learning_rate": rate, **options, **change})
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -71,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--dense-epochs", type=int, default=30)
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--learning-rate", type=float, default=FinetuneSettings().learning_rate)
     parser.add_argument("--precision", default="no", choices=("bf16", "no"))
     parser.add_argument("--mobilenet-weights", type=Path, help="torchvision's mobilenet_v2-b0353104.pth")
     options = parser.parse_args(arguments)
@@ -94,21 +95,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         }  # fmt: skip
         pruned = scap_hub.prune(dense, splits, recipe).model
         data = load_data(splits, None)
-        found[name] = {"target": target, "settings": {}}
+        case: dict[str, Any] = {"settings": {}}
+        found[f"{name}, {target}"] = case
         print(f"\n{name}, {target}, {options.epochs} epochs", flush=True)
         for setting in options.settings.split(","):
             top1 = []
             for seed in range(options.seeds):
-                own = changed(setting, options.epochs, **precision)
+                own = changed(setting, options.learning_rate, epochs=options.epochs, **precision)
                 teacher = dense if own.distillation.needs_teacher else None
                 rows = finetune(copy.deepcopy(pruned), data, own, teacher, seed=seed)
                 top1.append(max(row["top1"] for row in rows))
-            found[name].setdefault("repaired", rows[0]["top1"])
-            found[name]["settings"][setting] = {"mean": statistics.mean(top1), "top1": top1}
+            case.setdefault("repaired", rows[0]["top1"])
+            case["settings"][setting] = {"mean": statistics.mean(top1), "top1": top1}
             print(f"{setting:16}" + "".join(f"{100 * value:8.2f}" for value in top1), flush=True)
             if options.json:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
-                about = {"epochs": options.epochs, "rate": FinetuneSettings().learning_rate}
+                about = {"epochs": options.epochs, "rate": options.learning_rate}
                 document = {"command": repeated(parser, options), **about, "nets": found}
                 options.json.write_text(json.dumps(document, indent=1) + "\n")
     return found

@@ -167,7 +167,7 @@ class FinetuneSettings(_Block):
     of the data is replaced by a new one."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with Nesterov momentum 0.9."""
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Highest learning rate of the schedule."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.02
     """Not applied to biases and norms."""

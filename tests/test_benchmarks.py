@@ -86,6 +86,6 @@ def test_latency_compares_dense_and_pruned(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", finetune.SETTINGS)
 def test_fine_tuning_is_compared_one_change_at_a_time(name):
-    default, own = (finetune.changed(setting, 2).model_dump() for setting in ("default", name))
+    default, own = (finetune.changed(setting, 1e-3, epochs=2).model_dump() for setting in ("default", name))
     different = [key for key in default if default[key] != own[key]]
     assert own["epochs"] == 2 and len(different) == (0 if name == "default" else 2 if name == "SGD" else 1)
