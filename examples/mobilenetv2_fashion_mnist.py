@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> scap_hub.Result:
     parser.add_argument("--size", type=int, default=64, help="input height and width in pixels")
     parser.add_argument("--dense-epochs", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning after pruning")
-    parser.add_argument("--criterion", default="scap")
+    parser.add_argument("--criterion", default="scap-set")
     options = parser.parse_args(arguments)
 
     splits = fashion_mnist()
