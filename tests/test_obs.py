@@ -177,6 +177,28 @@ def test_outputs_tell_which_group_can_be_narrow():
     assert kept["scap-set"][0] > 10 and kept["scap-set"][1] <= 4
 
 
+def test_fewer_probes_are_fewer_images_in_forward_passes():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3), nn.Flatten(), nn.Linear(320, 4)).eval()
+    images = [images.float() for images in IMAGES]
+    groups = channel_groups(net, images[0])
+    sizes: list[int] = []
+    net.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    seen = []
+    for probes in (2, 8):
+        sizes.clear()
+        score(net, images, ScapSet(probes=probes), groups=groups)
+        seen.append(sum(sizes))
+    # Once dense, then with 6, 4, 2 and 1 of 8 channels, and with 4, 2 and 1 of 5.
+    assert seen[1] - seen[0] == (8 - 2) * (1 + 4 + 3)
+
+
+@pytest.mark.parametrize("options", [{"probes": 1}, {"blend": 1.5}, {"blend": -0.1}])
+def test_bad_options_are_refused(options):
+    with pytest.raises(RecipeError, match=f"{next(iter(options))} = "):
+        ScapSet(**options)
+
+
 @given(st.lists(st.floats(0, 4), min_size=1, max_size=8), st.randoms())
 def test_marginal_errors_grow_in_the_order_in_which_channels_leave(errors, random):
     order = list(range(2 * len(errors) + 1))

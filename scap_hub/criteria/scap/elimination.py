@@ -38,6 +38,7 @@ class ScapSet(OBS):
         bins: As for `Scap`.
         latent: As for `Scap`; the autoencoder is PCA.
         blend: Share of the codes, 0 to 1.
+        probes: Calibration images on which it is measured what the outputs lose.
     """
 
     name: ClassVar[str] = "scap-set"
@@ -45,15 +46,18 @@ class ScapSet(OBS):
     bins: int = 7
     latent: int = 16
     blend: float = 0.5
+    probes: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_size(self.bins, self.latent)
         if not 0 <= self.blend <= 1:
             raise RecipeError(f"blend = {self.blend}: give the share of the codes, from 0 to 1")
+        if self.probes < 2:
+            raise RecipeError(f"probes = {self.probes}: a loss is measured against the variance over 2 images or more")
 
     def _judge(self, model: nn.Module, batches: Collection[Any]) -> Judge:
-        outputs = Outputs(model, batches, self.bins)
+        outputs = Outputs(model, batches, self.bins, self.probes)
         return lambda group, readings: marginal(*outputs.curve(group, readings))
 
     def _grams(

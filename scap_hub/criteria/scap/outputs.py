@@ -20,24 +20,24 @@ from scap_hub.criteria.obs import Readings, write
 from scap_hub.criteria.scap.spectra import spectrum
 from scap_hub.criteria.taps import images_of
 
-PROBES = 16  # images over all processes; 64 give no better widths
 WIDTHS = (0.75, 0.5, 0.25, 0.1)
 
 
 class Outputs:
     """A model's outputs on some of the calibration images; maps are taken by their low-pass spectra."""
 
-    def __init__(self, model: nn.Module, batches: Collection[Any], bins: int) -> None:
+    def __init__(self, model: nn.Module, batches: Collection[Any], bins: int, probes: int) -> None:
         """Runs the model.
 
         Args:
             model: The dense model.
             batches: This process's calibration images.
             bins: Frequencies kept on each axis of an output that is a map.
+            probes: How many of the images, over all processes.
         """
         self.bins = bins
         self._work = copy.deepcopy(model)
-        self._images = _probes(batches)
+        self._images = _probes(batches, probes)
         self._dense = list(self._run())
         sums = [
             [(len(z), z.sum(0).double().cpu(), z.square().sum().double().cpu()) for z in leaves]
@@ -128,12 +128,12 @@ def _slope(start: tuple[int, float], end: tuple[int, float]) -> float:
     return (end[1] - start[1]) / (end[0] - start[0])
 
 
-def _probes(batches: Collection[Any]) -> list[Tensor]:
-    """This process's part of `PROBES` calibration images, the same ones however the images are shared out."""
+def _probes(batches: Collection[Any], count: int) -> list[Tensor]:
+    """This process's part of `count` calibration images, the same ones however the images are shared out."""
     images = [images_of(batch) for batch in batches]
     brightness = [[float(image.detach().double().mean()) for image in batch] for batch in images]
     everyone = sorted(value for part in gather_object([brightness]) for batch in part for value in batch)
-    spread = np.linspace(0, len(everyone) - 1, min(PROBES, len(everyone))).round().astype(int)
+    spread = np.linspace(0, len(everyone) - 1, min(count, len(everyone))).round().astype(int)
     chosen = {everyone[index] for index in spread}
     kept = [
         batch[torch.tensor([value in chosen for value in own], device=batch.device)]
