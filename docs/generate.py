@@ -136,7 +136,8 @@ where there is none, one seed was measured, and rows that differ by a point are 
 `scap`, the published criterion, does not lead: it judges channels one by one, so that two that say the same go or stay
 together, and cuts all groups by equal shares. `scap-set` mends both. Most of its lead comes from the widths. Training
 narrows it: on VGG16, which has far more channels than these images need, all criteria come back to the dense model; the
-narrow networks at a tenth of their MACs do not, and `scap-set` stays ahead.
+narrow networks at a tenth of their MACs do not, and `scap-set` stays ahead. Without repair (`pruned`) nothing is left
+even at half the MACs, by any criterion.
 
 Repeat it, with `mobilenet_v2-b0353104.pth` from torchvision:
 
