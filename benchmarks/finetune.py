@@ -102,8 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             top1 = []
             for seed in range(options.seeds):
                 own = changed(setting, options.learning_rate, epochs=options.epochs, **precision)
-                teacher = dense if own.distillation.needs_teacher else None
-                rows = finetune(copy.deepcopy(pruned), data, own, teacher, seed=seed)
+                rows = finetune(copy.deepcopy(pruned), data, own, dense, seed=seed)
                 top1.append(max(row["top1"] for row in rows))
             case.setdefault("repaired", rows[0]["top1"])
             case["settings"][setting] = {"mean": statistics.mean(top1), "top1": top1}

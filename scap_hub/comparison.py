@@ -261,8 +261,7 @@ def _peer(loaded: LoadedModel, data: Data, recipe: Recipe, before: Measures, nam
         if name.endswith("-bn"):
             recalibrate(small, shard_calibration(data, recipe.data.batch_size))
         if recipe.finetune.epochs:
-            teacher = loaded.module if recipe.finetune.distillation.needs_teacher else None
-            history += finetune(small, data, recipe.finetune, teacher, seed=recipe.seed)
+            history += finetune(small, data, recipe.finetune, loaded.module, seed=recipe.seed)
     return _cell(small, history, data, before, measure(small, loaded.preprocessing.input_size, data))
 
 

@@ -114,7 +114,6 @@ def prune_loaded(
         with stages("measure dense"):
             before = measure(dense, loaded.preprocessing.input_size, data)
 
-    teacher = dense if recipe.finetune.distillation.needs_teacher else None
     small, history, selections = dense, [], []
     kept: dict[str, list[int]] = {}
     for step in range(recipe.schedule.steps):
@@ -151,7 +150,7 @@ def prune_loaded(
         with stages("fine-tuning"):
             if recipe.finetune.epochs:
                 work = _work_folder(output_dir, str(step))
-                history += finetune(small, data, recipe.finetune, teacher, work, seed=recipe.seed)
+                history += finetune(small, data, recipe.finetune, dense, work, seed=recipe.seed)
 
     with stages("measure pruned"):
         after = measure(small, loaded.preprocessing.input_size, data)

@@ -147,7 +147,7 @@ class ScheduleSettings(_Block):
 
 class DistillationSettings(_Block):
     weight: Share = 0.5
-    """Share of the loss that follows the dense model's logits; 0 turns distillation off."""
+    """Share of the loss that follows the dense model's logits; 0 leaves them out."""
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """Both logits are divided by this before they are compared."""
     features: Annotated[float, Field(ge=0)] = 0.0

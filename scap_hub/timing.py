@@ -44,8 +44,9 @@ def milliseconds(calls: Sequence[Call], seconds: float = 0.5, turns: int = 7) ->
         for _ in range(1 + turns):
             for own, (module, images) in zip(times, calls, strict=True):
                 own.append(_turn(module, images, seconds / turns))
-    first = [1e3 * time for time in times[0][1:]]
-    return [statistics.median(first) * statistics.median(map(operator.truediv, own[1:], times[0][1:])) for own in times]
+    counted = [own[1:] for own in times]
+    first = 1e3 * statistics.median(counted[0])
+    return [first * statistics.median(map(operator.truediv, own, counted[0])) for own in counted]
 
 
 def _turn(module: nn.Module, images: Tensor, seconds: float) -> float:

@@ -15,7 +15,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 import scap_hub
 from scap_hub.adapters.base import Preprocessing
 from scap_hub.errors import DataError, TrainingError
-from scap_hub.recipe import DataSettings, DistillationSettings, FinetuneSettings
+from scap_hub.recipe import DataSettings, FinetuneSettings
 from scap_hub.training.data import Data, load_data
 from scap_hub.training.distillation import attention_loss, feature_maps
 from scap_hub.training.evaluate import count, evaluate
@@ -97,14 +97,15 @@ def test_pure_distillation_ignores_labels(teacher):
 
 
 def test_attention_maps_are_learned_whatever_the_widths(digits, teacher):
-    """Of two narrow students without labels' help, the one that learns where to look looks there."""
+    """Of two narrow students, the one that learns where to look looks there."""
     images = next(iter(digits.test))[0]
     groups = scap_hub.channel_groups(teacher, images[:1])
     plan = scap_hub.select(groups, {g.name: torch.rand(g.size) for g in groups if g.prunable}, "ratio=0.5", round_to=1)
     distances = {}
     for weight in (0.0, 20.0):
         student = scap_hub.apply_plan(teacher, plan)
-        finetune(student, digits, replaced(QUICK, features=weight), teacher=teacher)
+        settings = FinetuneSettings(epochs=3, learning_rate=0.01, distillation={"features": weight})
+        finetune(student, digits, settings, teacher=teacher)
         with feature_maps(student.eval()) as own, feature_maps(teacher.eval()) as theirs, torch.no_grad():
             student(images), teacher(images)
         assert own.keys() == theirs.keys() == {(8, 8), (4, 4), (2, 2)}
@@ -122,10 +123,6 @@ def test_attention_is_what_the_formula_says():
     assert float(attention_loss({(4, 5): student}, {(4, 5): teacher, (2, 2): teacher})) == pytest.approx(expected)
     with pytest.raises(TrainingError, match="makes none; set it"):
         attention_loss({}, {})
-
-
-def replaced(settings, **distillation):
-    return settings.model_copy(update={"distillation": DistillationSettings(**distillation)})
 
 
 def test_the_best_weights_are_kept_the_ones_it_came_with_included(digits, teacher):

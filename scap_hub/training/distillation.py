@@ -19,11 +19,11 @@ def divergence(output: Tensor, guide: Tensor, temperature: float) -> Tensor:
     """Divergence of logits from the teacher's, both softened (Hinton et al., arXiv 1503.02531), mean over the images.
 
     Args:
-        output: The student's logits, (N, classes).
+        output: The student's logits, (N, classes), float32.
         guide: The teacher's, (N, classes).
         temperature: Both are divided by it; its square keeps the gradients' size independent of it.
     """
-    soft, target = (F.log_softmax(own.float() / temperature, 1) for own in (output, guide))
+    soft, target = (F.log_softmax(own / temperature, 1) for own in (output, guide))
     return F.kl_div(soft, target, reduction="batchmean", log_target=True) * temperature**2
 
 

@@ -51,7 +51,7 @@ def finetune(
         model: Bare, not wrapped for distribution, the same on every rank.
         data: Its `train` and `validation` are used.
         settings: The recipe's `finetune` block.
-        teacher: The dense model, for distillation; unlabelled images need one.
+        teacher: The dense model; unused where the settings have no distillation. Unlabelled images need one.
         output_dir: Where a checkpoint is kept after each epoch; the same call takes up there and ends with the
             weights of a run that was never interrupted.
         seed: Seeds shuffling, augmentation, mixup and dropout.
@@ -65,6 +65,8 @@ def finetune(
         TrainingError: The loss is not finite, or the checkpoint belongs to another run.
     """
     here = accelerator()
+    if not settings.distillation.needs_teacher:
+        teacher = None
     networks = [model, *([teacher] if teacher is not None else [])]
     for network in networks:
         network.to(here.device)
@@ -286,7 +288,7 @@ def _loss(model: nn.Module, batch: Any, settings: FinetuneSettings, teacher: nn.
         loss = share * F.cross_entropy(output, labels, label_smoothing=smoothing)
         if share < 1:
             loss = loss + (1 - share) * F.cross_entropy(output, labels.flip(0), label_smoothing=smoothing)
-    if teacher is None or not learn.needs_teacher:
+    if teacher is None:
         return loss
     with torch.no_grad():
         guide, theirs = run(teacher)
