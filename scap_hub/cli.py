@@ -441,7 +441,7 @@ def _output(quiet: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _fail("interrupted; with the same --out, the same command takes up fine-tuning where it stopped", 130)
+        _fail("interrupted; with the same --out, the same command finds its scores and takes up fine-tuning", 130)
     finally:
         set_quiet(False)
         logging.disable(logging.NOTSET)

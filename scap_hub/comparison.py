@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -168,22 +169,25 @@ def compare(
     done = {(cell["seed"], cell["target"], cell["criterion"]) for cell in found.cells if "error" not in cell}
     left = [key for key in recipes if key not in done and _fits(key[2], key[1])]
     seeded = {base.seed: data}
-    for key in track(left, "comparison"):
-        seed, target, name = key
-        if seed not in seeded:
-            seeded = {seed: data_for(loaded, dataset, recipes[key])}
-        start = time.perf_counter()
-        cell = {"target": target, "criterion": name, "seed": seed}
-        try:
-            set_seed(seed)
-            run = _peer if name in peers.PEERS else _ours
-            cell |= run(loaded, seeded[seed], recipes[key], before, name)
-        except ScapHubError as error:
-            cell["error"] = str(error)
-        cell["seconds"] = time.perf_counter() - start
-        found.cells = [old for old in found.cells if (old["seed"], old["target"], old["criterion"]) != key] + [cell]
-        if output is not None and accelerator().is_main_process:
-            found.save(output)
+    with tempfile.TemporaryDirectory() as scores:
+        for key in track(left, "comparison"):
+            seed, target, name = key
+            if seed not in seeded:
+                seeded = {seed: data_for(loaded, dataset, recipes[key])}
+            start = time.perf_counter()
+            cell = {"target": target, "criterion": name, "seed": seed}
+            try:
+                set_seed(seed)
+                if name in peers.PEERS:
+                    cell |= _peer(loaded, seeded[seed], recipes[key], before, name)
+                else:
+                    cell |= _ours(loaded, seeded[seed], recipes[key], before, Path(scores))
+            except ScapHubError as error:
+                cell["error"] = str(error)
+            cell["seconds"] = time.perf_counter() - start
+            found.cells = [old for old in found.cells if (old["seed"], old["target"], old["criterion"]) != key] + [cell]
+            if output is not None and accelerator().is_main_process:
+                found.save(output)
     order = {key: number for number, key in enumerate(recipes)}
     found.cells.sort(key=lambda cell: order.get((cell["seed"], cell["target"], cell["criterion"]), len(order)))
     return found
@@ -239,8 +243,8 @@ def _dense(loaded: LoadedModel, data: Data) -> dict[str, Any]:
     }
 
 
-def _ours(loaded: LoadedModel, data: Data, recipe: Recipe, before: Measures, name: str) -> Cell:
-    result = prune_loaded(loaded, data, recipe, before)
+def _ours(loaded: LoadedModel, data: Data, recipe: Recipe, before: Measures, scores: Path) -> Cell:
+    result = prune_loaded(loaded, data, recipe, before, scores=scores)
     return _cell(result.model, result.report.history, data, before, result.report.after)
 
 

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from scap_hub.adapters import LoadedModel, load_model
 from scap_hub.channels.groups import ChannelGroup, channel_groups
-from scap_hub.criteria import score
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.criteria.diagnostics import Diagnosis, diagnose
-from scap_hub.errors import CalibrationError, DataError, RecipeError
+from scap_hub.errors import CalibrationError, DataError, RecipeError, ScapHubError
 from scap_hub.hub.checkpoint import check_output
 from scap_hub.hub.uniform import plain_config
 from scap_hub.plan import PruningPlan
@@ -30,6 +29,7 @@ from scap_hub.recipe import DataSettings, Recipe, TargetSettings
 from scap_hub.repair import compensate, recalibrate
 from scap_hub.report import GroupReport, Measures, Report, Selection, measure
 from scap_hub.result import Result
+from scap_hub.score_cache import kept_scores
 from scap_hub.selection import kept_importance, select, select_latency
 from scap_hub.surgery import apply_plan
 from scap_hub.timing import milliseconds
@@ -57,8 +57,8 @@ def prune(
         dataset: "digits", Hub id, image folder, `datasets.Dataset(Dict)` or DataLoader; the recipe's if left out.
             Without any, models trained on ImageNet use unlabelled images of timm/mini-imagenet.
         recipe: Shipped name ("half-macs"), path, dict or `Recipe`.
-        output_dir: Where to save the result, absent or empty; checkpoints of the fine-tuning are kept beside it
-            until the end, so that the same call resumes.
+        output_dir: Where to save the result, absent or empty; scores and checkpoints of the fine-tuning are kept beside
+            it until the end, so that the same call resumes.
         **overrides: Recipe values that win: target="macs=0.5", criterion="scap", finetune_epochs=3, seed=0, ...
 
     Raises:
@@ -75,12 +75,11 @@ def prune(
     set_seed(recipe.seed)
     stages = Stages()
 
-    loaded, data = load_dense(model, dataset, recipe, output_dir, stages)
-    result = prune_loaded(loaded, data, recipe, output_dir=output_dir, stages=stages)
-    if output_dir is not None:
-        from_main(lambda: result.save_pretrained(output_dir))
-        for run in ("dense", *range(recipe.schedule.steps)):
-            shutil.rmtree(_work_folder(output_dir, str(run)), ignore_errors=True)  # type: ignore[arg-type]
+    with _kept_beside(output_dir) as work:
+        loaded, data = load_dense(model, dataset, recipe, work, stages)
+        result = prune_loaded(loaded, data, recipe, work=work, scores=work and work / "scores", stages=stages)
+        if output_dir is not None:
+            from_main(lambda: result.save_pretrained(output_dir))
     if (repo_id := recipe.publish.repo_id) is not None:
         from_main(lambda: result.push_to_hub(repo_id, recipe.publish.private))
     return result
@@ -91,7 +90,9 @@ def prune_loaded(
     data: Data,
     recipe: Recipe,
     before: Measures | None = None,
-    output_dir: str | Path | None = None,
+    *,
+    work: Path | None = None,
+    scores: Path | None = None,
     stages: Stages | None = None,
 ) -> Result:
     """`prune` from where model and data are there to where the result is measured; nothing is saved.
@@ -101,7 +102,8 @@ def prune_loaded(
         data: Its data.
         recipe: Its blocks from `criterion` to `evaluate`.
         before: What was measured of the dense model; measured here if left out.
-        output_dir: Checkpoints of the fine-tuning are kept beside it.
+        work: Where checkpoints of the fine-tuning are kept.
+        scores: Where scores are kept; see `kept_scores`.
         stages: Where the seconds are counted.
     """
     stages = stages or Stages()
@@ -120,18 +122,18 @@ def prune_loaded(
         with stages("channel groups"):
             groups = _protected(channel_groups(small, example(small, loaded)), recipe.protect)
         with stages("scores"):
-            scores = score(small, calibration, criterion, groups=groups)
+            importance = kept_scores(scores, small, calibration, criterion, groups)
         if step == 0:
-            dense_groups, dense_scores = groups, scores
+            dense_groups, dense_scores = groups, importance
             with stages("diagnostics"):
                 diagnoses = (
-                    diagnose(small, groups, calibration, criterion, scores) if recipe.criterion.diagnostics else {}
+                    diagnose(small, groups, calibration, criterion, importance) if recipe.criterion.diagnostics else {}
                 )
         with stages("selection"):
             # Decided once: ranks may differ in the last bit of a score, never in the plan.
             images = example(small, loaded, recipe.target.batch_size)
             step_plan, selection = from_main(
-                lambda: _select(dense, small, groups, scores, recipe, scope, step, images)  # noqa: B023
+                lambda: _select(dense, small, groups, importance, recipe, scope, step, images)  # noqa: B023
             )
             selections.append(selection)
         with stages("refinement"):
@@ -149,8 +151,8 @@ def prune_loaded(
                 recalibrate(small, calibration)
         with stages("fine-tuning"):
             if recipe.finetune.epochs:
-                work = _work_folder(output_dir, str(step))
-                history += finetune(small, data, recipe.finetune, dense, work, seed=recipe.seed)
+                folder = work and work / f"training-{step}"
+                history += finetune(small, data, recipe.finetune, dense, folder, seed=recipe.seed)
 
     with stages("measure pruned"):
         after = measure(small, loaded.preprocessing.input_size, data)
@@ -167,7 +169,7 @@ def prune_loaded(
 
 
 def load_dense(
-    model: Any, dataset: Any, recipe: Recipe, output_dir: str | Path | None = None, stages: Stages | None = None
+    model: Any, dataset: Any, recipe: Recipe, work: Path | None = None, stages: Stages | None = None
 ) -> tuple[LoadedModel, Data]:
     """The dense model, tuned if the recipe says so, and the data as the model wants it."""
     stages, settings = stages or Stages(), recipe.model
@@ -187,7 +189,7 @@ def load_dense(
     if recipe.finetune.dense_epochs:
         with stages("tune dense"):
             tuning = recipe.finetune.model_copy(update={"epochs": recipe.finetune.dense_epochs})
-            finetune(loaded.module, data, tuning, output_dir=_work_folder(output_dir, "dense"), seed=recipe.seed)
+            finetune(loaded.module, data, tuning, output_dir=work and work / "training-dense", seed=recipe.seed)
     return loaded, data
 
 
@@ -318,12 +320,22 @@ def _group_reports(
     }
 
 
-def _work_folder(output_dir: str | Path | None, run: str) -> Path | None:
-    """Where a training run keeps its checkpoints until the result is saved: beside it, hidden."""
+@contextlib.contextmanager
+def _kept_beside(output_dir: str | Path | None) -> Iterator[Path | None]:
+    """Where a run keeps what it has found until its result is saved: beside it, hidden; None where nothing is saved."""
     if output_dir is None:
-        return None
+        yield None
+        return
     output = Path(output_dir).expanduser()
-    return output.with_name(f".{output.name}.training-{run}")
+    work = output.with_name(f".{output.name}.unfinished")
+    try:
+        yield work
+    except ScapHubError:
+        # A mistake leaves nothing behind, but training that was done stays.
+        if accelerator().is_main_process and not any(work.glob("training-*")):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    from_main(lambda: shutil.rmtree(work, ignore_errors=True))
 
 
 class Stages:

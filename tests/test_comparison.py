@@ -44,7 +44,7 @@ def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
     first = scap_hub.compare(criteria=["l1"], **arguments)
     ran = []
     whole = comparison.prune_loaded
-    monkeypatch.setattr(comparison, "prune_loaded", lambda *a: ran.append(a[2].criterion.name) or whole(*a))
+    monkeypatch.setattr(comparison, "prune_loaded", lambda *a, **k: ran.append(a[2].criterion.name) or whole(*a, **k))
     both = scap_hub.compare(criteria=["l1", "fpgm"], **arguments)
     assert ran == ["fpgm"] and both.cells[0] == first.cells[0] and len(both.cells) == 2
     with pytest.raises(RecipeError, match=r"is a comparison with another recipe; choose another file"):
@@ -57,7 +57,7 @@ def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
 def test_a_criterion_that_cannot_score_the_model_is_a_failed_row_that_is_tried_again(tmp_path, monkeypatch):
     arguments = QUICK | {"model": tiny_net(), "dataset": "digits", "seeds": 1, "output": tmp_path / "out.json"}
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise CalibrationError("not these images")
 
     with monkeypatch.context() as patch:
