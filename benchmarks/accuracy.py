@@ -39,12 +39,16 @@ from fashion_mnist import FOLDER, arrays
 VARIANTS: dict[str, dict[str, Any]] = {
     "pruned": {"repair_least_squares": False, "repair_batch_norm": False, "finetune_epochs": 0},
     "repaired": {"finetune_epochs": 0},
+    "repaired in eights": {"finetune_epochs": 0, "round_to": 8},
     "tuned": {"repair_least_squares": False, "repair_batch_norm": False},
     "repaired and tuned": {},
     # SCAP as published: importance threshold 0.6, no repair, no teacher.
-    "paper": {"repair_least_squares": False, "repair_batch_norm": False, "finetune_distillation_weight": 0.0},
-}
-PAPER = {"criteria": ["scap"], "targets": ["threshold=0.6"], "round_to": 1}
+    "paper": {
+        "criteria": ["scap"], "targets": ["threshold=0.6"], "round_to": 1,
+        "repair_least_squares": False, "repair_batch_norm": False, "finetune_distillation_weight": 0.0,
+    },
+}  # fmt: skip
+"""What is done other than with the defaults and the options."""
 CLASSES = 10
 
 
@@ -238,11 +242,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 "targets": options.targets.split(","),
                 "criteria": "all" if options.criteria == "all" else options.criteria.split(","),
                 "round_to": options.round_to,
-                **(PAPER if variant == "paper" else {}),
+                **VARIANTS[variant],
             }
             comparison = scap_hub.compare(
                 model, splits, recipe, seeds=options.seeds, model_input_size=net[1],
-                output=out / f"{name}-{variant.replace(' ', '-')}.json", **asked, **VARIANTS[variant],
+                output=out / f"{name}-{variant.replace(' ', '-')}.json", **asked,
             )  # fmt: skip
             found[name]["variants"][variant] = comparison.to_dict()
             for row in comparison.rows("test" if options.test else "validation"):
