@@ -3,7 +3,10 @@
 import json
 import re
 import runpy
+import statistics
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +147,16 @@ Repeat it, with `mobilenet_v2-b0353104.pth` from torchvision:
 ```bash
 {command}
 ```
-"""
+
+## All cells together
+
+A cell is one network, one budget, one seed, trained or not; these are the {cells} in which all of the following have a
+result.
+
+| criterion | mean rank |
+|---|---|
+{ranks}"""
+RIVALS = ("scap-set", "obs", "scap", "l1", "taylor", "fpgm", "torch-pruning-bn")
 
 
 def accuracy() -> str:
@@ -155,6 +167,7 @@ def accuracy() -> str:
         command=document["command"],
         calibration=comparisons[0]["recipe"]["data"]["calibration_images"],
         seeds=max(cell["seed"] for own in comparisons for cell in own["cells"]) + 1,
+        **_together(document["nets"]),
     )
     for name, net in document["nets"].items():
         for variant, found in net["variants"].items():
@@ -165,11 +178,33 @@ def accuracy() -> str:
             text += f"| {' | '.join(head)} |\n|{'---|' * len(head)}\n"
             text += "".join(f"| {' | '.join(row)} |\n" for row in rows)
             if len({cell["target"] for cell in found["cells"]}) == 1:
-                text += "\nWhat stays:\n\n" + "".join(
-                    f"- `{cell['criterion']}`: {cell['macs']:.1%} of the MACs, {cell['params']:.1%} of the parameters\n"
-                    for cell in found["cells"]
-                )
+                text += "\nWhat stays:\n\n" + "".join(_stays(found["cells"]))
     return text
+
+
+def _stays(cells: list[dict[str, Any]]) -> Iterator[str]:
+    for criterion in dict.fromkeys(cell["criterion"] for cell in cells):
+        macs, params = (
+            statistics.mean(cell[key] for cell in cells if cell["criterion"] == criterion) for key in ("macs", "params")
+        )
+        yield f"- `{criterion}`: {macs:.1%} of the MACs, {params:.1%} of the parameters\n"
+
+
+def _together(nets: dict[str, Any]) -> dict[str, Any]:
+    """How many cells the rivals share, and their mean ranks as rows of a table."""
+    cells = [
+        {**cell, "target": f"{net} {variant} {cell['target']}"}
+        for net, found in nets.items()
+        for variant, own in found["variants"].items()
+        for cell in own["cells"]
+        if cell["criterion"] in RIVALS
+    ]
+    everyone = Counter((cell["target"], cell["seed"]) for cell in cells)
+    rows = Comparison({}, {"test": 0.0}, cells).summary("test")
+    return {
+        "cells": sum(count == len(RIVALS) for count in everyone.values()),
+        "ranks": "".join(f"| {row['criterion']} | {row['rank']:.2f} |\n" for row in rows),
+    }
 
 
 TRAINING = """\
