@@ -107,7 +107,7 @@ def prune_loaded(
         stages: Where the seconds are counted.
     """
     stages = stages or Stages()
-    criterion = criterion_named(recipe.criterion.name, recipe.criterion.options)
+    criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
     scope = criterion.scope if recipe.target.scope == "auto" else recipe.target.scope
     dense = loaded.module.to(accelerator().device).eval()
     with stages("load"):

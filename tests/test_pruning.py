@@ -81,6 +81,15 @@ def test_criteria_and_iterative_schedule(criterion):
     assert [tuple(p.shape) for p in small.parameters()] == [tuple(p.shape) for p in result.model.parameters()]
 
 
+def test_what_a_criterion_draws_follows_the_seed_unless_its_options_say_otherwise():
+    net, quick = Residual(width=16), QUICK | {"finetune": {"epochs": 0}}
+    arguments = {"criterion": "random", "round_to": 1, "model_input_size": (3, 32, 32), "data_batch_size": 8}
+    drawn = [scap_hub.prune(net, images(), quick, seed=seed, **arguments).plan for seed in (0, 1, 1)]
+    assert drawn[0] != drawn[1] and drawn[1] == drawn[2]
+    fixed = scap_hub.prune(net, images(), quick, seed=1, **arguments, criterion_options={"seed": 0})
+    assert fixed.plan == drawn[0]
+
+
 def test_protected_layers_stay_whole():
     result = scap_hub.prune(
         Residual(width=16), images(), QUICK, protect=["expand"], finetune_epochs=0, model_input_size=(3, 64, 64)

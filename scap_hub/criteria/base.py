@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,14 +87,22 @@ def known_criteria() -> list[str]:
     return sorted(_CRITERIA)
 
 
-def criterion(name: str, options: Mapping[str, Any] | None = None) -> Criterion:
+def criterion(name: str, options: Mapping[str, Any] | None = None, seed: int | None = None) -> Criterion:
     """Builds a registered criterion by name.
+
+    Args:
+        name: Of the criterion.
+        options: Its own.
+        seed: Of what it draws, for one that has a seed among its options and is given none there.
 
     Raises:
         RecipeError: Unknown name or option, or a value out of range.
     """
+    kind, given = _CRITERIA[known("criterion", name, _CRITERIA)], dict(options or {})
+    if seed is not None and "seed" in inspect.signature(kind).parameters:
+        given.setdefault("seed", seed)
     try:
-        return _CRITERIA[known("criterion", name, _CRITERIA)](**(options or {}))
+        return kind(**given)
     except TypeError as error:
         raise RecipeError(f"criterion {name!r}: {error}") from None
 
