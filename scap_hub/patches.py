@@ -44,6 +44,25 @@ def patches(layer: Reader, x: Tensor, images: int, places: int | None = None) ->
     return rows.flatten(1).unflatten(1, (layer.groups, -1)).transpose(0, 1)
 
 
+def results(layer: Reader, y: Tensor, images: int, places: int | None = None) -> Tensor:
+    """What a layer makes of its patches: its outputs at the places that `patches` reads.
+
+    Args:
+        layer: The layer.
+        y: Its output.
+        images: As for `patches`.
+        places: As for `patches`.
+
+    Returns:
+        (images * places, O).
+    """
+    if isinstance(layer, nn.Linear):
+        rows = y.reshape(images, -1, y.shape[-1])
+    else:
+        rows = y.unflatten(0, (images, -1)).transpose(1, 2).flatten(2).mT
+    return rows[:, _spread(rows.shape[1], places, y)].flatten(0, 1)
+
+
 def padded(layer: nn.modules.conv._ConvNd, x: Tensor) -> Tensor:
     """The input as the convolution pads it."""
     sides: Sequence[tuple[int, int]]

@@ -146,7 +146,9 @@ def prune_loaded(
                 plain_config(loaded, small)  # refuses before the training what saving would refuse after it
         with stages("repair"):
             if recipe.repair.least_squares:
-                compensate(larger, small, step_plan, calibration, recipe.repair.ridge)
+                compensate(
+                    larger, small, step_plan, calibration, recipe.repair.ridge, batch_norm=recipe.repair.batch_norm
+                )
             if recipe.repair.batch_norm:
                 recalibrate(small, calibration)
         with stages("fine-tuning"):

@@ -1,93 +1,89 @@
 """After surgery, before training: say the removed channels in terms of those that stay.
 
-Each layer that reads pruned channels is re-solved by ridge least squares, so that from the kept channels it computes
-what it computed from all of them, and batch-norm statistics are taken anew. Neither needs labels.
+Each layer that reads pruned channels is re-solved by ridge least squares, so that from what it reads now it computes
+what it computed in the dense model, and batch-norm statistics are taken anew. Neither needs labels.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.state import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from scap_hub.channels.capture import evaluating
 from scap_hub.criteria.taps import images_of
+from scap_hub.patches import Reader, patches, results
 from scap_hub.plan import PruningPlan
 from scap_hub.progress import track
 
-_ROWS_AN_UNKNOWN = 8
-"""Patches to collect for each weight of an output channel; more change the solution by less than the ridge does."""
-
-
-@dataclass
-class _Statistics:
-    """Second moments of a layer's input patches, by group: G = P Pᵀ, a constant 1 appended where there is a bias.
-
-    Fewer patches than unknowns are kept as they are: the dual problem is smaller then.
-    """
-
-    gram: Tensor | None = None
-    rows: Tensor | None = None
-
-    def add(self, patches: Tensor) -> None:
-        """Adds (groups, patches, unknowns)."""
-        if self.gram is None:
-            self.rows = patches if self.rows is None else torch.cat([self.rows, patches], dim=1)
-            if self.rows.shape[1] < self.rows.shape[2]:
-                return
-            patches, self.rows = self.rows, None
-            self.gram = patches.new_zeros(patches.shape[0], patches.shape[2], patches.shape[2])
-        self.gram.baddbmm_(patches.mT, patches)
-
-    def reduced(self) -> _Statistics:
-        """The sum over all processes."""
-        if PartialState().num_processes == 1:
-            return self
-        gram = self.gram
-        if gram is None:
-            assert self.rows is not None  # every process has images
-            gram = self.rows.mT @ self.rows
-        return _Statistics(gram=reduce(gram, reduction="sum"))
+_PATCHES = 8  # for each weight of an output channel, over all images
+_PLACES = 16  # of each image, at least: with fewer, narrow layers fit the noise of their patches
+_BYTES = 2**30  # of the largest input of a re-solved layer: all images pass through the model together
 
 
 def compensate(
-    dense: nn.Module, small: nn.Module, plan: PruningPlan, batches: Iterable[Any], ridge: float = 1e-2
+    dense: nn.Module,
+    small: nn.Module,
+    plan: PruningPlan,
+    batches: Iterable[Any],
+    ridge: float = 1e-2,
+    *,
+    batch_norm: bool = False,
 ) -> dict[str, tuple[float, float]]:
-    """Re-solves in place every convolution and linear layer of `small` that lost inputs.
+    """Re-solves in place every convolution and linear layer of `small` that lost inputs, in the order they run in.
 
-    For a layer with dense weight W, patches P of its dense input and kept patch rows K, the new weight is the minimum
-    of |W P - W' P_K|² + λ |W' - W_K|², with λ the ridge times the mean diagonal of P_K P_Kᵀ. The ridge pulls towards
-    the weights that are there, so the error on the calibration patches is never larger than without repair.
+    For a layer with weight W that reads patches P, behind layers that are re-solved already, and the outputs Y that it
+    has in `dense` at the same places, the new weight is the minimum of |Y - W' P|² + λ |W' - W|², with λ the ridge
+    times the mean diagonal of P Pᵀ. The ridge pulls towards the weights that are there, so the error on the patches is
+    never larger than with them; and what the layers before have got wrong is made good where it can be (asymmetric
+    reconstruction: Zhang et al., 2015, arXiv 1505.06798). It takes one forward pass of each model.
 
     Args:
         dense: The model before surgery, in eval mode.
         small: `apply_plan(dense, plan)`; changed in place.
         plan: What stays.
-        batches: Calibration batches (this process's share); images only are used.
-        ridge: λ relative to the mean energy of a kept input.
+        batches: Calibration batches (this process's share); images only are used, as many as pass through together.
+        ridge: λ relative to the mean energy of an input.
+        batch_norm: Whether batch norms take the images' own statistics meanwhile, as they will if `recalibrate`
+            follows.
 
     Returns:
         For each repaired layer the relative squared output error on the patches, before and after.
     """
-    layers = {path: layer for path, layer in _readers(dense, plan)}
-    statistics = _collect(dense, layers, batches)
-    errors = {}
-    for path in track(layers, "repair"):
-        target = small.get_submodule(path)
-        errors[path] = _resolve(layers[path], target, path, plan, statistics[path].reduced(), ridge)
+    paths = list(_readers(dense, plan))
+    images = _fed(dense, torch.cat([images_of(batch) for batch in batches]))
+    images = images[: max(1, _BYTES // _largest(dense, paths, images[:1]))]
+    places = {path: _places(small.get_submodule(path), len(images)) for path in paths}
+    wanted = _outputs(dense, plan, places, images)
+    errors: dict[str, tuple[float, float]] = {}
+
+    def solve(path: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if path in wanted:  # a layer that runs several times is solved when it runs first
+            rows = patches(layer, _input(args, kwargs), len(images), places[path])
+            errors[path] = _resolve(layer, rows, wanted.pop(path), ridge)
+            bar.update()
+
+    with track(paths, "repair") as bar, evaluating(small), torch.no_grad(), contextlib.ExitStack() as stack:
+        if batch_norm:
+            stack.enter_context(_own_statistics(small))
+        for path in paths:
+            layer = small.get_submodule(path)
+            stack.callback(layer.register_forward_pre_hook(partial(solve, path), with_kwargs=True).remove)
+        small(images)
     return errors
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Takes the running statistics of every batch norm anew, as plain averages over the batches and all processes."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     if not norms:
         return
@@ -98,9 +94,10 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             norm.momentum = None  # a plain average
             norm.train()
         for batch in track(batches, "batch-norm statistics"):
-            model(_fed(model, batch))
+            model(_fed(model, images_of(batch)))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+            norm.eval()
             for statistic in (norm.running_mean, norm.running_var):
                 assert statistic is not None  # it tracks running statistics
                 statistic.copy_(_mean_over_processes(statistic, len(batches)))
@@ -113,8 +110,8 @@ def _mean_over_processes(value: Tensor, weight: int) -> Tensor:
     return total[:-1] / total[-1]
 
 
-def _readers(dense: nn.Module, plan: PruningPlan) -> Iterator[tuple[str, nn.Module]]:
-    """Layers whose weight loses inputs (dimension 1), in the model's order.
+def _readers(dense: nn.Module, plan: PruningPlan) -> Iterator[str]:
+    """Layers whose weight loses inputs (dimension 1).
 
     A subclass with a forward pass of its own (weight standardisation, other padding) applies another weight than it
     holds, so it is left as it is.
@@ -123,117 +120,116 @@ def _readers(dense: nn.Module, plan: PruningPlan) -> Iterator[tuple[str, nn.Modu
     for path, module in dense.named_modules():
         cut = plan.tensors.get(f"{path}.weight")
         if type(module).forward in plain and cut is not None and (1 in cut.keep or cut.blocks is not None):
-            yield path, module
+            yield path
 
 
-def _collect(dense: nn.Module, layers: dict[str, nn.Module], batches: Iterable[Any]) -> dict[str, _Statistics]:
-    statistics = {path: _Statistics() for path in layers}
-    batches = list(batches)
+def _largest(dense: nn.Module, paths: Iterable[str], image: Tensor) -> int:
+    """Bytes of the largest input of these layers for one image."""
+    found = [1]
+    with _watched(dense, paths, lambda path, layer, x, y: found.append(x.nbytes)):
+        dense(image)
+    return max(found)
+
+
+def _places(layer: Any, images: int) -> int:
+    """How many places of each image to read."""
+    return max(_PLACES, ceil(_PATCHES * layer.weight[0].numel() / (images * PartialState().num_processes)))
+
+
+def _outputs(dense: nn.Module, plan: PruningPlan, places: dict[str, int], images: Tensor) -> dict[str, Tensor]:
+    """What each layer computes for the channels that stay, (blocks, patches, O / blocks)."""
+    found: dict[str, Tensor] = {}
+
+    def read(path: str, layer: Reader, x: Tensor, y: Tensor) -> None:
+        if path not in found:
+            keep = plan.tensors[f"{path}.weight"].keep
+            rows = results(layer, y, len(images), places[path])
+            rows = rows[:, plan.indices(keep[0])] if 0 in keep else rows
+            found[path] = rows.unflatten(1, (getattr(layer, "groups", 1), -1)).transpose(0, 1)
+
+    with _watched(dense, places, read):
+        dense(images)
+    return found
+
+
+@contextlib.contextmanager
+def _watched(dense: nn.Module, paths: Iterable[str], read: Any) -> Iterator[None]:
+    """Eval mode without gradients, in which these layers, once they have run, are read: `read(path, layer, x, y)`."""
+
+    def after(path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+        read(path, layer, _input(args, kwargs), y)
+
     with contextlib.ExitStack() as stack, evaluating(dense), torch.no_grad():
-        for path, layer in layers.items():
-
-            def watch(module: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
-                statistics[path].add(_patches(module, args[0].detach(), len(batches)))
-
-            handle = layer.register_forward_pre_hook(watch)
-            stack.callback(handle.remove)
-        for batch in track(batches, "input statistics"):
-            dense(_fed(dense, batch))
-    return statistics
+        for path in paths:
+            layer = dense.get_submodule(path)
+            stack.callback(layer.register_forward_hook(partial(after, path), with_kwargs=True).remove)
+        yield
 
 
-def _patches(layer: nn.Module, x: Tensor, batches: int) -> Tensor:
-    """Input patches of a layer, (groups, patches, unknowns), thinned evenly to what the solution needs."""
-    rows = x.reshape(1, -1, x.shape[-1]) if isinstance(layer, nn.Linear) else _unfold(layer, x, batches)
+@contextlib.contextmanager
+def _own_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch norms use the statistics of what they are given, and leave their running ones alone."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and not m.training]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.training, norm.track_running_stats = False, True
+
+
+def _resolve(layer: Any, rows: Tensor, wanted: Tensor, ridge: float) -> tuple[float, float]:
+    """Changes a layer's weight so that it computes the wanted outputs, (blocks, patches, O), from these patches."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    wanted = -(-_ROWS_AN_UNKNOWN * rows.shape[2] // batches)
-    if rows.shape[1] > wanted:
-        rows = rows[:, torch.linspace(0, rows.shape[1] - 1, wanted, device=rows.device).long()]
+    weight = layer.weight.detach().to(rows.dtype).flatten(1)
     if layer.bias is not None:
         rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=2)
-    return rows
-
-
-def _unfold(layer: Any, x: Tensor, batches: int) -> Tensor:
-    """(groups, patches, in / groups * window) of a convolution's input, on a coarser grid where it has many places."""
-    spatial = x.ndim - 2
-    if isinstance(layer.padding, str):
-        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        sides = [(t // 2, t - t // 2) if layer.padding == "same" else (0, 0) for t in total]
-    else:
-        sides = [(p, p) for p in layer.padding]
-    if any(side != (0, 0) for side in sides):
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x = F.pad(x, [amount for side in reversed(sides) for amount in side], mode=mode)
-    # Windows by dimension: (N, C, places..., window...).
-    unknowns = layer.in_channels // layer.groups * int(torch.tensor(layer.kernel_size).prod())
-    places = x.shape[0] * x[0, 0].numel() / int(torch.tensor(layer.stride).prod())
-    thin = max(1, int((places * batches / (_ROWS_AN_UNKNOWN * unknowns)) ** (1 / spatial) / 2))
-    for dim in range(spatial):
-        reach = layer.dilation[dim] * (layer.kernel_size[dim] - 1) + 1
-        x = x.unfold(2 + dim, reach, layer.stride[dim] * thin)[..., :: layer.dilation[dim]]
-    x = x.unflatten(1, (layer.groups, -1))
-    places_dims, window_dims = range(3, 3 + spatial), range(3 + spatial, 3 + 2 * spatial)
-    return x.permute(1, 0, *places_dims, 2, *window_dims).reshape(layer.groups, -1, unknowns)
-
-
-def _resolve(
-    layer: Any, target: Any, path: str, plan: PruningPlan, statistics: _Statistics, ridge: float
-) -> tuple[float, float]:
-    """Solves for one layer's weight; works in residuals, which hold what the kept weights leave unsaid."""
-    cut = plan.tensors[f"{path}.weight"]
-    groups = getattr(layer, "groups", 1)
-    window = layer.weight[0, 0].numel() if layer.weight.ndim > 2 else 1
-    rows = torch.tensor(plan.indices(cut.keep[0])) if 0 in cut.keep else torch.arange(layer.weight.shape[0])
-    wide = layer.weight.detach().double().flatten(1).unflatten(0, (groups, -1))
-    before = after = total = 0.0
-    solved = []
-    for group in range(groups):
-        own = rows[(rows >= group * wide.shape[1]) & (rows < (group + 1) * wide.shape[1])] - group * wide.shape[1]
-        entry = cut.blocks[group] if cut.blocks is not None else cut.keep[1]
-        columns = torch.tensor(plan.indices(entry))
-        kept = (columns[:, None] * window + torch.arange(window)).flatten()
-        dense = wide[group, own.to(wide.device)]
-        if layer.bias is not None:
-            constant = torch.tensor([dense.shape[1]])
-            kept = torch.cat([kept, constant])
-            dense = torch.cat([dense, layer.bias.detach().double()[own + group * wide.shape[1], None]], dim=1)
-        change, errors = _solved(dense, kept.to(dense.device), statistics, group, ridge)
-        solved.append(dense[:, kept] + change)
-        before, after, total = before + errors[0], after + errors[1], total + errors[2]
-    weight = torch.cat(solved)
-    with torch.no_grad():
-        if layer.bias is not None:
-            target.bias.copy_(weight[:, -1])
-            weight = weight[:, :-1]
-        target.weight.copy_(weight.reshape(target.weight.shape))
+        weight = torch.cat([weight, layer.bias.detach().to(rows.dtype)[:, None]], dim=1)
+    blocks = [
+        _solved(own, y.to(rows.dtype), block, ridge)
+        for own, y, block in zip(rows, wanted, weight.chunk(len(rows)), strict=True)
+    ]
+    weight = torch.cat([solved for solved, _ in blocks])
+    if layer.bias is not None:
+        layer.bias.copy_(weight[:, -1])
+        weight = weight[:, :-1]
+    layer.weight.copy_(weight.reshape(layer.weight.shape))
+    before, after, total = torch.stack([errors for _, errors in blocks]).sum(0).tolist()
     return before / max(total, 1e-30), after / max(total, 1e-30)
 
 
-def _solved(
-    dense: Tensor, kept: Tensor, statistics: _Statistics, group: int, ridge: float
-) -> tuple[Tensor, tuple[float, float, float]]:
-    """Change of the kept weights, and the squared output error before, after, and of an output of zero."""
-    residual = dense.clone()
-    residual[:, kept] = 0
-    eye = torch.eye(kept.numel() if statistics.rows is None else statistics.rows.shape[1], dtype=dense.dtype).to(dense)
-    if statistics.gram is not None:
-        gram = statistics.gram[group].double()
-        own, cross = gram[kept][:, kept], residual @ gram[:, kept]
-        scale = ridge * own.diagonal().mean().clamp(min=1e-12)
-        change = torch.linalg.solve(own + scale * eye, cross.mT).mT
-        before = ((residual @ gram) * residual).sum()
-        after = before - 2 * (cross * change).sum() + ((change @ own) * change).sum()
-        return change, (float(before), float(after), float(((dense @ gram) * dense).sum()))
-    assert statistics.rows is not None
-    patches = statistics.rows[group].double()
-    missing, own = residual @ patches.mT, patches[:, kept]
-    scale = ridge * own.square().sum(0).mean().clamp(min=1e-12)
-    change = torch.linalg.solve(own @ own.mT + scale * eye, missing.mT).mT @ own
-    error, whole = missing - change @ own.mT, dense @ patches.mT
-    return change, (float(missing.square().sum()), float(error.square().sum()), float(whole.square().sum()))
+def _solved(rows: Tensor, wanted: Tensor, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """The new weight, float64, and the squared errors before, after, and of an output of zero.
+
+    Works in residuals, which hold what the weights that are there leave unsaid. With fewer patches than unknowns, the
+    dual problem is smaller.
+    """
+    residual = wanted - rows @ weight.T
+    errors = torch.stack([residual.square().sum(), wanted.square().sum()]).double()
+    if PartialState().num_processes == 1 and len(rows) < rows.shape[1]:
+        rows, residual = rows.double(), residual.double()
+        scale = ridge * rows.square().sum(0).mean().clamp(min=1e-12)
+        gram = rows @ rows.T
+        change = torch.linalg.solve(gram + scale * torch.eye(len(gram)).to(gram), residual).T @ rows
+        after = (residual - rows @ change.T).square().sum()
+    else:
+        gram, cross = (_sum_over_processes(rows.T @ other).double() for other in (rows, residual))
+        errors = _sum_over_processes(errors)
+        scale = ridge * gram.diagonal().mean().clamp(min=1e-12)
+        change = torch.linalg.solve(gram + scale * torch.eye(len(gram)).to(gram), cross).T
+        after = errors[0] - 2 * (cross.T * change).sum() + ((change @ gram) * change).sum()
+    return weight.double() + change, torch.stack([errors[0], after, errors[1]])
 
 
-def _fed(model: nn.Module, batch: Any) -> Tensor:
+def _sum_over_processes(value: Tensor) -> Tensor:
+    return value if PartialState().num_processes == 1 else reduce(value, reduction="sum")
+
+
+def _input(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _fed(model: nn.Module, images: Tensor) -> Tensor:
     parameter = next(model.parameters())
-    return images_of(batch).to(parameter.device, parameter.dtype)
+    return images.to(parameter.device, parameter.dtype)

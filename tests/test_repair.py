@@ -114,4 +114,115 @@ def test_recalibration_takes_the_batches_own_statistics():
         features = [net[0](batch) for batch in IMAGES]
     mean = torch.stack([f.mean((0, 2, 3)) for f in features]).mean(0)
     assert torch.allclose(net[1].running_mean, mean, atol=1e-5)
-    assert net[1].momentum == 0.3 and net.training
+    assert net[1].momentum == 0.3 and net.training and net[1].training
+    recalibrate(net.eval(), IMAGES)
+    assert not net[1].training
+
+
+class Chain(nn.Module):
+    """Layer after layer, with batch norms, so that errors travel."""
+
+    def __init__(self, depth=6, width=12):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.body = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+                for _ in range(depth)
+            )
+        )
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        return self.head(self.body(torch.relu(self.stem(x))).mean((2, 3)))
+
+
+def relative(small, net):
+    with torch.no_grad():
+        wanted = torch.cat([net(batch) for batch in IMAGES])
+        return float((torch.cat([small(batch) for batch in IMAGES]) - wanted).square().sum() / wanted.square().sum())
+
+
+def halved(seed=0):
+    torch.manual_seed(seed)
+    net = randomize(Chain()).eval()
+    recalibrate(net, IMAGES)
+    plan = random_plan(channel_groups(net, IMAGES[0]), seed, 0.5)
+    return net, plan, apply_plan(net, plan)
+
+
+def test_later_layers_make_good_what_earlier_ones_got_wrong():
+    net, plan, small = halved()
+    before = relative(small, net)
+    errors = compensate(net, small, plan, IMAGES)
+    after = relative(small, net)
+    assert after == pytest.approx(errors["head"][1], rel=1e-3), "the error is that of the model's own outputs"
+    # Each layer by itself, reading what it reads in the dense model.
+    alone = apply_plan(net, plan)
+    for path in errors:
+        other = apply_plan(net, plan)
+        reader, inputs = other.get_submodule(path), []
+        net.get_submodule(path).register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
+        for batch in IMAGES:
+            net(batch)
+        net.get_submodule(path)._forward_pre_hooks.clear()
+        cut = plan.tensors[f"{path}.weight"].keep[1]
+        x = torch.cat(inputs)
+        columns = torch.tensor(plan.indices(cut))
+        y = net.get_submodule(path)(x).movedim(1, -1).flatten(0, -2)
+        if path != "head":
+            x = nn.functional.unfold(x, 3, padding=1).unflatten(1, (-1, 9))[:, columns].flatten(1, 2)
+            x = x.movedim(1, -1).flatten(0, -2)
+            y = y[:, plan.indices(plan.tensors[f"{path}.weight"].keep[0])]
+        else:
+            x = torch.cat([x[:, columns], x.new_ones(len(x), 1)], 1)
+        solution = torch.linalg.lstsq(x, y).solution.T.detach()
+        with torch.no_grad():
+            if path == "head":
+                alone.head.bias.copy_(solution[:, -1])
+                solution = solution[:, :-1]
+            alone.get_submodule(path).weight.copy_(solution.reshape(reader.weight.shape))
+    assert after < 0.8 * relative(alone, net) and after < 0.5 * before
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_batch_norms_that_are_taken_anew_next_are_read_so(seed):
+    net, plan, small = halved(seed)
+    found = {}
+    for anticipated in (False, True):
+        repaired = apply_plan(net, plan)
+        running = [norm[1].running_var.clone() for norm in repaired.body]
+        compensate(net, repaired, plan, IMAGES, batch_norm=anticipated)
+        assert all(torch.equal(norm[1].running_var, own) for norm, own in zip(repaired.body, running, strict=True))
+        assert not any(module.training for module in repaired.modules())
+        assert all(norm[1].track_running_stats for norm in repaired.body)
+        recalibrate(repaired, [torch.cat(IMAGES)])
+        found[anticipated] = relative(repaired, net)
+    assert found[True] < found[False]
+
+
+def test_large_images_are_repaired_from_as_many_as_fit(monkeypatch):
+    net, plan, small = halved()
+    whole, few = apply_plan(net, plan), apply_plan(net, plan)
+    compensate(net, whole, plan, IMAGES)
+    monkeypatch.setattr("scap_hub.repair._BYTES", 10 * 12 * 12 * 12 * 4)
+    compensate(net, few, plan, IMAGES)
+    compensate(net, small, plan, [IMAGES[0][:10]])
+    assert not torch.equal(few.head.weight, whole.head.weight)
+    assert torch.equal(few.head.weight, small.head.weight)
+
+
+def test_a_layer_that_runs_twice_is_solved_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.again, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.again(torch.relu(self.again(torch.relu(self.first(x)))))).mean((2, 3)))
+
+    net = randomize(Twice()).eval()
+    plan = random_plan(channel_groups(net, IMAGES[0]), 0, 0.5)
+    small = apply_plan(net, plan)
+    before = relative(small, net)
+    assert set(compensate(net, small, plan, IMAGES)) == {"again", "head"} and relative(small, net) < before
