@@ -149,7 +149,7 @@ def prune_loaded(
                 compensate(
                     larger, small, step_plan, calibration, recipe.repair.ridge, batch_norm=recipe.repair.batch_norm
                 )
-            if recipe.repair.batch_norm:
+            elif recipe.repair.batch_norm:
                 recalibrate(small, calibration)
         with stages("fine-tuning"):
             if recipe.finetune.epochs:

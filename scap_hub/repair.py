@@ -52,8 +52,7 @@ def compensate(
         plan: What stays.
         batches: Calibration batches (this process's share); images only are used, as many as pass through together.
         ridge: λ relative to the mean energy of an input.
-        batch_norm: Whether batch norms take the images' own statistics meanwhile, as they will if `recalibrate`
-            follows.
+        batch_norm: Whether batch norms take their statistics anew on the way, as `recalibrate` does afterwards.
 
     Returns:
         For each repaired layer the relative squared output error on the patches, before and after.
@@ -73,7 +72,7 @@ def compensate(
 
     with track(paths, "repair") as bar, evaluating(small), torch.no_grad(), contextlib.ExitStack() as stack:
         if batch_norm:
-            stack.enter_context(_own_statistics(small))
+            stack.enter_context(_anew(small, 1))
         for path in paths:
             layer = small.get_submodule(path)
             stack.callback(layer.register_forward_pre_hook(partial(solve, path), with_kwargs=True).remove)
@@ -83,24 +82,28 @@ def compensate(
 
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Takes the running statistics of every batch norm anew, as plain averages over the batches and all processes."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    if not norms:
-        return
     batches = list(batches)
-    with evaluating(model), torch.no_grad():
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average
-            norm.train()
+    with evaluating(model), torch.no_grad(), _anew(model, len(batches)):
         for batch in track(batches, "batch-norm statistics"):
             model(_fed(model, images_of(batch)))
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            norm.eval()
-            for statistic in (norm.running_mean, norm.running_var):
-                assert statistic is not None  # it tracks running statistics
-                statistic.copy_(_mean_over_processes(statistic, len(batches)))
+
+
+@contextlib.contextmanager
+def _anew(model: nn.Module, batches: int) -> Iterator[None]:
+    """Batch norms of a model in eval mode take their running statistics from what they are given meanwhile."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average
+        norm.train()
+    yield
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+        for statistic in (norm.running_mean, norm.running_var):
+            assert statistic is not None  # it tracks running statistics
+            statistic.copy_(_mean_over_processes(statistic, batches))
 
 
 def _mean_over_processes(value: Tensor, weight: int) -> Tensor:
@@ -164,19 +167,6 @@ def _watched(dense: nn.Module, paths: Iterable[str], read: Any) -> Iterator[None
             layer = dense.get_submodule(path)
             stack.callback(layer.register_forward_hook(partial(after, path), with_kwargs=True).remove)
         yield
-
-
-@contextlib.contextmanager
-def _own_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norms use the statistics of what they are given, and leave their running ones alone."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and not m.training]
-    for norm in norms:
-        norm.training, norm.track_running_stats = True, False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.training, norm.track_running_stats = False, True
 
 
 def _resolve(layer: Any, rows: Tensor, wanted: Tensor, ridge: float) -> tuple[float, float]:
