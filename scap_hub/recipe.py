@@ -133,7 +133,7 @@ class TargetSettings(_Block):
 
 class RepairSettings(_Block):
     least_squares: bool = True
-    """Re-solve each consumer's weights so that its output from the kept channels matches its output from all."""
+    """Re-solve the weights of each layer that lost inputs, so that its output matches the dense model's."""
     ridge: Annotated[float, Field(ge=0)] = 0.01
     """Ridge of that least-squares problem, relative to the mean diagonal of its Gram matrix."""
     batch_norm: bool = True

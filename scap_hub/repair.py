@@ -26,6 +26,7 @@ from scap_hub.progress import track
 
 _PATCHES = 8  # for each weight of an output channel, over all images
 _PLACES = 16  # of each image, at least: with fewer, narrow layers fit the noise of their patches
+_RIDGE = 1e-10  # at least: inputs may be constant or the same
 _BYTES = 2**30  # of the largest input of a re-solved layer: all images pass through the model together
 
 
@@ -199,14 +200,14 @@ def _solved(rows: Tensor, wanted: Tensor, weight: Tensor, ridge: float) -> tuple
     errors = torch.stack([residual.square().sum(), wanted.square().sum()]).double()
     if PartialState().num_processes == 1 and len(rows) < rows.shape[1]:
         rows, residual = rows.double(), residual.double()
-        scale = ridge * rows.square().sum(0).mean().clamp(min=1e-12)
+        scale = max(ridge, _RIDGE) * rows.square().sum(0).mean().clamp(min=1e-12)
         gram = rows @ rows.T
         change = torch.linalg.solve(gram + scale * torch.eye(len(gram)).to(gram), residual).T @ rows
         after = (residual - rows @ change.T).square().sum()
     else:
         gram, cross = (_sum_over_processes(rows.T @ other).double() for other in (rows, residual))
         errors = _sum_over_processes(errors)
-        scale = ridge * gram.diagonal().mean().clamp(min=1e-12)
+        scale = max(ridge, _RIDGE) * gram.diagonal().mean().clamp(min=1e-12)
         change = torch.linalg.solve(gram + scale * torch.eye(len(gram)).to(gram), cross).T
         after = errors[0] - 2 * (cross.T * change).sum() + ((change @ gram) * change).sum()
     return weight.double() + change, torch.stack([errors[0], after, errors[1]])

@@ -66,7 +66,7 @@ def test_grouped_readers_are_solved_block_by_block():
     assert (small(images[0]) - net(images[0])).norm() < 1e-5 * before
 
 
-@pytest.mark.parametrize("ridge", [1e-6, 1e-2, 10.0])
+@pytest.mark.parametrize("ridge", [0.0, 1e-6, 1e-2, 10.0])
 @pytest.mark.parametrize("images", [IMAGES, [IMAGES[0][:2]]], ids=["primal", "dual"])
 def test_repair_never_increases_a_layers_error(ridge, images):
     net = randomize(Residual(width=16)).eval()
