@@ -29,6 +29,7 @@ def patches(layer: Reader, x: Tensor, images: int, places: int | None = None) ->
         (blocks, images * places, unknowns): as many blocks as the convolution has groups; the unknowns are in the order
         of the weight's own, (in / groups, *kernel).
     """
+    images, places = _units(layer, x, images, places)
     if isinstance(layer, nn.Linear):
         rows = x.reshape(images, -1, x.shape[-1])
         return rows[:, _spread(rows.shape[1], places, x)].reshape(1, -1, x.shape[-1])
@@ -56,11 +57,18 @@ def results(layer: Reader, y: Tensor, images: int, places: int | None = None) ->
     Returns:
         (images * places, O).
     """
+    images, places = _units(layer, y, images, places)
     if isinstance(layer, nn.Linear):
         rows = y.reshape(images, -1, y.shape[-1])
     else:
         rows = y.unflatten(0, (images, -1)).transpose(1, 2).flatten(2).mT
     return rows[:, _spread(rows.shape[1], places, y)].flatten(0, 1)
+
+
+def _units(layer: Reader, x: Tensor, images: int, places: int | None) -> tuple[int, int | None]:
+    """Into how many parts an input falls, and how many places of each to read: images, or, of one without, one."""
+    items = x[..., 0].numel() if isinstance(layer, nn.Linear) else len(x)
+    return (images, places) if items % images == 0 else (1, places and places * images)
 
 
 def padded(layer: nn.modules.conv._ConvNd, x: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def prune_loaded(
     kept: dict[str, list[int]] = {}
     for step in range(recipe.schedule.steps):
         with stages("channel groups"):
-            groups = _protected(channel_groups(small, example(small, loaded)), recipe.protect)
+            groups = _scorable(_protected(channel_groups(small, example(small, loaded)), recipe.protect))
         with stages("scores"):
             importance = kept_scores(scores, small, calibration, criterion, groups)
         if step == 0:
@@ -253,6 +253,15 @@ def _protected(groups: list[ChannelGroup], patterns: Sequence[str]) -> list[Chan
             for group in groups
         ]
     return groups
+
+
+def _scorable(groups: list[ChannelGroup]) -> list[ChannelGroup]:
+    """Pins the groups that no criterion can watch."""
+    reason = "is computed from the weights of a layer that is not called, so nothing of it can be scored"
+    return [
+        replace(group, prunable=False, pinned_because=reason) if group.prunable and not group.watched else group
+        for group in groups
+    ]
 
 
 def _select(

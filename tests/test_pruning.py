@@ -90,6 +90,33 @@ def test_what_a_criterion_draws_follows_the_seed_unless_its_options_say_otherwis
     assert fixed.plan == drawn[0]
 
 
+class Uncalled(nn.Module):
+    """The weights of its middle layer are used without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = nn.functional.conv2d(torch.relu(self.first(x)), self.middle.weight, self.middle.bias)
+        return self.head(torch.relu(self.last(torch.relu(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("criterion", ["scap", "scap-set", "l1", "taylor", "random"])
+def test_what_cannot_be_watched_stays_whole_and_is_named(criterion):
+    net = Uncalled()
+    groups = scap_hub.channel_groups(net, torch.zeros(1, 3, 32, 32))
+    assert {group.name for group in groups if group.prunable} == {"first", "middle", "last"}
+    assert set(scap_hub.score(net, [], "random", groups=groups)) == {"first", "last"}
+    result = scap_hub.prune(
+        net, images(), QUICK | {"finetune": {"epochs": 0}}, criterion=criterion, target="params=0.7", round_to=1,
+        model_input_size=(3, 32, 32), data_batch_size=8,
+    )  # fmt: skip
+    assert set(result.plan.groups) <= {"first", "last"} and result.plan.groups
+    assert "a layer that is not called" in result.report.pinned["middle"]
+
+
 def test_protected_layers_stay_whole():
     result = scap_hub.prune(
         Residual(width=16), images(), QUICK, protect=["expand"], finetune_epochs=0, model_input_size=(3, 64, 64)

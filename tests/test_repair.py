@@ -6,6 +6,7 @@ from torch import nn
 
 from scap_hub.channels.groups import channel_groups
 from scap_hub.channels.oracle import randomize
+from scap_hub.criteria import OBS
 from scap_hub.plan import PruningPlan
 from scap_hub.repair import compensate, recalibrate
 from scap_hub.surgery import apply_plan
@@ -231,3 +232,28 @@ def test_a_layer_that_runs_twice_is_solved_once():
     small = apply_plan(net, plan)
     before = relative(small, net)
     assert set(compensate(net, small, plan, IMAGES)) == {"again", "head"} and relative(small, net) < before
+
+
+def test_layers_that_read_no_images_are_repaired_too():
+    class Table(nn.Module):
+        """A small network of coordinates beside the images, as in Swin V2."""
+
+        def __init__(self):
+            super().__init__()
+            self.coordinates = torch.linspace(-1, 1, 14).reshape(7, 2)
+            self.wide, self.narrow = nn.Linear(2, 24), nn.Linear(24, 8)
+            self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x):
+            table = self.narrow(torch.relu(self.wide(self.coordinates)))
+            return self.head(torch.relu(self.stem(x)).mean((2, 3)) * table.mean(0))
+
+    net = randomize(Table()).eval()
+    groups = channel_groups(net, IMAGES[0])
+    plan = PruningPlan.from_keep(groups, {"wide": range(12)})
+    small = apply_plan(net, plan)
+    before = relative(small, net)
+    assert before > 1e-3
+    compensate(net, small, plan, IMAGES)
+    assert relative(small, net) < 0.1 * before
+    assert set(OBS().score(net, [g for g in groups if g.prunable], IMAGES)) == {g.name for g in groups if g.prunable}

@@ -41,3 +41,9 @@ class ChannelGroup:
     taps: tuple[Tap, ...]
     channels: np.ndarray = field(repr=False)
     space: ChannelSpace = field(repr=False)
+
+    @property
+    def watched(self) -> bool:
+        """Whether every channel has a tap."""
+        rows = [tap.channel_of_row for tap in self.taps]
+        return bool(rows) and bool(np.isin(np.arange(self.size), np.concatenate(rows)).all())

@@ -54,7 +54,8 @@ def score(
         batches: Calibration batches: image tensors (N, C, H, W), tuples that start with one, or dicts with
             "pixel_values". Where several processes run, each gives its own shard and gets the scores of all.
         criterion: Name of a registered criterion, or a `Criterion`.
-        groups: The model's channel groups; those that cannot be pruned are passed over.
+        groups: The model's channel groups. Those that cannot be pruned, or not be watched (the forward pass uses their
+            layers' weights without calling the layers), are passed over, and `select` keeps them whole.
         **options: Of the criterion, where it is given by name.
 
     Returns:
@@ -68,4 +69,4 @@ def score(
         criterion = base.criterion(criterion, options)
     elif options:
         raise RecipeError(f"options {', '.join(options)} beside a ready criterion; set them when you build it")
-    return criterion.score(model, [group for group in groups if group.prunable], batches)
+    return criterion.score(model, [group for group in groups if group.prunable and group.watched], batches)
