@@ -136,11 +136,14 @@ where there is none, one seed was measured, and rows that differ by a point are 
   the same with batch-norm statistics taken anew, which training does anyway: after it both are one.
 - **mean rank** is over the budgets and seeds: 1 is best.
 
-`scap`, the published criterion, does not lead: it judges channels one by one, so that two that say the same go or stay
-together, and cuts all groups by equal shares. `scap-set` mends both. Most of its lead comes from the widths. Training
-narrows it: on VGG16, which has far more channels than these images need, all criteria come back to the dense model; the
-narrow networks at a tenth of their MACs do not, and `scap-set` stays ahead. Without repair (`pruned`) nothing is left
-even at half the MACs, by any criterion.
+Repair is worth more than any criterion: without it (`pruned`) nothing is left even at half the MACs, and with it a
+wide network hardly needs training. `scap`, the published criterion, does not lead: it judges channels one by one, so
+that two that say the same go or stay together, and cuts all groups by equal shares. `scap-set` mends both; most of
+its lead comes from the widths. On networks that have far more channels than these images need (VGG16, ResNet-18) all
+criteria come back to the dense model, and L1 norms do as well.
+
+`repaired in eights` is `repaired` with `round_to: 8`, the default, whose speed [speed](speed.md) shows: what it costs
+is the difference.
 
 Repeat it, with `mobilenet_v2-b0353104.pth` from torchvision:
 
@@ -211,10 +214,11 @@ TRAINING = """\
 
 ## Settings of fine-tuning
 
-Best validation top-1 after {epochs} epochs, in percent, of networks pruned by `scap-set`, with one setting changed at a
-time; seeds: {seeds}. Rates are multiples of {rate:g}, which all others have. Most settings differ by less than one seed
-can tell. The learning rate matters: with these batches of 128 it should be about 0.002, so the default is half of that,
-for the default batches of 64.
+Best validation top-1 after {epochs} epochs, in percent, of networks pruned by `scap-set`, with one setting changed at
+a time; seeds: {seeds}. Measured before repair followed the forward pass; since then training starts higher. Rates are
+multiples of {rate:g}, which all others have. Most settings differ by less than one seed can tell. The learning rate
+matters: with these batches of 128 it should be about 0.002, so the default is half of that, for the default batches
+of 64.
 
 ```bash
 {command}

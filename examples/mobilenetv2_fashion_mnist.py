@@ -24,6 +24,7 @@ from torch import nn
 import scap_hub
 from scap_hub.adapters import load_model
 from scap_hub.cli import show_report
+from scap_hub.hub.checkpoint import check_output
 from scap_hub.recipe import DataSettings, FinetuneSettings
 from scap_hub.training.data import load_data
 from scap_hub.training.finetune import finetune
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> scap_hub.Result:
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning after pruning")
     parser.add_argument("--criterion", default="scap-set")
     options = parser.parse_args(arguments)
+    check_output(options.out)
 
     splits = fashion_mnist()
     splits = datasets.DatasetDict(

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import accuracy  # noqa: E402
 import finetune  # noqa: E402
 import latency  # noqa: E402
+import repair  # noqa: E402
 
 needs_images = pytest.mark.skipif(not fashion_mnist.FOLDER.is_dir(), reason="needs Debian's dataset-fashion-mnist")
 
@@ -82,6 +83,13 @@ def test_latency_compares_dense_and_pruned(monkeypatch, tmp_path):
     assert {row["model"] for row in rows} == {"dense", "half", "half, any counts", "latency"} and len(rows) == 8
     assert all(0.4 < row["macs"] <= 0.5 for row in rows if row["model"].startswith("half"))
     assert json.loads((tmp_path / "latency.json").read_text())["rows"] == rows
+
+
+def test_repair_is_measured_beside_an_epoch_of_training(tmp_path):
+    found = repair.main(["--quick", "--json", str(tmp_path / "repair.json")])
+    (row,) = found["rows"]
+    assert row["images"] == 32 and row["ratio"] == row["repair_s"] / row["epoch_s"] > 0
+    assert json.loads((tmp_path / "repair.json").read_text()) == found
 
 
 @pytest.mark.parametrize("name", finetune.SETTINGS)
