@@ -127,10 +127,10 @@ ACCURACY = """\
 
 Top-1 on Fashion-MNIST after pruning, in percent: every criterion at the same budgets, with the same repair, from the
 same dense nets. Least-squares repair and batch-norm statistics come from {calibration} images; where nothing else is
-said, nothing is trained after pruning. Nothing is decided on these test images. The small print: the nets were trained
-for a few epochs on part of the training images, because this was measured on two slow CPU cores, so they are below what
-they can be. Where there is a ±, it is the standard deviation over {seeds} seeds, which choose the calibration images;
-where there is none, one seed was measured, and rows that differ by a point are ties.
+said, nothing is trained after pruning. Nothing is decided on these test images. The small print: the nets were
+trained for a few epochs on part of the training images, because this was measured on two slow CPU cores, so they are
+below what they can be. Where there is a ±, it is the standard deviation over {seeds} seeds or fewer, which choose the
+calibration images; where there is none, one seed was measured, and rows that differ by a point are ties.
 
 - `torch-pruning` is Torch-Pruning's own pipeline (L2 group norm, local ratios) without our repair, `torch-pruning-bn`
   the same with batch-norm statistics taken anew, which training does anyway: after it both are one.
@@ -139,11 +139,11 @@ where there is none, one seed was measured, and rows that differ by a point are 
 Repair is worth more than any criterion: without it (`pruned`) nothing is left even at half the MACs, and with it a
 wide network hardly needs training. `scap`, the published criterion, does not lead: it judges channels one by one, so
 that two that say the same go or stay together, and cuts all groups by equal shares. `scap-set` mends both; most of
-its lead comes from the widths. On networks that have far more channels than these images need (VGG16, ResNet-18) all
-criteria come back to the dense model, and L1 norms do as well.
+its lead comes from the widths. On networks that have far more channels than these images need (VGG16, and ResNet-18
+down to three tenths of its MACs) the criteria hardly differ, and L1 norms do as well.
 
 `repaired in eights` is `repaired` with `round_to: 8`, the default, whose speed [speed](speed.md) shows: what it costs
-is the difference.
+is the difference, which is within what seeds differ by.
 
 Repeat it, with `mobilenet_v2-b0353104.pth` from torchvision:
 
