@@ -7,7 +7,7 @@ what it computed in the dense model, and batch-norm statistics are taken anew. N
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from math import ceil
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from scap_hub.channels.capture import evaluating
-from scap_hub.criteria.taps import images_of
+from scap_hub.criteria.taps import images_of, input_of
 from scap_hub.patches import Reader, patches, results
 from scap_hub.plan import PruningPlan
 from scap_hub.progress import track
@@ -67,7 +67,7 @@ def compensate(
 
     def solve(path: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if path in wanted:  # a layer that runs several times is solved when it runs first
-            rows = patches(layer, _input(args, kwargs), len(images), places[path])
+            rows = patches(layer, input_of(args, kwargs), len(images), places[path])
             errors[path] = _resolve(layer, rows, wanted.pop(path), ridge)
             bar.update()
 
@@ -110,7 +110,7 @@ def _anew(model: nn.Module, batches: int) -> Iterator[None]:
 def _mean_over_processes(value: Tensor, weight: int) -> Tensor:
     if PartialState().num_processes == 1:
         return value
-    total = reduce(torch.cat([value * weight, value.new_tensor([weight])]), reduction="sum")
+    total = _sum_over_processes(torch.cat([value * weight, value.new_tensor([weight])]))
     return total[:-1] / total[-1]
 
 
@@ -161,7 +161,7 @@ def _watched(dense: nn.Module, paths: Iterable[str], read: Any) -> Iterator[None
     """Eval mode without gradients, in which these layers, once they have run, are read: `read(path, layer, x, y)`."""
 
     def after(path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
-        read(path, layer, _input(args, kwargs), y)
+        read(path, layer, input_of(args, kwargs), y)
 
     with contextlib.ExitStack() as stack, evaluating(dense), torch.no_grad():
         for path in paths:
@@ -200,25 +200,24 @@ def _solved(rows: Tensor, wanted: Tensor, weight: Tensor, ridge: float) -> tuple
     errors = torch.stack([residual.square().sum(), wanted.square().sum()]).double()
     if PartialState().num_processes == 1 and len(rows) < rows.shape[1]:
         rows, residual = rows.double(), residual.double()
-        scale = max(ridge, _RIDGE) * rows.square().sum(0).mean().clamp(min=1e-12)
-        gram = rows @ rows.T
-        change = torch.linalg.solve(gram + scale * torch.eye(len(gram)).to(gram), residual).T @ rows
+        change = _regular(rows @ rows.T, residual, ridge, rows.square().sum(0).mean()).T @ rows
         after = (residual - rows @ change.T).square().sum()
     else:
         gram, cross = (_sum_over_processes(rows.T @ other).double() for other in (rows, residual))
         errors = _sum_over_processes(errors)
-        scale = max(ridge, _RIDGE) * gram.diagonal().mean().clamp(min=1e-12)
-        change = torch.linalg.solve(gram + scale * torch.eye(len(gram)).to(gram), cross).T
+        change = _regular(gram, cross, ridge, gram.diagonal().mean()).T
         after = errors[0] - 2 * (cross.T * change).sum() + ((change @ gram) * change).sum()
     return weight.double() + change, torch.stack([errors[0], after, errors[1]])
 
 
+def _regular(gram: Tensor, right: Tensor, ridge: float, energy: Tensor) -> Tensor:
+    """Solves with the diagonal raised by the ridge times the inputs' mean energy, which may be zero."""
+    scale = max(ridge, _RIDGE) * energy.clamp(min=1e-12)
+    return torch.linalg.solve(gram + scale * torch.eye(len(gram)).to(gram), right)
+
+
 def _sum_over_processes(value: Tensor) -> Tensor:
     return value if PartialState().num_processes == 1 else reduce(value, reduction="sum")
-
-
-def _input(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _fed(model: nn.Module, images: Tensor) -> Tensor:

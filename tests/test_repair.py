@@ -163,28 +163,27 @@ def test_later_layers_make_good_what_earlier_ones_got_wrong():
     # Each layer by itself, reading what it reads in the dense model.
     alone = apply_plan(net, plan)
     for path in errors:
-        other = apply_plan(net, plan)
-        reader, inputs = other.get_submodule(path), []
-        net.get_submodule(path).register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
+        layer, reader, inputs = net.get_submodule(path), alone.get_submodule(path), []
+        handle = layer.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
         for batch in IMAGES:
             net(batch)
-        net.get_submodule(path)._forward_pre_hooks.clear()
-        cut = plan.tensors[f"{path}.weight"].keep[1]
+        handle.remove()
+        cut = plan.tensors[f"{path}.weight"].keep
         x = torch.cat(inputs)
-        columns = torch.tensor(plan.indices(cut))
-        y = net.get_submodule(path)(x).movedim(1, -1).flatten(0, -2)
+        columns = torch.tensor(plan.indices(cut[1]))
+        y = layer(x).movedim(1, -1).flatten(0, -2)
         if path != "head":
             x = nn.functional.unfold(x, 3, padding=1).unflatten(1, (-1, 9))[:, columns].flatten(1, 2)
             x = x.movedim(1, -1).flatten(0, -2)
-            y = y[:, plan.indices(plan.tensors[f"{path}.weight"].keep[0])]
+            y = y[:, plan.indices(cut[0])]
         else:
             x = torch.cat([x[:, columns], x.new_ones(len(x), 1)], 1)
         solution = torch.linalg.lstsq(x, y).solution.T.detach()
         with torch.no_grad():
             if path == "head":
-                alone.head.bias.copy_(solution[:, -1])
+                reader.bias.copy_(solution[:, -1])
                 solution = solution[:, :-1]
-            alone.get_submodule(path).weight.copy_(solution.reshape(reader.weight.shape))
+            reader.weight.copy_(solution.reshape(reader.weight.shape))
     assert after < 0.8 * relative(alone, net) and after < 0.5 * before
 
 

@@ -25,6 +25,10 @@ def scored(monkeypatch):
     return found
 
 
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
 def prune(folder, **changes):
     torch.manual_seed(0)
     arguments = {"model_input_size": (3, 32, 32), "output_dir": folder / "out", "data_batch_size": 8, **changes}
@@ -33,10 +37,6 @@ def prune(folder, **changes):
 
 def test_an_interrupted_run_finds_its_scores_again(tmp_path, scored, monkeypatch):
     whole = prune(tmp_path / "whole")
-
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr("scap_hub.pruning.finetune", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -59,9 +59,6 @@ def test_an_interrupted_run_finds_its_scores_again(tmp_path, scored, monkeypatch
     ],
 )
 def test_scores_of_something_else_are_not_taken(change, tmp_path, scored, monkeypatch):
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr("scap_hub.pruning.finetune", stop)
     for changes in ({}, change):
         with pytest.raises(KeyboardInterrupt):

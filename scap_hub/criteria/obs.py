@@ -22,7 +22,7 @@ from scap_hub.channels.ids import support
 from scap_hub.criteria.base import Criterion, fuse, rank
 from scap_hub.criteria.elimination import Reading, eliminate
 from scap_hub.criteria.magnitude import filter_norm
-from scap_hub.criteria.taps import Reached, enough, images_of, sized
+from scap_hub.criteria.taps import Reached, enough, images_of, input_of, sized
 from scap_hub.errors import CalibrationError, RecipeError
 from scap_hub.patches import Reader, patches
 from scap_hub.plan import PruningPlan
@@ -328,7 +328,7 @@ def read_inputs(
 
     def hook(path: str) -> Callable[..., None]:
         def before(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = input_of(args, kwargs)
             if not x.sum(dtype=torch.float32).isfinite():
                 raise CalibrationError(
                     f"NaN or Inf in the input of layer {path!r}, batch {number}; check the images and the weights"

@@ -23,6 +23,11 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The tensor that a layer was called with, as its hooks see the call."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def images_of(batch: Any) -> Tensor:
     """The images in a batch: the tensor itself, the first item of a tuple or list, or `batch["pixel_values"]`.
 
@@ -91,7 +96,7 @@ def watch(
 
     def input_hook(i: int, tap: Tap, dim: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = input_of(args, kwargs)
             finite.append((f"input of layer {tap.module!r}", x.sum(dtype=torch.float32).isfinite()))
             inputs[i] = read_input(tap, channels_first(x, dim, count, tap.module))
             outputs.pop(i, None)
