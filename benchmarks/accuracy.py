@@ -7,13 +7,15 @@
 The images come from Debian's package `dataset-fashion-mnist` (or `--data FOLDER` with its files). A tenth of the
 training images is the validation split, which the tables show; the test images are looked at once for each finished
 model, nothing is decided on them, and `--test` prints them. Each net is trained once; that, and every finished cell, is
-kept under `--out`, and the same call takes up there. Runs on the GPU where there is one.
+kept under `--out`, and the same call takes up there. What else the JSON holds stays in it, each part with the command
+that measured it. Runs on the GPU where there is one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,7 +32,6 @@ from torch.utils.data import DataLoader, Dataset
 import scap_hub
 from scap_hub.recipe import FinetuneSettings
 from scap_hub.training.data import augment, load_data
-from scap_hub.training.evaluate import count, evaluate
 from scap_hub.training.finetune import finetune
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -120,6 +121,16 @@ def nets(weights: Path | None) -> dict[str, Net]:
         "resnet18": (partial(timm.create_model, "resnet18", in_chans=1, num_classes=CLASSES), (1, 64, 64), 2e-3),
         "mobilenetv2": (partial(mobilenetv2, weights), (3, 64, 64), 2e-3),
     }
+
+
+def layout(name: str, precision: str) -> dict[str, Any]:
+    """Settings of a net's trainings: precision, and NHWC where it is faster.
+
+    On the CPU in float32, torch 2.15 corrupts memory in strided 1 x 1 convolutions of few channels in this layout; the
+    ResNets have some.
+    """
+    channels_last = torch.cuda.is_available() or precision == "bf16" or name == "mobilenetv2"
+    return {"precision": precision, "channels_last": channels_last}
 
 
 class Images(Dataset):
@@ -221,17 +232,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         vars(options).update(small | given(parser, options))
     out = options.out or Path("out/accuracy-quick" if options.quick else "out/accuracy")
     out.mkdir(parents=True, exist_ok=True)
-    # On the CPU in float32, torch 2.15 corrupts memory in strided 1 x 1 convolutions of few channels in this layout.
-    channels_last = torch.cuda.is_available() or options.precision == "bf16"
-    precision: dict[str, Any] = {"precision": options.precision, "channels_last": channels_last}
 
     found: dict[str, Any] = {}
+    if options.json and options.json.is_file():
+        found = json.loads(options.json.read_text())
     for name in options.nets.split(","):
         net = nets(options.mobilenet_weights)[name]
+        precision = layout(name, options.precision)
         splits = loaders(options.data, net[1], options.images, options.batch)
         settings = FinetuneSettings(epochs=options.dense_epochs, weight_decay=0.05, **precision)
         model = trained(name, net, splits, settings, out)
-        found[name] = {"dense": {**count(model, net[1]), **evaluate(model, splits["validation"])}, "variants": {}}
         for variant in options.variants.split(","):
             print(f"\n{name}, {variant}", flush=True)
             recipe = {
@@ -248,13 +258,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 model, splits, recipe, seeds=options.seeds, model_input_size=net[1],
                 output=out / f"{name}-{variant.replace(' ', '-')}.json", **asked,
             )  # fmt: skip
-            found[name]["variants"][variant] = comparison.to_dict()
+            own = argparse.Namespace(**vars(options) | {"nets": name, "variants": variant})
+            found.setdefault(name, {})[variant] = {"command": repeated(parser, own), **comparison.to_dict()}
             for row in comparison.rows("test" if options.test else "validation"):
                 print("  ".join(f"{cell:>20}" for cell in row), flush=True)
             if options.json:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
-                document = {"command": repeated(parser, options), "nets": found}
-                options.json.write_text(json.dumps(document, indent=1) + "\n")
+                options.json.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
@@ -266,7 +276,8 @@ def given(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[
 def repeated(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
     """The command that measures the same, without this machine's files."""
     settings = {key: value for key, value in given(parser, options).items() if not isinstance(value, Path | bool)}
-    return " ".join([f"python {parser.prog}", *(f"--{key.replace('_', '-')} {settings[key]}" for key in settings)])
+    words = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    return shlex.join(["python", parser.prog, *words])
 
 
 if __name__ == "__main__":

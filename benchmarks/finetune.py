@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from accuracy import FOLDER, given, loaders, nets, repeated, trained
+from accuracy import FOLDER, given, layout, loaders, nets, repeated, trained
 
 import scap_hub
 from scap_hub.recipe import FinetuneSettings
@@ -80,11 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         small |= {"calibration": 32, "batch": 64, "dense_epochs": 1, "epochs": 1, "out": Path("out/accuracy-quick")}
         vars(options).update(small | given(parser, options))
     options.out.mkdir(parents=True, exist_ok=True)
-    precision = {"precision": options.precision, "channels_last": options.precision == "bf16"}
 
     found: dict[str, Any] = {}
     for name, target in zip(options.nets.split(","), options.targets.split(","), strict=True):
         net = nets(options.mobilenet_weights)[name]
+        precision = layout(name, options.precision)
         splits = loaders(options.data, net[1], options.images, options.batch)
         settings = FinetuneSettings(epochs=options.dense_epochs, weight_decay=0.05, **precision)
         dense = trained(name, net, splits, settings, options.out)

@@ -148,7 +148,7 @@ is the difference, which is within what seeds differ by.
 Repeat it, with `mobilenet_v2-b0353104.pth` from torchvision:
 
 ```bash
-{command}
+{commands}
 ```
 
 ## All cells together
@@ -165,15 +165,15 @@ RIVALS = ("scap-set", "obs", "scap", "l1", "taylor", "fpgm", "torch-pruning-bn")
 def accuracy() -> str:
     """The page of what is left of the accuracy."""
     document = json.loads((ROOT / "benchmarks" / "results" / "accuracy.json").read_text(encoding="utf-8"))
-    comparisons = [own for net in document["nets"].values() for own in net["variants"].values()]
+    comparisons = [own for variants in document.values() for own in variants.values()]
     text = ACCURACY.format(
-        command=document["command"],
+        commands="\n".join(own["command"] for own in comparisons),
         calibration=comparisons[0]["recipe"]["data"]["calibration_images"],
         seeds=max(cell["seed"] for own in comparisons for cell in own["cells"]) + 1,
-        **_together(document["nets"]),
+        **_together(document),
     )
-    for name, net in document["nets"].items():
-        for variant, found in net["variants"].items():
+    for name, variants in document.items():
+        for variant, found in variants.items():
             comparison = Comparison({}, found["dense"], found["cells"])
             head, *rows = comparison.rows("test")
             epochs = found["recipe"]["finetune"]["epochs"]
@@ -197,8 +197,8 @@ def _together(nets: dict[str, Any]) -> dict[str, Any]:
     """How many cells the rivals share, and their mean ranks as rows of a table."""
     cells = [
         {**cell, "target": f"{net} {variant} {cell['target']}"}
-        for net, found in nets.items()
-        for variant, own in found["variants"].items()
+        for net, variants in nets.items()
+        for variant, own in variants.items()
         for cell in own["cells"]
         if cell["criterion"] in RIVALS
     ]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -64,15 +65,20 @@ def test_accuracy_runs_without_the_datasets_package_and_takes_up_where_it_stoppe
     )
     options = ["--quick", "--out", tmp_path / "out", "--json", tmp_path / "found.json", "--images", "200"]
     options += ["--criteria", "l1", "--variants", "repaired"]
+    earlier = {"vgg16": {"repaired": {"command": "python benchmarks/accuracy.py --nets vgg16"}}}
+    (tmp_path / "found.json").write_text(json.dumps(earlier))
     for _ in range(2):
         ran = subprocess.run(
             [sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True, timeout=300,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert ran.returncode == 0, ran.stderr[-2000:]
-    found = json.loads((tmp_path / "found.json").read_text())["nets"]["resnet56"]
-    (cell,) = found["variants"]["repaired"]["cells"]
-    assert cell["macs"] <= 0.5 and found["dense"]["params"] == 855_482
+    found = json.loads((tmp_path / "found.json").read_text())
+    (cell,) = found["resnet56"]["repaired"]["cells"]
+    assert cell["macs"] <= 0.5 and found["resnet56"]["repaired"]["dense"]["params"] == 855_482
+    assert found["vgg16"] == earlier["vgg16"], "what was measured before stays"
+    command = found["resnet56"]["repaired"]["command"]
+    assert shlex.split(command)[:2] == ["python", "benchmarks/accuracy.py"] and str(tmp_path) not in command
 
 
 def test_latency_compares_dense_and_pruned(monkeypatch, tmp_path):
