@@ -174,17 +174,8 @@ def compare(
             seed, target, name = key
             if seed not in seeded:
                 seeded = {seed: data_for(loaded, dataset, recipes[key])}
-            start = time.perf_counter()
             cell = {"target": target, "criterion": name, "seed": seed}
-            try:
-                set_seed(seed)
-                if name in peers.PEERS:
-                    cell |= _peer(loaded, seeded[seed], recipes[key], before, name)
-                else:
-                    cell |= _ours(loaded, seeded[seed], recipes[key], before, Path(scores))
-            except ScapHubError as error:
-                cell["error"] = str(error)
-            cell["seconds"] = time.perf_counter() - start
+            cell |= _measured(loaded, seeded[seed], recipes[key], before, name, Path(scores))
             found.cells = [old for old in found.cells if (old["seed"], old["target"], old["criterion"]) != key] + [cell]
             if output is not None and accelerator().is_main_process:
                 found.save(output)
@@ -241,6 +232,20 @@ def _dense(loaded: LoadedModel, data: Data) -> dict[str, Any]:
         "validation": evaluate(loaded.module, data.validation)["top1"],
         "test": measures.top1 if data.test is not None else None,
     }
+
+
+def _measured(loaded: LoadedModel, data: Data, recipe: Recipe, before: Measures, name: str, scores: Path) -> Cell:
+    """What one cell holds; that a criterion cannot score this model is a result too."""
+    start = time.perf_counter()
+    set_seed(recipe.seed)
+    try:
+        if name in peers.PEERS:
+            cell = _peer(loaded, data, recipe, before, name)
+        else:
+            cell = _ours(loaded, data, recipe, before, scores)
+    except ScapHubError as error:
+        cell = {"error": str(error)}
+    return {**cell, "seconds": time.perf_counter() - start}
 
 
 def _ours(loaded: LoadedModel, data: Data, recipe: Recipe, before: Measures, scores: Path) -> Cell:
