@@ -130,7 +130,8 @@ same dense nets. Least-squares repair and batch-norm statistics come from {calib
 said, nothing is trained after pruning. Nothing is decided on these test images. The small print: the nets were
 trained for a few epochs on part of the training images, because this was measured on two slow CPU cores, so they are
 below what they can be. Where there is a ±, it is the standard deviation over {seeds} seeds or fewer, which choose the
-calibration images; where there is none, one seed was measured, and rows that differ by a point are ties.
+calibration images; where there is none, one seed was measured, and rows that differ by a point are ties. Tables of one
+network may be of trainings on different days: each has its own dense row, and criteria are only ranked on the same one.
 
 - `torch-pruning` is Torch-Pruning's own pipeline (L2 group norm, local ratios) without our repair, `torch-pruning-bn`
   the same with batch-norm statistics taken anew, which training does anyway: after it both are one.
@@ -158,7 +159,12 @@ result.
 
 | criterion | mean rank |
 |---|---|
-{ranks}"""
+{ranks}
+`scap-set` beside each of them: in how many of the cells that both have it is better, and the mean lead in points.
+
+| rival | not trained | | trained | |
+|---|---|---|---|---|
+{pairs}"""
 RIVALS = ("scap-set", "obs", "scap", "l1", "taylor", "fpgm", "torch-pruning-bn")
 
 
@@ -194,9 +200,9 @@ def _stays(cells: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _together(nets: dict[str, Any]) -> dict[str, Any]:
-    """How many cells the rivals share, and their mean ranks as rows of a table."""
+    """How many cells the rivals share, their mean ranks, and each of them beside the first, as rows of tables."""
     cells = [
-        {**cell, "target": f"{net} {variant} {cell['target']}"}
+        {**cell, "target": f"{net} {variant} {cell['target']}", "trained": own["recipe"]["finetune"]["epochs"] > 0}
         for net, variants in nets.items()
         for variant, own in variants.items()
         for cell in own["cells"]
@@ -207,7 +213,25 @@ def _together(nets: dict[str, Any]) -> dict[str, Any]:
     return {
         "cells": sum(count == len(RIVALS) for count in everyone.values()),
         "ranks": "".join(f"| {row['criterion']} | {row['rank']:.2f} |\n" for row in rows),
+        "pairs": "".join(_pair(cells, rival) for rival in RIVALS[1:]),
     }
+
+
+def _pair(cells: list[dict[str, Any]], rival: str) -> str:
+    """`scap-set` beside one rival, without and with training."""
+    row = f"| {rival} |"
+    for trained in (False, True):
+        ours, theirs = (
+            {
+                (cell["target"], cell["seed"]): cell["test"]
+                for cell in cells
+                if (cell["criterion"], cell["trained"]) == key
+            }
+            for key in (("scap-set", trained), (rival, trained))
+        )
+        leads = [100 * (ours[cell] - theirs[cell]) for cell in ours.keys() & theirs.keys()]
+        row += f" {sum(lead > 0 for lead in leads)} of {len(leads)} | {statistics.mean(leads):+.1f} |"
+    return row + "\n"
 
 
 TRAINING = """\
