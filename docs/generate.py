@@ -230,7 +230,9 @@ def _pair(cells: list[dict[str, Any]], rival: str) -> str:
             for key in (("scap-set", trained), (rival, trained))
         )
         leads = [100 * (ours[cell] - theirs[cell]) for cell in ours.keys() & theirs.keys()]
-        row += f" {sum(lead > 0 for lead in leads)} of {len(leads)} | {statistics.mean(leads):+.1f} |"
+        row += (
+            f" {sum(lead > 0 for lead in leads)} of {len(leads)} | {statistics.mean(leads):+.1f} |" if leads else " | |"
+        )
     return row + "\n"
 
 
