@@ -223,18 +223,15 @@ def _pair(cells: list[dict[str, Any]], rival: str) -> str:
     """`scap-set` beside one rival, without and with training."""
     row = f"| {rival} |"
     for trained in (False, True):
-        ours, theirs = (
-            {
-                (cell["target"], cell["seed"]): cell["test"]
-                for cell in cells
-                if (cell["criterion"], cell["trained"]) == key
-            }
-            for key in (("scap-set", trained), (rival, trained))
-        )
-        leads = [100 * (ours[cell] - theirs[cell]) for cell in ours.keys() & theirs.keys()]
-        row += (
-            f" {sum(lead > 0 for lead in leads)} of {len(leads)} | {statistics.mean(leads):+.1f} |" if leads else " | |"
-        )
+        top1 = {
+            (cell["criterion"], cell["target"], cell["seed"]): cell["test"]
+            for cell in cells
+            if cell["trained"] == trained
+        }
+        both = [key for criterion, *key in top1 if criterion == rival and ("scap-set", *key) in top1]
+        leads = [100 * (top1[("scap-set", *key)] - top1[(rival, *key)]) for key in both]
+        better = sum(lead > 0 for lead in leads)
+        row += f" {better} of {len(leads)} | {statistics.mean(leads):+.1f} |" if leads else " | |"
     return row + "\n"
 
 
