@@ -264,7 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 print("  ".join(f"{cell:>20}" for cell in row), flush=True)
             if options.json:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps(found, indent=1) + "\n")
+                unfinished = options.json.with_name(f".{options.json.name}.unfinished")
+                unfinished.write_text(json.dumps(found, indent=1) + "\n")
+                unfinished.replace(options.json)
     return found
 
 
