@@ -61,9 +61,9 @@ def measure(library: str, name: str, size: int) -> dict[str, Any]:
     from torch import nn
 
     from scap_hub import apply_plan, channel_groups, select, verify
-    from scap_hub.channels.capture import capture, on_meta, result_like, without_weights
     from scap_hub.channels.oracle import randomize
     from scap_hub.errors import ModelError
+    from scap_hub.graph.record import capture, on_meta, result_like, without_weights
     from scap_hub.training.evaluate import count
 
     model = randomize(build(library, name)).eval()

@@ -23,9 +23,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import scap_hub
+from scap_hub.compensation.least_squares import compensate
 from scap_hub.recipe import FinetuneSettings
-from scap_hub.repair import compensate
-from scap_hub.timing import device_name
+from scap_hub.timing.clock import device_name
 from scap_hub.training.data import load_data
 from scap_hub.training.distributed import accelerator
 from scap_hub.training.finetune import finetune

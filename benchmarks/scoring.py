@@ -39,7 +39,7 @@ def materialised(model: Any, taps: list[Any], batches: list[Any]) -> None:
     """SCAP with every complex field built, as the paper describes it; PCA is the cheapest autoencoder there is."""
     import torch
 
-    from scap_hub.criteria.taps import watch
+    from scap_hub.criteria.calibration import watch
 
     def fidelity(x: Any, y: Any) -> Any:
         y = torch.nn.functional.interpolate(y, x.shape[2:], mode="bilinear")

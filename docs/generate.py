@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scap_hub.comparison import Comparison
 from scap_hub.recipe import recipe_schema, shipped_recipes
+from scap_hub.run.comparison import Comparison
 
 ROOT = Path(__file__).parents[1]
 HEAD = """\

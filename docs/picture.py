@@ -7,8 +7,8 @@ import matplotlib.pyplot as plt
 
 import scap_hub
 from scap_hub.criteria import Scap
-from scap_hub.criteria.magnitude import l1_norm
-from scap_hub.demo import INPUT_SIZE, train_dense
+from scap_hub.criteria.rivals.magnitude import l1_norm
+from scap_hub.run.demo import INPUT_SIZE, train_dense
 
 LAYER = "layer2.0.conv1"
 KEPT, REMOVED = "#4051b5", "#d1495b"

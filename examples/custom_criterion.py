@@ -18,7 +18,7 @@ class Spread(RowCriterion):
 
 
 if __name__ == "__main__":
-    from scap_hub.demo import INPUT_SIZE, train_dense
+    from scap_hub.run.demo import INPUT_SIZE, train_dense
 
     print(
         scap_hub.prune(train_dense(), "digits", "quick", criterion="spread", model_input_size=INPUT_SIZE).report.rows()

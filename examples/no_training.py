@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 import scap_hub
-from scap_hub.adapters import logits
 from scap_hub.cli import show_report
 from scap_hub.recipe import DataSettings
 from scap_hub.training.data import load_data
+from scap_hub.zoo import logits
 
 
 @torch.no_grad()

@@ -9,41 +9,41 @@ from scap_hub.hub import registry
 
 if TYPE_CHECKING:
     from scap_hub.channels import ChannelGroup, channel_groups, verify
-    from scap_hub.comparison import Comparison, compare
     from scap_hub.criteria import Criterion, score
     from scap_hub.errors import ScapHubError
     from scap_hub.hub.checkpoint import load
-    from scap_hub.latency import latency_table
     from scap_hub.plan import PruningPlan
-    from scap_hub.pruning import prune
     from scap_hub.recipe import Recipe
-    from scap_hub.report import Report
-    from scap_hub.result import Result
-    from scap_hub.selection import select
-    from scap_hub.speed import bench
+    from scap_hub.run.bench import bench
+    from scap_hub.run.comparison import Comparison, compare
+    from scap_hub.run.pruning import prune
+    from scap_hub.run.report import Report
+    from scap_hub.run.result import Result
+    from scap_hub.selection.select import select
     from scap_hub.surgery import apply_plan
+    from scap_hub.timing.table import latency_table
 
 __version__ = "0.1.0"
 
 # Where each public name lives; imported when first asked for, because timm and transformers are slow to import.
 _HOMES = {
     "ChannelGroup": "channels",
-    "Comparison": "comparison",
+    "Comparison": "run.comparison",
     "Criterion": "criteria",
     "PruningPlan": "plan",
     "Recipe": "recipe",
-    "Report": "report",
-    "Result": "result",
+    "Report": "run.report",
+    "Result": "run.result",
     "ScapHubError": "errors",
     "apply_plan": "surgery",
-    "bench": "speed",
+    "bench": "run.bench",
     "channel_groups": "channels",
-    "compare": "comparison",
-    "latency_table": "latency",
+    "compare": "run.comparison",
+    "latency_table": "timing.table",
     "load": "hub.checkpoint",
-    "prune": "pruning",
+    "prune": "run.pruning",
     "score": "criteria",
-    "select": "selection",
+    "select": "selection.select",
     "verify": "channels",
 }
 

@@ -196,7 +196,7 @@ def verify(
         from scap_hub.channels.oracle import randomize
         from scap_hub.channels.oracle import verify as prove
         from scap_hub.plan import PruningPlan
-        from scap_hub.selection import select
+        from scap_hub.selection.select import select
 
         loaded, groups = _groups(model, True, size)
         net = randomize(loaded.module)
@@ -239,8 +239,8 @@ def bench(
     """
     batches = [int(text) if text.strip().isdigit() else 0 for text in batch.split(",")]
     with _output(quiet or as_json):
-        from scap_hub.speed import bench as measure
-        from scap_hub.timing import device_name
+        from scap_hub.run.bench import bench as measure
+        from scap_hub.timing.clock import device_name
         from scap_hub.training.distributed import accelerator
 
         pixels = None if size is None else (3, size, size)
@@ -312,7 +312,7 @@ def demo(out: Out = Path("out/demo"), quiet: Quiet = False, as_json: AsJson = Fa
     Example: scap-hub demo --out out/demo
     """
     with _output(quiet):
-        from scap_hub.demo import run
+        from scap_hub.run.demo import run
 
         result, difference = run(out)
     _report(result.report, {**result.report.to_dict(), "reload_difference": difference}, quiet, as_json)
@@ -379,8 +379,8 @@ def _print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 def _groups(model: str, untrained: bool, size: int | None) -> tuple[Any, list[Any]]:
     import torch
 
-    from scap_hub.adapters import load_model
     from scap_hub.channels import channel_groups
+    from scap_hub.zoo import load_model
 
     with announce(f"loading {model}"):
         loaded = load_model(model, pretrained=not untrained, input_size=(3, size, size) if size else None)

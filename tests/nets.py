@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.plan import PruningPlan
-from scap_hub.selection import select
+from scap_hub.selection.select import select
 
 
 def random_plan(groups: list[ChannelGroup], seed: int, ratio: float | None = None) -> PruningPlan:

@@ -8,13 +8,13 @@ import torch
 import torch.distributed
 from torch.utils.data import DataLoader, TensorDataset
 
-from scap_hub.adapters.base import Preprocessing
 from scap_hub.errors import TrainingError
 from scap_hub.recipe import DataSettings, FinetuneSettings
 from scap_hub.training.data import load_data
 from scap_hub.training.distributed import accelerator, from_main, shard
 from scap_hub.training.evaluate import evaluate
 from scap_hub.training.finetune import finetune
+from scap_hub.zoo.base import Preprocessing
 from tests.nets import tiny_net
 
 

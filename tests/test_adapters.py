@@ -21,9 +21,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from scap_hub.adapters import load_model, logits, rebuild
-from scap_hub.adapters.base import first_difference
 from scap_hub.errors import ModelError
+from scap_hub.zoo import load_model, logits, rebuild
+from scap_hub.zoo.base import first_difference
 
 
 def tiny_resnet(**options):

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MobileNetV2ImageProcessor
 
-from scap_hub.adapters import load_model, logits
 from scap_hub.channels.groups import channel_groups
 from scap_hub.errors import CheckpointError, ModelError, PlanError, ScapHubError
 from scap_hub.hub.card import Measured, model_card
 from scap_hub.hub.checkpoint import check_output, load, save_checkpoint
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
+from scap_hub.zoo import load_model, logits
 from tests.test_adapters import TRANSFORMERS, tiny_resnet
 
 SIZE = (3, 64, 64)

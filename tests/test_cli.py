@@ -13,7 +13,7 @@ import scap_hub
 from scap_hub import cli
 from scap_hub.errors import VerificationError
 from scap_hub.recipe import Recipe, recipe_schema, shipped_recipes
-from scap_hub.speed import Speed
+from scap_hub.run.bench import Speed
 
 TINY = [
     *("prune", "test_resnet", "--data", "digits", "--target", "macs=0.6"),
@@ -92,7 +92,7 @@ def test_compare(run, tmp_path):
 
 
 def test_bench(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("scap_hub.speed.speeds", lambda models, size, batches, dtypes, modes, timer: [
+    monkeypatch.setattr("scap_hub.run.bench.speeds", lambda models, size, batches, dtypes, modes, timer: [
         Speed(name, batch, "fp32", "eager", 2.0, 500.0 * batch, 1.0) for name in models for batch in batches
     ])  # fmt: skip
     code, out, error = run("bench", "test_resnet", "--against", "test_vit", "--batch", "1,4", "--size", 64, "--json")
@@ -116,7 +116,7 @@ def test_inspect(run):
 def test_verify(run, tmp_path, monkeypatch):
     code, out, _ = run("verify", "test_resnet", "--json")
     assert code == 0 and len(json.loads(out)) == 2 and all(error < 1e-9 for error in json.loads(out).values())
-    model = scap_hub.adapters.load_model("test_resnet", pretrained=False)
+    model = scap_hub.zoo.load_model("test_resnet", pretrained=False)
     groups = scap_hub.channel_groups(model.module, torch.zeros(1, *model.preprocessing.input_size))
     plan = scap_hub.PruningPlan.from_keep(groups, {"layer1.0.conv1": range(8)})
     (tmp_path / "plan.json").write_text(plan.to_json())
@@ -176,7 +176,7 @@ def test_interrupting_says_how_to_go_on(run, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("scap_hub.pruning.prune", interrupt)
+    monkeypatch.setattr("scap_hub.run.pruning.prune", interrupt)
     monkeypatch.setattr(scap_hub, "prune", interrupt, raising=False)
     code, _, error = run(*TINY)
     assert code == 130 and error.startswith("scap-hub: interrupted; with the same --out")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import scap_hub
-from scap_hub import comparison, peers
-from scap_hub.comparison import Comparison
 from scap_hub.errors import CalibrationError, DataError, RecipeError
+from scap_hub.run import comparison, peers
+from scap_hub.run.comparison import Comparison
 from tests.nets import tiny_net
 from tests.test_pruning import images
 

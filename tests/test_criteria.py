@@ -10,7 +10,7 @@ from torch import nn
 
 from scap_hub.criteria import L1, Criterion, score
 from scap_hub.criteria.base import NORMALISATIONS
-from scap_hub.criteria.taps import watch
+from scap_hub.criteria.calibration import watch
 from scap_hub.errors import CalibrationError, ModelError, RecipeError
 from tests.tapped_nets import group, plain, tap
 

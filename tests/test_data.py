@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from scap_hub.adapters.base import Preprocessing
 from scap_hub.errors import DataError
 from scap_hub.recipe import DataSettings, FinetuneSettings
 from scap_hub.training.data import load_data
 from scap_hub.training.finetune import finetune
+from scap_hub.zoo.base import Preprocessing
 from tests.hub_client import running_hub
 
 GREY = Preprocessing((1, 8, 8), (0.5,), (0.5,))
@@ -298,7 +298,7 @@ def test_a_broken_image_is_named(tmp_path):
 ON_THE_HUB = """
 import sys
 import datasets
-from scap_hub.adapters.base import Preprocessing
+from scap_hub.zoo.base import Preprocessing
 from scap_hub.errors import DataError
 from scap_hub.recipe import DataSettings
 from scap_hub.training.data import load_data

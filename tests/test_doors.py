@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, MobileNetV2ImageProcessor
 
 import scap_hub
-from scap_hub.adapters import load_model
 from scap_hub.channels.groups import channel_groups
 from scap_hub.errors import PlanError
 from scap_hub.hub import modeling_scap
@@ -29,6 +28,7 @@ from scap_hub.hub.publish import push_to_hub
 from scap_hub.hub.uniform import plain_config
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
+from scap_hub.zoo import load_model
 from tests.hub_client import running_hub
 from tests.test_adapters import TRANSFORMERS, tiny_resnet
 from tests.test_checkpoint import SIZE, pruned
@@ -229,7 +229,7 @@ with torch.no_grad():
 
 
 def test_a_uniform_layout_that_is_impossible_is_refused_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr("scap_hub.pruning.finetune", lambda *args, **kwargs: pytest.fail("trained for nothing"))
+    monkeypatch.setattr("scap_hub.run.pruning.finetune", lambda *args, **kwargs: pytest.fail("trained for nothing"))
     images = [(torch.randn(3, 64, 64), index % 4) for index in range(8)]
     options = {"target": "ratio=0.5", "round_to": 1, "publish_layout": "uniform", "criterion": "l1"}
     settings = {"data": {"calibration_images": 8, "batch_size": 8}, "evaluate": {"latency": False}}

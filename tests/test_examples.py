@@ -15,8 +15,8 @@ import timm
 import torch
 
 import scap_hub
-from scap_hub.adapters.base import Preprocessing
 from scap_hub.training.data import DIGITS, load_data
+from scap_hub.zoo.base import Preprocessing
 from tests.hub_client import running_hub
 
 ROOT = Path(__file__).parents[1]

@@ -10,10 +10,10 @@ import scap_hub
 from scap_hub.channels.groups import channel_groups
 from scap_hub.channels.oracle import randomize
 from scap_hub.errors import TargetError
-from scap_hub.latency import latency_table
-from scap_hub.selection import select, select_latency
+from scap_hub.selection.select import select, select_latency
 from scap_hub.surgery import apply_plan
-from scap_hub.timing import milliseconds
+from scap_hub.timing.clock import milliseconds
+from scap_hub.timing.table import latency_table
 from tests.nets import Clock, Residual, tiny_net
 
 X = torch.randn(2, 3, 32, 32)
@@ -142,8 +142,8 @@ def test_select_asks_for_the_table():
 
 
 def test_prune_meets_a_latency_budget_and_reports_it(monkeypatch):
-    monkeypatch.setattr("scap_hub.selection.milliseconds", Clock(rest=0.2))
-    monkeypatch.setattr("scap_hub.latency.milliseconds", Clock(rest=0.2))
+    monkeypatch.setattr("scap_hub.selection.select.milliseconds", Clock(rest=0.2))
+    monkeypatch.setattr("scap_hub.timing.table.milliseconds", Clock(rest=0.2))
     report = scap_hub.prune(
         randomize(tiny_net()).float(), "digits", "quick", target="latency=0.7", criterion="l1", schedule_steps=2,
         round_to=1, target_batch_size=2, finetune_epochs=0, model_input_size=(1, 8, 8), data_calibration_images=32,

@@ -14,14 +14,14 @@ from torch import nn
 from scap_hub.channels.groups import channel_groups
 from scap_hub.channels.oracle import randomize
 from scap_hub.criteria import OBS, ScapSet, base, score
-from scap_hub.criteria import obs as module
-from scap_hub.criteria.elimination import Reading, eliminate
-from scap_hub.criteria.scap.elimination import offsets
+from scap_hub.criteria.obs import criterion as module
+from scap_hub.criteria.obs.elimination import Reading, eliminate
+from scap_hub.criteria.patches import patches
 from scap_hub.criteria.scap.outputs import marginal
+from scap_hub.criteria.scap.scap_set import offsets
 from scap_hub.errors import CalibrationError, RecipeError
-from scap_hub.patches import patches
 from scap_hub.progress import set_quiet
-from scap_hub.selection import select
+from scap_hub.selection.select import select
 from tests.nets import Residual
 
 set_quiet(True)
@@ -229,7 +229,7 @@ def test_refinement_leaves_a_smaller_error_than_the_plan():
     net = randomize(Residual(width=16)).double().eval()
     groups = channel_groups(net, IMAGES[0])
     plan = select(groups, score(net, [], "random", groups=groups), "ratio=0.5", round_to=1)
-    from scap_hub.repair import compensate
+    from scap_hub.compensation.least_squares import compensate
     from scap_hub.surgery import apply_plan
 
     errors = []

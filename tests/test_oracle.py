@@ -7,9 +7,9 @@ from torch import nn
 
 from scap_hub import errors
 from scap_hub.channels.groups import channel_groups
-from scap_hub.channels.ids import Ids
+from scap_hub.channels.labels import Ids
+from scap_hub.channels.operators import table as registry
 from scap_hub.channels.oracle import randomize, verify
-from scap_hub.channels.rules import registry
 from scap_hub.plan import PruningPlan
 from tests.nets import Residual, random_plan
 from tests.test_channel_algebra import Net
@@ -60,7 +60,7 @@ def test_a_shifted_channel_in_any_rule_is_seen(op, blocks, monkeypatch):
 
 
 def test_uncoupled_channel_shuffle_is_seen(monkeypatch):
-    from scap_hub.channels.rules import view
+    from scap_hub.channels.operators import view
 
     def balanced_only(call, array, x, layer):
         call.ledger.balance(list(array.reshape(2, -1)), "equal counts, which a permutation makes wrong")

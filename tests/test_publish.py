@@ -21,8 +21,8 @@ from scap_hub.hub.card import BEGIN, END, Measured, merged_card, model_card
 from scap_hub.hub.checkpoint import load, save_checkpoint
 from scap_hub.hub.publish import push_to_hub
 from scap_hub.recipe import Recipe
-from scap_hub.report import Measures, Report
-from scap_hub.result import Result
+from scap_hub.run.report import Measures, Report
+from scap_hub.run.result import Result
 from tests.hub_client import running_hub
 from tests.nets import Residual
 from tests.test_adapters import tiny_resnet

@@ -6,9 +6,9 @@ from torch import nn
 
 from scap_hub.channels.groups import channel_groups
 from scap_hub.channels.oracle import randomize
+from scap_hub.compensation.least_squares import compensate, recalibrate
 from scap_hub.criteria import OBS
 from scap_hub.plan import PruningPlan
-from scap_hub.repair import compensate, recalibrate
 from scap_hub.surgery import apply_plan
 from tests.nets import Residual, random_plan
 
@@ -210,7 +210,7 @@ def test_large_images_are_repaired_from_as_many_as_fit(monkeypatch):
     net, plan, small = halved()
     whole, few = apply_plan(net, plan), apply_plan(net, plan)
     compensate(net, whole, plan, IMAGES)
-    monkeypatch.setattr("scap_hub.repair._BYTES", 10 * 12 * 12 * 12 * 4)
+    monkeypatch.setattr("scap_hub.compensation.least_squares._BYTES", 10 * 12 * 12 * 12 * 4)
     compensate(net, few, plan, IMAGES)
     compensate(net, small, plan, [IMAGES[0][:10]])
     assert not torch.equal(few.head.weight, whole.head.weight)

@@ -38,7 +38,7 @@ def prune(folder, **changes):
 def test_an_interrupted_run_finds_its_scores_again(tmp_path, scored, monkeypatch):
     whole = prune(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("scap_hub.pruning.finetune", stop)
+        patch.setattr("scap_hub.run.pruning.finetune", stop)
         with pytest.raises(KeyboardInterrupt):
             prune(tmp_path / "cut")
     assert scored == ["scap", "scap"]
@@ -59,7 +59,7 @@ def test_an_interrupted_run_finds_its_scores_again(tmp_path, scored, monkeypatch
     ],
 )
 def test_scores_of_something_else_are_not_taken(change, tmp_path, scored, monkeypatch):
-    monkeypatch.setattr("scap_hub.pruning.finetune", stop)
+    monkeypatch.setattr("scap_hub.run.pruning.finetune", stop)
     for changes in ({}, change):
         with pytest.raises(KeyboardInterrupt):
             prune(tmp_path, **changes)

@@ -6,7 +6,7 @@ from torch import nn
 from scap_hub.channels.groups import channel_groups
 from scap_hub.channels.oracle import randomize, verify
 from scap_hub.errors import TargetError
-from scap_hub.selection import kept_importance, select
+from scap_hub.selection.select import kept_importance, select
 from scap_hub.surgery import apply_plan
 from tests.nets import Residual
 

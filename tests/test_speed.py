@@ -6,7 +6,7 @@ from torch import nn
 
 import scap_hub
 from scap_hub.errors import ModelError, RecipeError
-from scap_hub.speed import speeds
+from scap_hub.run.bench import speeds
 from tests.nets import Residual
 from tests.test_pruning import QUICK, images
 
@@ -23,7 +23,7 @@ def pruned(folder, model, **options):
 
 
 def test_a_pruned_folder_stands_beside_its_dense_model(tmp_path):
-    dense = scap_hub.adapters.load_model("test_resnet", pretrained=False, num_classes=5).module
+    dense = scap_hub.zoo.load_model("test_resnet", pretrained=False, num_classes=5).module
     result = pruned(tmp_path / "out", dense)
     rows = scap_hub.bench(tmp_path / "out", batch_sizes=(1, 4), dtypes=("fp32", "bf16"), timer=clock)
     assert [(row.batch, row.dtype) for row in rows[::2]] == [(1, "fp32"), (4, "fp32"), (1, "bf16"), (4, "bf16")]

@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import ResNetConfig, ResNetForImageClassification
 
 import scap_hub
-from scap_hub.adapters.base import Preprocessing
 from scap_hub.errors import DataError, TrainingError
 from scap_hub.recipe import DataSettings, FinetuneSettings
 from scap_hub.training.data import Data, load_data
 from scap_hub.training.distillation import attention_loss, feature_maps
 from scap_hub.training.evaluate import count, evaluate
 from scap_hub.training.finetune import finetune
+from scap_hub.zoo.base import Preprocessing
 from tests.nets import tiny_net
 
 GREY = Preprocessing((1, 8, 8), (0.5,), (0.5,))

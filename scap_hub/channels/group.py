@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from scap_hub.channels.space import Balance, ChannelSpace
+from scap_hub.channels.partition import Balance, ChannelSpace
 from scap_hub.channels.taps import Tap
 
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from scap_hub.channels.capture import capture, on_meta, without_weights
-from scap_hub.channels.choice import Chooser
+from scap_hub.channels.attributes import StuckError, forward_of, shared_numbers, stuck_channels
 from scap_hub.channels.group import ChannelGroup
-from scap_hub.channels.integers import StuckError, forward_of, shared_numbers, stuck_channels
-from scap_hub.channels.rules import Trace
-from scap_hub.channels.space import ChannelSpace, solve
+from scap_hub.channels.operators import Trace
+from scap_hub.channels.partition import ChannelSpace, solve
 from scap_hub.channels.taps import Tap, module_calls, tap
 from scap_hub.channels.trace import trace
 from scap_hub.errors import ModelError
+from scap_hub.graph.record import capture, on_meta, without_weights
+from scap_hub.selection.choice import Chooser
 
 __all__ = ["ChannelGroup", "Tap", "analyse", "channel_groups"]
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from scap_hub.channels.capture import capture, evaluating
-from scap_hub.channels.graph import Node, mapped
 from scap_hub.channels.groups import analyse
-from scap_hub.channels.ids import Ids, support
-from scap_hub.channels.rules.registry import flat
-from scap_hub.channels.space import solve
+from scap_hub.channels.labels import Ids, support
+from scap_hub.channels.operators.table import flat
+from scap_hub.channels.partition import solve
 from scap_hub.channels.trace import trace
 from scap_hub.errors import VerificationError
+from scap_hub.graph.node import Node, mapped
+from scap_hub.graph.record import capture, evaluating
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
 

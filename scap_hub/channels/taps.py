@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from scap_hub.channels.graph import Node
-from scap_hub.channels.rules import Producer, Trace
+from scap_hub.channels.operators import Producer, Trace
+from scap_hub.graph.node import Node
 
 _NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
 _ACTIVATIONS = (

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from scap_hub.channels.capture import Capture
-from scap_hub.channels.graph import Node
-from scap_hub.channels.ids import Ids
-from scap_hub.channels.rules import Call, Trace, rule_for
-from scap_hub.channels.rules.registry import flat
+from scap_hub.channels.labels import Ids
+from scap_hub.channels.operators import Call, Trace, rule_for
+from scap_hub.channels.operators.table import flat
+from scap_hub.graph.node import Node
+from scap_hub.graph.record import Capture
 
 
 def trace(captured: Capture) -> Trace:

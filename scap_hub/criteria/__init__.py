@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.criteria import base
-from scap_hub.criteria.activation import Activation
 from scap_hub.criteria.base import Criterion, RowCriterion
-from scap_hub.criteria.bn_scale import BNScale
-from scap_hub.criteria.fpgm import FPGM
-from scap_hub.criteria.hrank import HRank
-from scap_hub.criteria.magnitude import L1, L2
-from scap_hub.criteria.obs import OBS
-from scap_hub.criteria.random import Random
+from scap_hub.criteria.obs.criterion import OBS
+from scap_hub.criteria.rivals.activation import Activation
+from scap_hub.criteria.rivals.bn_scale import BNScale
+from scap_hub.criteria.rivals.fpgm import FPGM
+from scap_hub.criteria.rivals.hrank import HRank
+from scap_hub.criteria.rivals.magnitude import L1, L2
+from scap_hub.criteria.rivals.random import Random
+from scap_hub.criteria.rivals.taylor import Taylor
 from scap_hub.criteria.scap import Scap, ScapSet
-from scap_hub.criteria.taylor import Taylor
 from scap_hub.errors import RecipeError
 
 __all__ = [

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.criteria.base import Criterion, fuse
-from scap_hub.criteria.magnitude import L1
-from scap_hub.criteria.taps import enough, image_means, images_of
+from scap_hub.criteria.calibration import enough, image_means, images_of
+from scap_hub.criteria.rivals.magnitude import L1
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _CONSTANT = 1e-6  # variance relative to the mean square below which a channel says nothing

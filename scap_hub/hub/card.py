@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from scap_hub.adapters.base import LoadedModel
 from scap_hub.plan import PruningPlan
+from scap_hub.zoo.base import LoadedModel
 
 HERE = "path/to/this/folder"
 """Stands for the repository until the card is published."""

@@ -17,14 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from scap_hub.adapters import LoadedModel, rebuild, skeleton
-from scap_hub.adapters.base import Library, one_line
-from scap_hub.adapters.remote import fetch
 from scap_hub.errors import CheckpointError, PlanError
 from scap_hub.hub import modeling_scap
 from scap_hub.hub.layout import cut_of
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
+from scap_hub.zoo import LoadedModel, rebuild, skeleton
+from scap_hub.zoo.base import Library, one_line
+from scap_hub.zoo.remote import fetch
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"

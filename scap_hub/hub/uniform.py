@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scap_hub.adapters import LoadedModel, logits, rebuild
-from scap_hub.adapters.base import one_line
 from scap_hub.errors import ModelError, PlanError
+from scap_hub.zoo import LoadedModel, logits, rebuild
+from scap_hub.zoo.base import one_line
 
 Shapes = dict[str, tuple[int, ...]]
 

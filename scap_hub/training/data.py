@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.transforms.v2 import functional as transforms
 
-from scap_hub.adapters.base import Preprocessing, one_line
-from scap_hub.adapters.remote import refusals
 from scap_hub.errors import DataError
 from scap_hub.recipe import DataSettings
 from scap_hub.training.distributed import main_first
+from scap_hub.zoo.base import Preprocessing, one_line
+from scap_hub.zoo.remote import refusals
 
 if TYPE_CHECKING:
     import datasets

@@ -20,7 +20,6 @@ from torch.distributions import Beta
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 
-from scap_hub.adapters.base import logits
 from scap_hub.errors import DataError, TrainingError
 from scap_hub.progress import track
 from scap_hub.recipe import FinetuneSettings
@@ -28,6 +27,7 @@ from scap_hub.training.data import Data
 from scap_hub.training.distillation import Maps, attention_loss, divergence, feature_maps
 from scap_hub.training.distributed import accelerator, average_buffers
 from scap_hub.training.evaluate import autocast, evaluate
+from scap_hub.zoo.base import logits
 
 CHECK_EVERY = 20
 """Batches between looks at the losses."""

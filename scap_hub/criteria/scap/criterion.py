@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup, Tap
 from scap_hub.criteria.base import NORMALISATIONS, Criterion, fuse, known
-from scap_hub.criteria.magnitude import filter_norm
-from scap_hub.criteria.random import generator
+from scap_hub.criteria.rivals.magnitude import filter_norm
+from scap_hub.criteria.rivals.random import generator
 from scap_hub.criteria.scap import autoencoder
 from scap_hub.criteria.scap.field import Field
 from scap_hub.criteria.scap.sweep import fields

@@ -13,12 +13,12 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from scap_hub.channels.capture import evaluating
 from scap_hub.channels.groups import ChannelGroup
-from scap_hub.criteria.elimination import eliminate
-from scap_hub.criteria.obs import Readings, write
+from scap_hub.criteria.calibration import images_of
+from scap_hub.criteria.obs.criterion import Readings, write
+from scap_hub.criteria.obs.elimination import eliminate
 from scap_hub.criteria.scap.spectra import spectrum
-from scap_hub.criteria.taps import images_of
+from scap_hub.graph.record import evaluating
 
 WIDTHS = (0.75, 0.5, 0.25, 0.1)
 

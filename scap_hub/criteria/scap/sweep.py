@@ -17,10 +17,10 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from scap_hub.channels.groups import Tap
+from scap_hub.criteria.calibration import images_of, sized, watch
 from scap_hub.criteria.scap.field import Field, normalise
 from scap_hub.criteria.scap.shelf import Shelf
 from scap_hub.criteria.scap.spectra import onto, spectrum
-from scap_hub.criteria.taps import images_of, sized, watch
 from scap_hub.progress import track
 
 DISK = 2**32  # bytes of spectra that a process has in files at a time; more take further sweeps over the batches

@@ -1,0 +1,225 @@
+"""After surgery, before training: say the removed channels in terms of those that stay.
+
+Each layer that reads pruned channels is re-solved by ridge least squares, so that from what it reads now it computes
+what it computed in the dense model, and batch-norm statistics are taken anew. Neither needs labels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from functools import partial
+from math import ceil
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from scap_hub.criteria.calibration import images_of, input_of
+from scap_hub.criteria.patches import Reader, patches, results
+from scap_hub.graph.record import evaluating
+from scap_hub.plan import PruningPlan
+from scap_hub.progress import track
+
+_PATCHES = 8  # for each weight of an output channel, over all images
+_PLACES = 16  # of each image, at least: with fewer, narrow layers fit the noise of their patches
+_RIDGE = 1e-10  # at least: inputs may be constant or the same
+_BYTES = 2**30  # of the largest input of a re-solved layer: all images pass through the model together
+
+
+def compensate(
+    dense: nn.Module,
+    small: nn.Module,
+    plan: PruningPlan,
+    batches: Iterable[Any],
+    ridge: float = 1e-2,
+    *,
+    batch_norm: bool = False,
+) -> dict[str, tuple[float, float]]:
+    """Re-solves in place every convolution and linear layer of `small` that lost inputs, in the order they run in.
+
+    For a layer with weight W that reads patches P, behind layers that are re-solved already, and the outputs Y that it
+    has in `dense` at the same places, the new weight is the minimum of |Y - W' P|² + λ |W' - W|², with λ the ridge
+    times the mean diagonal of P Pᵀ. The ridge pulls towards the weights that are there, so the error on the patches is
+    never larger than with them; and what the layers before have got wrong is made good where it can be (asymmetric
+    reconstruction: Zhang et al., 2015, arXiv 1505.06798). It takes one forward pass of each model.
+
+    Args:
+        dense: The model before surgery, in eval mode.
+        small: `apply_plan(dense, plan)`; changed in place.
+        plan: What stays.
+        batches: Calibration batches (this process's share); images only are used, as many as pass through together.
+        ridge: λ relative to the mean energy of an input.
+        batch_norm: Whether batch norms take their statistics anew on the way, as `recalibrate` does afterwards.
+
+    Returns:
+        For each repaired layer the relative squared output error on the patches, before and after.
+    """
+    paths = list(_readers(dense, plan))
+    images = _fed(dense, torch.cat([images_of(batch) for batch in batches]))
+    images = images[: max(1, _BYTES // _largest(dense, paths, images[:1]))]
+    places = {path: _places(small.get_submodule(path), len(images)) for path in paths}
+    wanted = _outputs(dense, plan, places, images)
+    errors: dict[str, tuple[float, float]] = {}
+
+    def solve(path: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if path in wanted:  # a layer that runs several times is solved when it runs first
+            rows = patches(layer, input_of(args, kwargs), len(images), places[path])
+            errors[path] = _resolve(layer, rows, wanted.pop(path), ridge)
+            bar.update()
+
+    with track(paths, "repair") as bar, evaluating(small), torch.no_grad(), contextlib.ExitStack() as stack:
+        if batch_norm:
+            stack.enter_context(_anew(small, 1))
+        for path in paths:
+            layer = small.get_submodule(path)
+            stack.callback(layer.register_forward_pre_hook(partial(solve, path), with_kwargs=True).remove)
+        small(images)
+    return errors
+
+
+def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Takes the running statistics of every batch norm anew, as plain averages over the batches and all processes."""
+    batches = list(batches)
+    with evaluating(model), torch.no_grad(), _anew(model, len(batches)):
+        for batch in track(batches, "batch-norm statistics"):
+            model(_fed(model, images_of(batch)))
+
+
+@contextlib.contextmanager
+def _anew(model: nn.Module, batches: int) -> Iterator[None]:
+    """Batch norms of a model in eval mode take their running statistics from what they are given meanwhile."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average
+        norm.train()
+    yield
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+        for statistic in (norm.running_mean, norm.running_var):
+            assert statistic is not None  # it tracks running statistics
+            statistic.copy_(_mean_over_processes(statistic, batches))
+
+
+def _mean_over_processes(value: Tensor, weight: int) -> Tensor:
+    if PartialState().num_processes == 1:
+        return value
+    total = _sum_over_processes(torch.cat([value * weight, value.new_tensor([weight])]))
+    return total[:-1] / total[-1]
+
+
+def _readers(dense: nn.Module, plan: PruningPlan) -> Iterator[str]:
+    """Layers whose weight loses inputs (dimension 1).
+
+    A subclass with a forward pass of its own (weight standardisation, other padding) applies another weight than it
+    holds, so it is left as it is.
+    """
+    plain = {kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
+    for path, module in dense.named_modules():
+        cut = plan.tensors.get(f"{path}.weight")
+        if type(module).forward in plain and cut is not None and (1 in cut.keep or cut.blocks is not None):
+            yield path
+
+
+def _largest(dense: nn.Module, paths: Iterable[str], image: Tensor) -> int:
+    """Bytes of the largest input of these layers for one image."""
+    found = [1]
+    with _watched(dense, paths, lambda path, layer, x, y: found.append(x.nbytes)):
+        dense(image)
+    return max(found)
+
+
+def _places(layer: Any, images: int) -> int:
+    """How many places of each image to read."""
+    return max(_PLACES, ceil(_PATCHES * layer.weight[0].numel() / (images * PartialState().num_processes)))
+
+
+def _outputs(dense: nn.Module, plan: PruningPlan, places: dict[str, int], images: Tensor) -> dict[str, Tensor]:
+    """What each layer computes for the channels that stay, (blocks, patches, O / blocks)."""
+    found: dict[str, Tensor] = {}
+
+    def read(path: str, layer: Reader, x: Tensor, y: Tensor) -> None:
+        if path not in found:
+            keep = plan.tensors[f"{path}.weight"].keep
+            rows = results(layer, y, len(images), places[path])
+            rows = rows[:, plan.indices(keep[0])] if 0 in keep else rows
+            found[path] = rows.unflatten(1, (getattr(layer, "groups", 1), -1)).transpose(0, 1)
+
+    with _watched(dense, places, read):
+        dense(images)
+    return found
+
+
+@contextlib.contextmanager
+def _watched(dense: nn.Module, paths: Iterable[str], read: Any) -> Iterator[None]:
+    """Eval mode without gradients, in which these layers, once they have run, are read: `read(path, layer, x, y)`."""
+
+    def after(path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+        read(path, layer, input_of(args, kwargs), y)
+
+    with contextlib.ExitStack() as stack, evaluating(dense), torch.no_grad():
+        for path in paths:
+            layer = dense.get_submodule(path)
+            stack.callback(layer.register_forward_hook(partial(after, path), with_kwargs=True).remove)
+        yield
+
+
+def _resolve(layer: Any, rows: Tensor, wanted: Tensor, ridge: float) -> tuple[float, float]:
+    """Changes a layer's weight so that it computes the wanted outputs, (blocks, patches, O), from these patches."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    weight = layer.weight.detach().to(rows.dtype).flatten(1)
+    if layer.bias is not None:
+        rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=2)
+        weight = torch.cat([weight, layer.bias.detach().to(rows.dtype)[:, None]], dim=1)
+    blocks = [
+        _solved(own, y.to(rows.dtype), block, ridge)
+        for own, y, block in zip(rows, wanted, weight.chunk(len(rows)), strict=True)
+    ]
+    weight = torch.cat([solved for solved, _ in blocks])
+    if layer.bias is not None:
+        layer.bias.copy_(weight[:, -1])
+        weight = weight[:, :-1]
+    layer.weight.copy_(weight.reshape(layer.weight.shape))
+    before, after, total = torch.stack([errors for _, errors in blocks]).sum(0).tolist()
+    return before / max(total, 1e-30), after / max(total, 1e-30)
+
+
+def _solved(rows: Tensor, wanted: Tensor, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """The new weight, float64, and the squared errors before, after, and of an output of zero.
+
+    Works in residuals, which hold what the weights that are there leave unsaid. With fewer patches than unknowns, the
+    dual problem is smaller.
+    """
+    residual = wanted - rows @ weight.T
+    errors = torch.stack([residual.square().sum(), wanted.square().sum()]).double()
+    if PartialState().num_processes == 1 and len(rows) < rows.shape[1]:
+        rows, residual = rows.double(), residual.double()
+        change = _regular(rows @ rows.T, residual, ridge, rows.square().sum(0).mean()).T @ rows
+        after = (residual - rows @ change.T).square().sum()
+    else:
+        gram, cross = (_sum_over_processes(rows.T @ other).double() for other in (rows, residual))
+        errors = _sum_over_processes(errors)
+        change = _regular(gram, cross, ridge, gram.diagonal().mean()).T
+        after = errors[0] - 2 * (cross.T * change).sum() + ((change @ gram) * change).sum()
+    return weight.double() + change, torch.stack([errors[0], after, errors[1]])
+
+
+def _regular(gram: Tensor, right: Tensor, ridge: float, energy: Tensor) -> Tensor:
+    """Solves with the diagonal raised by the ridge times the inputs' mean energy, which may be zero."""
+    scale = max(ridge, _RIDGE) * energy.clamp(min=1e-12)
+    return torch.linalg.solve(gram + scale * torch.eye(len(gram)).to(gram), right)
+
+
+def _sum_over_processes(value: Tensor) -> Tensor:
+    return value if PartialState().num_processes == 1 else reduce(value, reduction="sum")
+
+
+def _fed(model: nn.Module, images: Tensor) -> Tensor:
+    parameter = next(model.parameters())
+    return images.to(parameter.device, parameter.dtype)

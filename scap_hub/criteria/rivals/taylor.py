@@ -1,0 +1,84 @@
+"""First-order Taylor expansion of the loss (Molchanov et al., 2017, arXiv 1611.06440, equation 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scap_hub.channels.groups import Tap
+from scap_hub.criteria.base import RowCriterion
+from scap_hub.criteria.calibration import channels_first, images_of, mean_over_processes
+from scap_hub.errors import CalibrationError
+from scap_hub.graph.record import evaluating
+from scap_hub.progress import track
+
+
+@dataclass(kw_only=True)
+class Taylor(RowCriterion):
+    """Mean over images of |sum over places of z dL/dz|: what the loss would change by without the channel.
+
+    L is the cross-entropy with the batch's labels, or, where a batch has none, with the model's own predictions. z is
+    the output of the tapped module, which for ReLU is as good as what the next layer sees.
+    """
+
+    name: ClassVar[str] = "taylor"
+
+    def rows(self, model: nn.Module, taps: Sequence[Tap], batches: Iterable[Any]) -> list[Tensor]:
+        """See `RowCriterion.rows`.
+
+        Raises:
+            CalibrationError: Fewer than 2 images over all processes, or a loss that is not finite.
+        """
+        parameter = next(p for p in model.parameters() if p.is_floating_point())
+        sums = [torch.zeros(len(tap.channel_of_row), dtype=torch.float64, device=parameter.device) for tap in taps]
+        count = images_seen = 0
+
+        def hook(i: int, tap: Tap) -> Callable[..., None]:
+            def forward(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+                y = result if isinstance(result, Tensor) else result[0]
+                value = y.detach().clone()  # the next module may work in place
+
+                def backward(gradient: Tensor) -> None:
+                    change = channels_first(value * gradient, tap.dim, count, tap.output).double()
+                    sums[i] += change.flatten(1).unflatten(1, (change.shape[1], -1)).sum(2).abs().sum(0)
+
+                y.register_hook(backward)
+
+            return forward
+
+        handles = [model.get_submodule(tap.output).register_forward_hook(hook(i, tap)) for i, tap in enumerate(taps)]
+        try:
+            with evaluating(model), torch.enable_grad():
+                for number, batch in enumerate(track(batches, "gradients")):
+                    images = images_of(batch).to(parameter.device, parameter.dtype).requires_grad_()
+                    count = len(images)
+                    images_seen += count
+                    output = model(images)
+                    logits = getattr(output, "logits", output)
+                    loss = F.cross_entropy(logits.float(), _labels(batch, logits), reduction="sum")
+                    if not loss.isfinite():
+                        raise CalibrationError(
+                            f"the loss of batch {number} is {loss.item()}; check the images and labels"
+                        )
+                    torch.autograd.grad(loss, images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return mean_over_processes(sums, images_seen)
+
+
+def _labels(batch: Any, logits: Tensor) -> Tensor:
+    """Class numbers of a batch: its second item or "labels", else the model's own predictions."""
+    labels = None
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        labels = batch[1]
+    elif hasattr(batch, "keys"):
+        labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.shape == logits.shape[:1] and not labels.is_floating_point():
+        return labels.to(logits.device)
+    return logits.argmax(1)

@@ -1,0 +1,100 @@
+"""What a finished run gives back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import nn
+
+from scap_hub.hub.card import PICTURE, Measured, model_card
+from scap_hub.hub.checkpoint import save_checkpoint
+from scap_hub.hub.picture import channels_picture
+from scap_hub.hub.publish import push_to_hub
+from scap_hub.hub.uniform import plain_config
+from scap_hub.plan import PruningPlan
+from scap_hub.recipe import Recipe
+from scap_hub.run.report import Report
+from scap_hub.timing.clock import device_name
+from scap_hub.zoo import LoadedModel
+
+
+@dataclass
+class Result:
+    """A finished run.
+
+    Attributes:
+        model: The pruned model, in eval mode.
+        plan: What was removed from the dense one.
+        report: What was measured.
+        recipe: What was done; running it again repeats the run.
+        loaded: The dense model and where it came from.
+    """
+
+    model: nn.Module
+    plan: PruningPlan
+    report: Report
+    recipe: Recipe
+    loaded: LoadedModel
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes model.safetensors, config.json, pruning_plan.json, recipe.yaml, report.json, README.md and code.
+
+        Args:
+            folder: Absent or empty.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError: The folder holds something, or cannot be written; nothing is left behind.
+            PlanError: The recipe asks for the uniform layout, and the plan is not expressible in it.
+        """
+        recipe = self.recipe.to_yaml()
+        plain = plain_config(self.loaded, self.model) if self.recipe.publish.layout == "uniform" else None
+        files: dict[str, str | bytes] = {"report.json": json.dumps(self.report.to_dict(), indent=1) + "\n"}
+        if picture := channels_picture(self.plan):
+            files[PICTURE] = picture
+        files["README.md"] = model_card(
+            self.loaded, self.plan, self._measured(), recipe, picture=PICTURE in files, plain=plain is not None
+        )
+        return save_checkpoint(folder, self.model, self.loaded, self.plan, recipe, files, plain)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool = False,
+        revision: str | None = None,
+        create_pr: bool = False,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Publishes what `save_pretrained` writes, in one commit; see `scap_hub.hub.publish.push_to_hub`.
+
+        Returns:
+            The address of the repository, branch or pull request.
+
+        Raises:
+            PublishError: No token, no write access, an invalid name, or a network that fails. Nothing is published
+                then, and the folder with the model stays, for the command that the message names.
+        """
+        # Kept if anything fails: hours of work may lie in it.
+        folder = self.save_pretrained(Path(tempfile.mkdtemp(prefix="scap_hub-")) / repo_id.rpartition("/")[2])
+        url = push_to_hub(folder, repo_id, private, revision, create_pr, token, commit_message)
+        shutil.rmtree(folder.parent)
+        return url
+
+    def _measured(self) -> Measured:
+        dataset = self.recipe.data.dataset
+        on_hub = dataset is not None and not Path(dataset).exists() and dataset.count("/") == 1
+        return Measured(
+            dense=asdict(self.report.before),
+            pruned=asdict(self.report.after),
+            # A path says nothing to others, and they need not know it.
+            dataset=dataset if dataset is None or on_hub else Path(dataset).name,
+            dataset_id=dataset if on_hub else None,
+            device=device_name(next(self.model.parameters()).device),
+        )

@@ -1,0 +1,17 @@
+"""Words for error messages."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: object, names: Iterable[str]) -> str:
+    """The nearest of some names as the end of a sentence, "; did you mean 'resnet18'?"; empty if none is near.
+
+    Args:
+        name: What was written.
+        names: What could have been meant.
+    """
+    near = difflib.get_close_matches(str(name), list(names), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,164 @@
+"""transformers image classifiers: from a folder in their layout, or as a PreTrainedModel."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+from scap_hub.errors import ModelError
+from scap_hub.zoo.base import LoadedModel, Preprocessing, default_preprocessing, one_line
+
+_INTERPOLATION = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as image processors store them
+
+
+def is_module(module: nn.Module) -> bool:
+    """Whether the module is one of transformers' models."""
+    return isinstance(module, PreTrainedModel)
+
+
+def from_folder(
+    folder: Path,
+    source: str,
+    pretrained: bool,
+    num_classes: int | None,
+    input_size: tuple[int, int, int] | None,
+) -> LoadedModel:
+    """Builds an image classifier from a folder with a transformers config.json; remote code is refused.
+
+    Raises:
+        ModelError: Not an image classifier that the installed transformers knows, or weights that do not fit.
+    """
+    local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        config = AutoConfig.from_pretrained(folder, **local)
+        if num_classes not in (None, config.num_labels):
+            config.num_labels = num_classes  # renames the labels too
+        if pretrained:
+            module = AutoModelForImageClassification.from_pretrained(
+                folder, config=config, ignore_mismatched_sizes=True, **local
+            )
+        else:
+            module = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"transformers cannot load {source!r}: {one_line(error)}") from error
+    return from_module(module, source, input_size, processor_from=str(folder))
+
+
+def from_module(
+    module: Any,
+    source: str,
+    input_size: tuple[int, int, int] | None = None,
+    processor_from: str | None = None,
+) -> LoadedModel:
+    """Describes a transformers model.
+
+    Args:
+        module: The model.
+        source: What the user asked for.
+        input_size: Overrides the image processor's.
+        processor_from: Folder or cached Hub id of the image processor; by default where the model came from.
+
+    Raises:
+        ModelError: The model does not take that number of channels.
+    """
+    config: Any = module.config
+    channels = getattr(config, "num_channels", 3)
+    if input_size and input_size[0] != channels:
+        raise ModelError(f"input_size {input_size}: the model takes {channels} channels; build it with that many")
+    processor = _image_processor(processor_from or module.name_or_path)
+    if processor is None:
+        size = getattr(config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        preprocessing = default_preprocessing((channels, height, width))
+    else:
+        preprocessing = _preprocessing(processor, channels)
+    if input_size:
+        preprocessing = replace(preprocessing, input_size=input_size)
+        processor = processor and _resized(processor, preprocessing)
+    labels = [config.id2label[index] for index in range(config.num_labels)]
+    return LoadedModel(
+        module=module.eval(),
+        library="transformers",
+        name=type(module).__name__,
+        source=source,
+        preprocessing=preprocessing,
+        num_classes=config.num_labels,
+        labels=None if labels[:1] == ["LABEL_0"] else labels,
+        config=_config(module),
+        image_processor=processor,
+    )
+
+
+def rebuild(config: dict[str, Any]) -> nn.Module:
+    """Builds an untrained model: the class that `architectures` names, from the installed transformers only.
+
+    Raises:
+        ModelError: No such class, or a config that it refuses.
+    """
+    name = config["architectures"][0]
+    model_class = getattr(transformers, name, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise ModelError(f"transformers {transformers.__version__} has no model {name!r}: upgrade transformers")
+    if model_class.__module__.startswith("transformers.models.timm"):
+        raise ModelError(f"{name!r} only wraps a timm model: give the timm model itself")
+    try:
+        return model_class(AutoConfig.for_model(**config))
+    except Exception as error:
+        raise ModelError(f"transformers cannot build {name!r}: {one_line(error)}") from error
+
+
+def _config(module: Any) -> dict[str, Any]:
+    document = json.loads(module.config.to_json_string())
+    document.pop("auto_map", None)  # points at code
+    document.pop("scap", None)  # what is pruned already cannot be rebuilt as the dense model of a new plan
+    document["architectures"] = [type(module).__name__]
+    return document
+
+
+def _image_processor(source: str) -> dict[str, Any] | None:
+    try:
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return json.loads(processor.to_json_string())
+
+
+def _preprocessing(processor: dict[str, Any], channels: int) -> Preprocessing:
+    size, crop = processor.get("size") or {}, processor.get("crop_size") or {}
+    shortest = size.get("shortest_edge")
+    if processor.get("do_center_crop") and crop:
+        height, width = crop["height"], crop["width"]
+        crop_pct, crop_mode = height / (shortest or size.get("height", height)), "center"
+    elif shortest:
+        height = width = shortest
+        # transformers' ConvNext processor crops small images and squashes large ones.
+        crop_pct, crop_mode = (processor.get("crop_pct") or 1.0, "center") if shortest < 384 else (1.0, "squash")
+    else:
+        height, width = size.get("height", 224), size.get("width", 224)
+        crop_pct, crop_mode = 1.0, "squash"
+    preprocessing = default_preprocessing((channels, height, width))
+    return replace(
+        preprocessing,
+        mean=tuple(processor.get("image_mean") or preprocessing.mean),
+        std=tuple(processor.get("image_std") or preprocessing.std),
+        interpolation=_INTERPOLATION.get(processor.get("resample", 3), "bicubic"),
+        crop_pct=crop_pct,
+        crop_mode=crop_mode,
+    )
+
+
+def _resized(processor: dict[str, Any], preprocessing: Preprocessing) -> dict[str, Any]:
+    """The image processor's document for another input size."""
+    _, height, width = preprocessing.input_size
+    if processor.get("do_center_crop"):
+        edge = round(height / preprocessing.crop_pct)
+        return processor | {"size": {"shortest_edge": edge}, "crop_size": {"height": height, "width": width}}
+    if "shortest_edge" in (processor.get("size") or {}):
+        return processor | {"size": {"shortest_edge": height}, "crop_pct": preprocessing.crop_pct}
+    return processor | {"size": {"height": height, "width": width}}
