@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from scap_hub.errors import PlanError
-
-if TYPE_CHECKING:
-    from scap_hub.channels.groups import ChannelGroup
 
 VERSION: Literal[1] = 1
 _LIBRARIES = ("torch", "timm", "transformers")
@@ -50,6 +55,36 @@ class TensorCut(_Strict):
     blocks: tuple[NonNegativeInt, ...] | None = None
 
 
+class CallNumber(_Strict):
+    """A number that a module's forward pass gives to a torch function, and the one that it gives once it is pruned.
+
+    It is for sizes that are written into the code, such as 400 in `x.view(-1, 400)`, and for numbers that follow a
+    width while the function should stay the same, such as the scale in `x / x.shape[1]`.
+
+    Attributes:
+        function: Name of the function, such as "view" or "__getitem__".
+        call: The how manyth call of that function in the module's forward pass, from 1; calls by the modules inside
+            count too.
+        position: Position of the number among the numbers in the call's arguments.
+        old: The number that comes from the code; another one means that the model is used in a way that the plan was
+            not made for, and is an error.
+        new: The number to use.
+    """
+
+    function: Annotated[str, StringConstraints(pattern=r"^[a-z_0-9]{1,40}$")]
+    call: PositiveInt
+    position: NonNegativeInt
+    old: int | float
+    new: int | float
+
+
+class Cuttable(Protocol):
+    """The channel groups of one model, as a plan needs them."""
+
+    def cut(self, keep: Mapping[str, Sequence[int]]) -> PruningPlan:
+        """The plan that keeps these channels of the named groups, and all of the others."""
+
+
 class PruningPlan(_Strict):
     """Says by name what leaves a model: kept indices, new attribute values, never code.
 
@@ -60,6 +95,7 @@ class PruningPlan(_Strict):
         groups: The channel groups that shrink.
         tensors: The parameters and buffers that shrink.
         attributes: New values of integers (or lists of them) that modules hold, by module path and name.
+        calls: New numbers in the forward passes of modules, by module path.
     """
 
     version: Literal[1] = VERSION
@@ -68,6 +104,7 @@ class PruningPlan(_Strict):
     groups: dict[str, GroupCut]
     tensors: dict[str, TensorCut]
     attributes: dict[str, dict[str, PositiveInt | list[PositiveInt]]] = Field(default_factory=dict)
+    calls: dict[str, tuple[CallNumber, ...]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> PruningPlan:
@@ -100,28 +137,25 @@ class PruningPlan(_Strict):
         return [index for first, last in _ranges(self.keeps[entry]) for index in range(first, last + 1)]
 
     @classmethod
-    def from_keep(cls, groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[int]]) -> PruningPlan:
+    def from_keep(cls, groups: Cuttable | Sequence[Any], keep: Mapping[str, Sequence[int]]) -> PruningPlan:
         """The plan that keeps `keep[group.name]` of each named group and all of the others.
 
+        It depends on the groups and the keep alone.
+
         Args:
-            groups: Result of `scap_hub.channel_groups`.
+            groups: Result of `scap_hub.channel_groups`, or some of its groups.
             keep: Channel numbers, 0 <= number < group.size, in any order.
 
         Raises:
-            PlanError: A name is unknown or pinned, a keep is empty or out of range, or channels that must stay
-                balanced are not.
+            PlanError: A name is unknown or pinned, a keep is empty, out of range or no integers, channels that must
+                stay balanced are not, or the pruned model would not compute the same.
         """
-        known = {group.name: group for group in groups}
-        for name in keep:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                raise PlanError(f"no channel group {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-            if not known[name].prunable and len(keep[name]) < known[name].size:
-                raise PlanError(f"group {name!r} cannot be pruned: it {known[name].pinned_because}")
-        if not groups:
+        if not len(groups):  # type: ignore[arg-type]
+            if keep:
+                raise PlanError(f"no channel groups were given, so {next(iter(keep))!r} cannot be kept")
             return cls(keeps=(), groups={}, tensors={})
-        channels = {name: group.channels for name, group in known.items()}
-        return cls(**groups[0].space.document(channels, keep))
+        whole: Cuttable = groups if hasattr(groups, "cut") else groups[0].whole
+        return whole.cut(keep)
 
     def to_json(self) -> str:
         """The plan as JSON text."""
@@ -147,6 +181,21 @@ class PruningPlan(_Strict):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the plan"
             raise PlanError(f"the plan is invalid at {where}: {first['msg']}") from None
+
+
+class Cutting:
+    """Collects the lists of kept indices of a plan; equal ones get the same number."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def entry(self, indices: Iterable[int]) -> int:
+        """The number of a list of ascending indices."""
+        return self._numbers.setdefault(ranges([int(index) for index in indices]), len(self._numbers))
+
+    def entries(self) -> tuple[str, ...]:
+        """All lists, as `PruningPlan.keeps` has them."""
+        return tuple(self._numbers)
 
 
 def ranges(indices: Sequence[int]) -> str:

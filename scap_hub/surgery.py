@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,29 +11,62 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from scap_hub.errors import PlanError
+from scap_hub.graph.copies import copied
 from scap_hub.plan import PruningPlan, TensorCut
 
-RESHAPE = "forward.reshape"
-"""In a plan's attributes, [rank, dim, ...]: a module's reshapes to `rank` sizes take that of `dim` from the tensor."""
+CHANGEABLE = frozenset(
+    (
+        "view reshape unflatten expand repeat tile narrow split split_with_sizes __getitem__ __setitem__ zeros ones "
+        "full new_zeros new_ones new_full layer_norm rms_norm group_norm conv1d conv2d conv3d mul mul_ __mul__ "
+        "__rmul__ __imul__ div div_ true_divide __truediv__ __rtruediv__ __itruediv__ add add_ __add__ __radd__ "
+        "__iadd__ sub sub_ __sub__ __rsub__ __isub__ rsub pow pow_ __pow__ __rpow__ scaled_dot_product_attention"
+    ).split()  # noqa: SIM905, a list would take a screen
+)
+"""Functions of which a plan may change numbers: sizes, and arithmetic with a width."""
 
 
-class Reshaping(TorchFunctionMode):
-    """Where a forward pass reshapes to a width that it read off another tensor, the tensor's own width counts."""
+class Numbers(TorchFunctionMode):
+    """Gives calls of torch functions other numbers than the forward pass has for them."""
 
-    def __init__(self, *places: int) -> None:
-        self.dims = dict(zip(places[::2], places[1::2], strict=True))
+    def __init__(self, changes: Any) -> None:
+        super().__init__()
+        self.changes: dict[Any, dict[int, Any]] = {}
+        for function, call, position, old, new in changes:
+            self.changes.setdefault((function, call), {})[position] = (old, new)
+        self.calls = {function: 0 for function, _ in self.changes}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.reshape, torch.Tensor.view, torch.reshape) and len(args) > 1:
-            sizes = args[1] if isinstance(args[1], tuple | list) else args[1:]
-            if len(sizes) in self.dims and -1 not in sizes and torch.Size(sizes).numel() != args[0].numel():
-                args = (args[0], [-1 if dim == self.dims[len(sizes)] else size for dim, size in enumerate(sizes)])
-        return func(*args, **kwargs or {})
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in self.calls:
+            self.calls[name] += 1
+            if changes := self.changes.get((name, self.calls[name])):
+                seen = [0]
+                args = self.changed(args, changes, seen)
+                kwargs = {key: self.changed(value, changes, seen) for key, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def changed(self, value: Any, changes: dict[int, Any], seen: list[int]) -> Any:
+        if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
+            seen[0] += 1
+            if seen[0] - 1 not in changes:
+                return value
+            old, new = changes[seen[0] - 1]
+            if value != old:
+                raise ValueError(
+                    f"this model was pruned where its forward pass computes {old}, and it computes {value}"
+                )
+            return new
+        if isinstance(value, slice):
+            return slice(*(self.changed(part, changes, seen) for part in (value.start, value.stop, value.step)))
+        if isinstance(value, tuple | list):
+            parts = [self.changed(part, changes, seen) for part in value]
+            return parts if isinstance(value, list) else tuple(parts)
+        return value
 
 
-def reshaping(module: nn.Module, places: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
-    """The forward pass of its class; `places` says to how many sizes it reshapes and which one is such a width, ..."""
-    with Reshaping(*places):
+def renumbered(module: nn.Module, changes: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward pass of a module's class, with other numbers in some calls of torch functions."""
+    with Numbers(changes):
         return type(module).forward(module, *args, **kwargs)
 
 
@@ -49,7 +81,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> nn.Module:
         PlanError: The model lacks a tensor or attribute that the plan names, or has it in another shape.
     """
     _check(model, plan)
-    small = copy.deepcopy(model)
+    small = copied(model)
     # Tied names share one tensor before, and must share one after.
     cuts = {name: _tensor(small, name) for name in plan.tensors}
     smaller: dict[int, Any] = {id(tensor): _cut(tensor, plan.tensors[name], plan) for name, tensor in cuts.items()}
@@ -57,7 +89,37 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> nn.Module:
         for table in (module._parameters, module._buffers):
             table.update({own: smaller[id(tensor)] for own, tensor in table.items() if id(tensor) in smaller})
     set_attributes(small, plan.attributes)
+    set_calls(small, {path: [tuple(dict(change).values()) for change in own] for path, own in plan.calls.items()})
     return small
+
+
+def set_calls(model: nn.Module, calls: Mapping[str, Sequence[tuple[str, int, int, float, float]]]) -> None:
+    """Gives calls of torch functions in the forward passes of modules their new numbers; see `CallNumber`."""
+    for path, changes in calls.items():
+        module = model.get_submodule(path)
+        module.forward = functools.partial(renumbered, module, _composed(_earlier(module), changes))
+
+
+def earlier_numbers(model: nn.Module, path: str, place: tuple[str, int, int]) -> set[float]:
+    """The number that an earlier plan has given to a call: none, or one."""
+    return {change[4] for change in _earlier(model.get_submodule(path)) if tuple(change[:3]) == place}
+
+
+def _earlier(module: nn.Module) -> Sequence[tuple[str, int, int, float, float]]:
+    """Changes that an earlier plan has made in a module's calls."""
+    forward: Any = vars(module).get("forward")
+    return forward.args[1] if getattr(forward, "func", None) is renumbered else ()
+
+
+def _composed(
+    earlier: Sequence[tuple[str, int, int, float, float]], later: Sequence[tuple[str, int, int, float, float]]
+) -> tuple[tuple[str, int, int, float, float], ...]:
+    """Changes after changes: what the code has becomes what the last plan wants."""
+    changes = {change[:3]: change for change in earlier}
+    for change in later:
+        before = changes.get(change[:3])
+        changes[change[:3]] = (*change[:3], before[3] if before else change[3], change[4])
+    return tuple(changes.values())
 
 
 def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, int | list[int]]]) -> None:
@@ -65,9 +127,6 @@ def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, int |
     for path, values in attributes.items():
         module = model.get_submodule(path)
         for attribute, value in values.items():
-            if attribute == RESHAPE and isinstance(value, list):
-                module.forward = functools.partial(reshaping, module, tuple(value))
-                continue
             holder, name = _holder(module, attribute)
             setattr(holder, name, _renewed(getattr(holder, name), value))
 
@@ -93,14 +152,14 @@ def _check(model: nn.Module, plan: PruningPlan) -> None:
                 f"tensor {name!r} has shape {tuple(tensor.shape)}, the plan was made for {cut.shape}; "
                 "apply it to the dense model that it was made for"
             )
+    for path, changes in plan.calls.items():
+        _module(model, path)
+        for change in changes:
+            if change.function not in CHANGEABLE:
+                raise PlanError(f"the plan changes numbers of {change.function!r} in {path!r}, which no plan may")
     for path, values in plan.attributes.items():
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
-            raise PlanError(f"the model has no module {path!r}; the plan was made for another model") from None
+        module = _module(model, path)
         for attribute, value in values.items():
-            if attribute == RESHAPE and isinstance(value, list) and len(value) % 2 == 0:
-                continue
             holder, name = _holder(module, attribute)
             old = getattr(holder, "__dict__", {}).get(name)
             fits = (isinstance(value, int) and type(old) is int) or (
@@ -108,6 +167,13 @@ def _check(model: nn.Module, plan: PruningPlan) -> None:
             )
             if not fits:
                 raise PlanError(f"module {path!r} has no integer attribute {attribute!r} that could become {value!r}")
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise PlanError(f"the model has no module {path!r}; the plan was made for another model") from None
 
 
 def _integers(old: object, count: int) -> bool:

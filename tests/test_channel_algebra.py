@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from scap_hub.channels.groups import channel_groups
+from scap_hub.channels import channel_groups
 from scap_hub.channels.oracle import randomize, verify
 from tests.nets import random_plan
 

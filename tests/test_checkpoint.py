@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MobileNetV2ImageProcessor
 
-from scap_hub.channels.groups import channel_groups
+from scap_hub.channels import channel_groups
 from scap_hub.errors import CheckpointError, ModelError, PlanError, ScapHubError
 from scap_hub.hub.card import Measured, model_card
 from scap_hub.hub.checkpoint import check_output, load, save_checkpoint

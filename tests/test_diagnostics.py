@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import scap_hub
-from scap_hub.channels.groups import channel_groups
+from scap_hub.channels import channel_groups
 from scap_hub.criteria import base, score
 from scap_hub.criteria.diagnostics import diagnose
 from scap_hub.progress import set_quiet

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, MobileNetV2ImageProcessor
 
 import scap_hub
-from scap_hub.channels.groups import channel_groups
+from scap_hub.channels import channel_groups
 from scap_hub.errors import PlanError
 from scap_hub.hub import modeling_scap
 from scap_hub.hub.checkpoint import load, save_checkpoint

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import scap_hub
-from scap_hub.channels.groups import channel_groups
+from scap_hub.channels import channel_groups
 from scap_hub.channels.oracle import randomize
 from scap_hub.errors import TargetError
 from scap_hub.selection.select import select, select_latency

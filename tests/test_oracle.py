@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from scap_hub import errors
-from scap_hub.channels.groups import channel_groups
-from scap_hub.channels.labels import Ids
+from scap_hub.channels import channel_groups
+from scap_hub.channels.labels import Labels
 from scap_hub.channels.operators import table as registry
 from scap_hub.channels.oracle import randomize, verify
 from scap_hub.plan import PruningPlan

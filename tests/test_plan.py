@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scap_hub.channels.groups import channel_groups
+from scap_hub.channels import channel_groups
 from scap_hub.errors import PlanError
 from scap_hub.plan import PruningPlan, _length, _ranges, ranges
 from scap_hub.surgery import apply_plan

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from scap_hub.channels.groups import channel_groups
+from scap_hub.channels import channel_groups
 from scap_hub.channels.oracle import randomize
 from scap_hub.compensation.least_squares import compensate, recalibrate
 from scap_hub.criteria import OBS

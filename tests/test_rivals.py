@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scap_hub.channels.groups import channel_groups
+from scap_hub.channels import channel_groups
 from scap_hub.criteria import score
 from scap_hub.errors import CalibrationError, ModelError, RecipeError
 from tests.tapped_nets import group, tap

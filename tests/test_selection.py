@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from scap_hub.channels.groups import channel_groups
+from scap_hub.channels import channel_groups
 from scap_hub.channels.oracle import randomize, verify
 from scap_hub.errors import TargetError
 from scap_hub.selection.select import kept_importance, select

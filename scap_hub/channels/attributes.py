@@ -1,10 +1,10 @@
-"""Integers that modules hold for their forward pass, beyond those that follow from a weight's shape.
+"""Numbers in a forward pass that must follow the channels, beyond those that follow from a weight's shape.
 
 A graph shows the number that a reshape, split or slice was called with, and how many of these channels stay; not where
 the number came from. If the forward pass reads it off a tensor's shape it adapts by itself. If it is an attribute of
-the calling module (`width`, `head_dim`, `splits[1]`) the attribute must change. So a pruned copy without weights is
-run: where it fails, the attributes of that module that held the number are tried, the same ones in all modules of its
-class.
+the calling module (`width`, `head_dim`, `splits[1]`) the attribute must change. If it is written into the code, the
+call must get another one. So a pruned copy without weights is run: where it fails, the attributes of that module that
+held the number are tried, the same ones in all modules of its class, and then the call itself.
 """
 
 from __future__ import annotations
@@ -12,25 +12,22 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from scap_hub.channels.described import Features, features_of, widths
-from scap_hub.channels.labels import Ids, support
-from scap_hub.channels.modules import Layer
-from scap_hub.channels.operators import Trace
-from scap_hub.channels.operators.table import flat
+from scap_hub.channels.operators import Call, flat, sizes_of
+from scap_hub.channels.partition import Partition
+from scap_hub.channels.proof import Number, Outcome, Run, expected_numbers, prove
 from scap_hub.errors import PlanError
-from scap_hub.graph.node import Node, each
-from scap_hub.graph.record import Recorder, running, untouched
-from scap_hub.plan import PruningPlan
-from scap_hub.surgery import RESHAPE, apply_plan, set_attributes
+from scap_hub.graph.modes import untouched
+from scap_hub.graph.node import Node
+from scap_hub.plan import CallNumber, PruningPlan
+from scap_hub.surgery import CHANGEABLE, apply_plan, earlier_numbers, set_attributes, set_calls
 
 _ENTERS = "what enters"
 _MULTIPLES = tuple(map(Fraction, ("1", "2", "3", "4", "1/2", "1/3", "1/4")))
@@ -42,87 +39,107 @@ class StuckError(PlanError):
     def __init__(self, failed: tuple[str, ...], message: str) -> None:
         place = failed[0] or "the model's forward()"
         super().__init__(
-            f"the pruned model would not run: {message} in {place!r}, which works with a fixed number of channels; "
-            "protect it, or report the model"
+            f"the pruned model would not compute the same: {message} in {place!r}, which works with a fixed number of "
+            "channels; protect it, or report the model"
         )
         self.failed = failed
 
 
-Place = tuple[str, str, int | None]
-"""Module path, attribute, index into it if it is a list."""
+class AttributeUse(NamedTuple):
+    """An attribute that changes in every module of a class, where it counts channels in one role."""
 
-Choice = frozenset[tuple[Any, ...]]
-"""Attributes that change in every module of a class: class, attribute, multiple of the number in the graph, role; or
-else class, `RESHAPE`, rank and dimension."""
+    kind: type
+    name: str
+    times: Fraction
+    role: str
+
+
+class CallUse(NamedTuple):
+    """A number in a call that changes in every module of a class: what the call's operator must get there."""
+
+    kind: type
+    function: str
+    call: int
+    position: int
+    argument: str
+    item: int | None
+
+
+Choice = frozenset["AttributeUse | CallUse"]
+"""What changes together."""
 
 
 @dataclass(frozen=True, eq=False)
 class Integer:
-    """A number in the forward pass that counts channels.
+    """An integer that a module holds and that may count channels.
 
     Attributes:
-        place: Where a module holds it.
+        path: Of the module.
+        name: Of the attribute.
+        index: Into the attribute, if it is a list.
         channels: The channels that it counts; how many stay of them is the new number.
         times: The held number is this multiple of the one in the graph.
         role: What the call uses the number for; one that is equal by chance has another role.
     """
 
-    place: Place
+    path: str
+    name: str
+    index: int | None
     channels: np.ndarray
     times: Fraction
     role: str
 
-    @property
-    def use(self) -> tuple[str, Fraction, str]:
-        """Attribute, multiple and role: what modules of one class have in common."""
-        return self.place[1], self.times, self.role
 
-
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Forward:
     """What it takes to try a plan without weights.
 
     Attributes:
         model: A copy of the model, on the meta device wherever it runs there.
         inputs: The example's tensors on that device.
-        outputs: Shapes of the model's outputs.
+        runs: What was recorded of it.
+        partition: Its channels.
         integers: Attributes that may have to change.
         counted: The channels that are counted by a number in the graph, with the path of the module that does it.
-        found: The trace of the model.
-        channel_of: The channel number of each of its ids.
-        reshapes: Modules that reshape, with how many sizes they give and which one may come from another tensor.
-        chosen: What turned out to have to change.
-        features: The dense model's, once somebody asked.
+        chosen: What turned out to have to change when the groups were found.
     """
 
     model: nn.Module
     inputs: tuple[Any, ...]
-    outputs: tuple[tuple[int, ...], ...]
+    runs: tuple[Run, ...]
+    partition: Partition
     integers: tuple[Integer, ...]
     counted: tuple[tuple[str, np.ndarray], ...]
-    found: Trace
-    channel_of: np.ndarray
-    reshapes: tuple[tuple[str, int, int], ...] = ()
-    chosen: Choice = field(default_factory=frozenset)
-    features: Features | None = None
+    chosen: Choice = frozenset()
+
+    @functools.cached_property
+    def kinds(self) -> dict[str, type]:
+        """The class of every module, by path."""
+        return {path: type(module) for path, module in self.model.named_modules()}
+
+    @functools.cached_property
+    def features(self) -> Features:
+        """Shapes of what the dense model makes."""
+        return features_of(self.model, self.inputs)
 
     @functools.cached_property
     def entering(self) -> list[tuple[str, np.ndarray]]:
-        """The channels that come into each module, with its path."""
-        own = {path for path, kind in self.kinds.items() if not kind.__module__.startswith("torch.nn")}
+        """The channels that come into each module of somebody's own, with its path."""
+        found = self.runs[0].found
+        owners = {path for path, kind in self.kinds.items() if not _is_torchs(kind)}
         sources = {
             (path, source): None
-            for node in self.found.ids
+            for node in self.runs[0].captured.called
             for source in node.sources
             if source.varies
             for path in {path for _, path in node.calls} - {path for _, path in source.calls}
-            if path in own
+            if path in owners
         }
         return [
-            (path, self.channel_of[line])
+            (path, self.partition.channel_of[line])
             for path, source in sources
-            for ids in flat(self.found.ids[source])
-            for _, line in ids.lines()
+            for labels in flat(found.labels[source])
+            for _, line in labels.lines()
         ]
 
     @functools.cached_property
@@ -130,95 +147,99 @@ class Forward:
         """Attributes that hold the width of what enters their module."""
         modules = dict(self.model.named_modules())
         return [
-            Integer(place, channels, Fraction(1), _ENTERS)
+            Integer(path, name, index, channels, Fraction(1), _ENTERS)
             for path, channels in self.entering
-            for place in _integers(path, modules[path], Fraction(channels.size))
+            for name, index in _places(modules[path], Fraction(channels.size))
         ]
 
     @functools.cached_property
-    def kinds(self) -> dict[str, type]:
-        """The class of every module, by path."""
-        return {path: type(module) for path, module in self.model.named_modules()}
+    def sites(self) -> dict[tuple[type, str, int], list[tuple[Node, Run]]]:
+        """Calls of torch functions by the class of the module, the function and the number of the call."""
+        sites: dict[tuple[type, str, int], list[tuple[Node, Run]]] = {}
+        for run in self.runs:
+            for node in run.captured.called:
+                if node.site and node.is_operator:
+                    key = (self.kinds[node.owner], node.site.function, node.site.number)
+                    sites.setdefault(key, []).append((node, run))
+        return sites
 
 
-def forward_of(
-    model: nn.Module, inputs: tuple[Any, ...], found: Trace, channel_of: np.ndarray, layers: Iterable[Layer]
-) -> Forward:
-    """Collects the integers of a model's forward pass that count channels, beyond those of standard layers.
+def forward_of(model: nn.Module, inputs: tuple[Any, ...], runs: tuple[Run, ...], partition: Partition) -> Forward:
+    """Collects the numbers of a model's forward pass that count channels, beyond those of standard layers.
 
     Args:
         model: On the meta device.
         inputs: On the meta device.
-        found: The trace of the model.
-        channel_of: The channel number of each of its ids.
-        layers: The modules whose integers follow from their weights.
+        runs: What was recorded of it, in eval mode first.
+        partition: Its channels.
     """
     modules = dict(model.named_modules())
-    standard = {layer.path for layer in layers if layer.kind != "group_norm"}
+    standard = {
+        layer.path
+        for layer in partition.modules
+        if layer.weight in partition.tensors and not isinstance(layer.module, nn.GroupNorm)
+    }
     counted = [
-        (node, old, channel_of[ids], role)
-        for node in found.ids
+        (node, size.labels.size, partition.channel_of[size.labels], f"{node.name}: {size.argument} {size.item}")
+        for run in runs
+        for node in run.captured.called
         if node.owner not in standard
-        for old, ids, role in _counts(node, found)
+        for size in sizes_of(Call(node, run.found))
     ]
-    return Forward(
-        model=model,
-        inputs=inputs,
-        outputs=tuple(ids.shape for ids in found.outputs),
-        integers=tuple(integer for number in counted for integer in _held(*number, modules)),
-        counted=tuple((node.owner, channels) for node, _, channels, _ in counted),
-        found=found,
-        channel_of=channel_of,
-        reshapes=tuple(dict.fromkeys(place for node in found.ids for place in _reshapes(node, modules))),
-    )
+    integers = tuple(integer for number in counted for integer in _held(*number, modules))
+    return Forward(model, inputs, runs, partition, integers, tuple((node.owner, own) for node, _, own, _ in counted))
 
 
-def solve_integers(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dict[str, dict[str, int | list[int]]]:
-    """Attributes that must change so that the pruned model runs, beside those that the plan already has.
+def completed(forward: Forward, plan: PruningPlan, stays: np.ndarray) -> tuple[PruningPlan, Choice]:
+    """The plan with all numbers that must change so that the pruned model computes what is left of the dense one.
 
     Args:
-        forward: The model without weights; remembers what it took.
-        plan: The plan so far.
-        keep: Of every channel, whether it stays.
+        forward: The model without weights.
+        plan: What is cut, and the integers that follow from shapes.
+        stays: Of every channel, whether it stays.
+
+    Returns:
+        The plan, proven; and the choice that it took.
 
     Raises:
-        StuckError: No choice makes it run.
+        StuckError: No choice makes it compute the same.
     """
-    changing, kinds = [integer for integer in forward.integers if not keep[integer.channels].all()], forward.kinds
-    trial = _Trial(forward, plan, keep)
-
-    def run(chosen: Choice) -> _Outcome:
-        return trial(_values(forward, changing, keep, kinds, chosen))
-
+    trial = _Trial(forward, plan, stays)
     chosen = forward.chosen
-    outcome = run(chosen)
+    outcome = trial(chosen)
     while outcome.failed is not None:
-        attempts = (chosen | own for own in _all_attempts(forward, changing, outcome.failed))
-        better = next(((result, own) for own in attempts if (result := run(own)).finished > outcome.finished), None)
+        attempts = (chosen | own for own in _all_attempts(forward, stays, outcome))
+        better = next(((result, own) for own in attempts if (result := trial(own)).finished > outcome.finished), None)
         if better is None:
             raise StuckError(outcome.failed, outcome.message)
         outcome, chosen = better
-    forward.chosen |= chosen
-    return _values(forward, changing, keep, kinds, chosen)
+    return trial.completed(chosen), chosen
 
 
-def new_widths(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dict[str, dict[str, Any]]:
-    """The numbers that describe a model's widths to other code, where a plan that runs changes them.
+def described(forward: Forward, plan: PruningPlan, stays: np.ndarray) -> PruningPlan:
+    """The plan with the numbers that describe a model's widths to other code, where a plan that runs changes them.
 
     A class of modules whose forward pass reads such a number, and means something else by it, keeps its own.
     """
-    if forward.features is None:
-        forward.features = features_of(forward.model, forward.inputs)
-    trial = _Trial(forward, plan, keep)
-    values = widths(forward.model, forward.features, features_of(trial.small, forward.inputs))
+    small = apply_plan(forward.model, plan)
+    values = widths(forward.model, forward.features, features_of(small, forward.inputs))
     for path, known in plan.attributes.items():
         values[path] = {name: value for name, value in values.get(path, {}).items() if name not in known}
-    while (failed := trial(values).failed) is not None:
-        kind = next(forward.kinds[path] for path in failed if values.get(path))
-        for path in values:
-            if forward.kinds[path] is kind:
-                values[path] = {}
-    return {path: own for path, own in values.items() if own}
+    labels = stays[forward.partition.channel_of]
+    while values:
+        with untouched(small):
+            set_attributes(small, values)
+            outcome = prove(small, forward.inputs, forward.runs, labels)
+        if outcome.failed is None:
+            break
+        blamed = next((forward.kinds[path] for path in outcome.failed if values.get(path)), None)
+        # Whatever fails without being one of the blamed: nothing is described then.
+        values = {path: own for path, own in values.items() if blamed and forward.kinds[path] is not blamed}
+    merged = {path: dict(own) for path, own in plan.attributes.items()}
+    for path, own in values.items():
+        if own:
+            merged.setdefault(path, {}).update(own)
+    return plan.model_copy(update={"attributes": merged})
 
 
 def shared_numbers(forward: Forward, failed: Sequence[str], free: np.ndarray) -> dict[str, list[np.ndarray]]:
@@ -242,9 +263,9 @@ def shared_numbers(forward: Forward, failed: Sequence[str], free: np.ndarray) ->
         shared.setdefault(name, {})[np.sort(channels).tobytes()] = channels
 
     for integer in forward.integers:
-        path, name, index = integer.place
-        if path in blamed and integer.times == 1:
-            place(f"{path}.{name}" + ("" if index is None else f"[{index}]"), integer.channels)
+        if integer.path in blamed and integer.times == 1:
+            suffix = "" if integer.index is None else f"[{integer.index}]"
+            place(f"{integer.path}.{integer.name}{suffix}", integer.channels)
     entering = {(path, channels.size) for path, channels in forward.entering if path in blamed}
     for path, channels in (*forward.entering, *forward.counted):
         if (path, channels.size) in entering:
@@ -257,33 +278,31 @@ def shared_numbers(forward: Forward, failed: Sequence[str], free: np.ndarray) ->
     }
 
 
-def stuck_channels(
-    forward: Forward, tensors: Mapping[str, Ids], failed: Sequence[str], free: np.ndarray
-) -> dict[str, np.ndarray]:
+def stuck_channels(forward: Forward, failed: Sequence[str], free: np.ndarray) -> dict[str, np.ndarray]:
     """What to pin after a failure, as little as possible: what a number counts, or else what passes the parameters.
 
     Modules of one class run the same code: what is stuck in one is pinned in all of them.
 
     Args:
         forward: Where the numbers are.
-        tensors: Channel numbers of the model's tensors.
         failed: The modules around the failure, innermost first.
         free: Of every channel, whether it can still be pruned.
 
     Returns:
-        Free channels by the path of the module to blame.
+        Free channels by the path of the module to blame; none if nothing can be blamed.
     """
-    passing = [(name, layer.reshape(-1)) for name, ids in tensors.items() for layer in ids.layers]
+    tensors = forward.partition.tensors
+    passing = [(name, array.reshape(-1)) for name, labels in tensors.items() for array in labels.arrays]
     kinds = forward.kinds
     for places, nested in ((forward.counted, False), (forward.counted, True), (passing, True)):
         for path in failed:
             alike = [path]
-            if places is forward.counted and not kinds[path].__module__.startswith("torch.nn"):
+            if places is forward.counted and not _is_torchs(kinds[path]):
                 alike = [other for other, kind in kinds.items() if kind is kinds[path]]
             stuck = {other: _inside(other, places, nested, free) for other in alike}
             if stuck[path].size:
                 return {other: channels for other, channels in stuck.items() if channels.size}
-    raise AssertionError("a model of which nothing can be pruned runs as it did")
+    return {}
 
 
 def _inside(path: str, places: Iterable[tuple[str, np.ndarray]], nested: bool, free: np.ndarray) -> np.ndarray:
@@ -294,207 +313,173 @@ def _inside(path: str, places: Iterable[tuple[str, np.ndarray]], nested: bool, f
     return channels[free[channels]]
 
 
-def _counts(node: Node, found: Trace) -> Iterator[tuple[int, np.ndarray, str]]:
-    """Numbers that a call was given and that count channels, with the ids that they count and their role in it."""
-    if not node.is_operator:
-        return
-    name, arguments = node.name, node.arguments
-    own = flat(found.ids.get(node))
-    if name in ("view", "reshape", "expand", "unflatten", "_unsafe_view", "repeat", "new_zeros"):
-        sizes = arguments.get("size") or arguments.get("shape") or arguments.get("sizes") or ()
-        first = arguments["dim"] % len(own[0].shape) if name == "unflatten" else 0
-        for dim, size in enumerate(sizes, start=first):
-            if isinstance(size, int) and size > 1:
-                yield from _line(size, own[0], dim, f"{name} to {len(sizes)} sizes: {dim}")
-    elif name in ("split_with_sizes", "split"):
-        whole = flat(found.ids[arguments["self"]])[0]
-        # The last size is often written as the whole less the others.
-        for part in [*own, whole] if name == "split_with_sizes" else own[:1]:
-            dim = arguments["dim"] % len(part.shape)
-            yield from _line(part.shape[dim], part, dim, name)
-    elif name in ("slice", "narrow"):
-        whole = flat(found.ids[arguments["self"]])[0]
-        dim = arguments["dim"] % len(whole.shape)
-        start = arguments["start"] or 0
-        end = start + arguments["length"] if name == "narrow" else min(arguments["end"], whole.shape[dim])
-        if (ids := whole.along(dim)) is not None:
-            for bound in (start, end if end < ids.size or name == "slice" else 0):
-                if bound:
-                    yield bound % ids.size or ids.size, ids[:bound], name
-    elif name in ("conv1d", "conv2d", "conv3d"):
-        whole = flat(found.ids[arguments["input"]])[0]
-        if 1 < arguments["groups"] == whole.shape[1]:
-            yield from _line(arguments["groups"], whole, 1, name)
-    elif name in ("layer_norm", "rms_norm"):
-        for offset, size in enumerate(reversed(arguments["normalized_shape"]), start=1):
-            yield from _line(size, own[0], -offset, name)
-    elif name == "group_norm" and arguments["num_groups"] == own[0].shape[1]:
-        yield from _line(arguments["num_groups"], own[0], 1, name)
-
-
-def _reshapes(node: Node, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, int, int]]:
-    """The module that reshapes, with how many sizes it gives and each that may come from another tensor, last first."""
-    path = node.owner
-    if node.target in (torch.ops.aten.view.default, torch.ops.aten.reshape.default) and path:
-        sizes = node.args[1]
-        if not type(modules[path]).__module__.startswith("torch.nn") and -1 not in sizes:
-            yield from ((path, len(sizes), dim) for dim in reversed(range(1, len(sizes))))
-
-
-def _line(size: int, ids: Ids, dim: int, role: str) -> Iterator[tuple[int, np.ndarray, str]]:
-    if (line := ids.along(dim)) is not None and line.size == size:
-        yield size, line, role
+def _is_torchs(kind: type) -> bool:
+    return kind.__module__.startswith("torch.nn")
 
 
 def _held(node: Node, old: int, channels: np.ndarray, role: str, modules: dict[str, nn.Module]) -> Iterator[Integer]:
     """Attributes of the calling module and of those around it that hold the number, or else a small multiple."""
     for _, path in node.calls:
         for times in _MULTIPLES:
-            places = list(_integers(path, modules[path], old * times)) if old * times > 1 else []
-            yield from (Integer(place, channels, times, role) for place in places)
+            places = list(_places(modules[path], old * times)) if old * times > 1 else []
+            yield from (Integer(path, name, index, channels, times, role) for name, index in places)
             if places:
                 break
 
 
-def _integers(path: str, module: nn.Module, value: Fraction) -> Iterator[Place]:
+def _places(module: nn.Module, value: Fraction) -> Iterator[tuple[str, int | None]]:
+    """Attributes of a module that hold a value; the index of an item for lists."""
     for name, held in vars(module).items():
         if type(held) is int and held == value:
-            yield path, name, None
+            yield name, None
         elif isinstance(held, list | tuple) and all(type(item) is int for item in held):
-            yield from ((path, name, index) for index, item in enumerate(held) if item == value)
+            yield from ((name, index) for index, item in enumerate(held) if item == value)
 
 
-def _all_attempts(forward: Forward, changing: Sequence[Integer], failed: Sequence[str]) -> Iterator[Choice]:
-    """What may have to change after a failure in these modules, the likely first."""
-    kinds = forward.kinds
-    for path in failed:
-        yield from _attempts(changing, kinds, path)
-        yield from _other_reshapes(forward, kinds, path)
-    for path in failed:
-        uses = dict.fromkeys((kinds[path], *width.use) for width in forward.widths if width.place[0] == path)
-        yield from (frozenset([use]) for use in uses)
+def _all_attempts(forward: Forward, stays: np.ndarray, outcome: Outcome) -> Iterator[Choice]:
+    """What may have to change after a failure, the likely first."""
+    assert outcome.failed is not None
+    for path in outcome.failed:
+        changing = [own for own in forward.integers if own.path == path and not stays[own.channels].all()]
+        yield from _attempts(forward.kinds[path], changing)
+    yield from _calls(forward.kinds, outcome.wrong)
+    for path in outcome.failed:
+        uses = [_use(forward.kinds[path], width) for width in forward.widths if width.path == path]
+        yield from (frozenset([use]) for use in dict.fromkeys(uses))
 
 
-def _attempts(changing: Sequence[Integer], kinds: Mapping[str, type], path: str) -> Iterator[Choice]:
+def _use(kind: type, integer: Integer) -> AttributeUse:
+    return AttributeUse(kind, integer.name, integer.times, integer.role)
+
+
+def _attempts(kind: type, changing: Sequence[Integer]) -> Iterator[Choice]:
     """Attributes of a module that may have to change: one use of one, one alone, all together, two at a time."""
-    uses = sorted({(kinds[path], *integer.use) for integer in changing if integer.place[0] == path}, key=str)
+    uses = sorted({_use(kind, integer) for integer in changing}, key=str)
     yield from (frozenset([use]) for use in uses)
-    names = sorted({use[1:3] for use in uses})
-    wholes = [frozenset(use for use in uses if use[1:3] == name) for name in names]
+    names = sorted({(use.name, use.times) for use in uses})
+    wholes = [frozenset(use for use in uses if (use.name, use.times) == name) for name in names]
     yield from (whole for whole in wholes if len(whole) > 1)
     if len(names) > 1:
-        exact = frozenset(use for use in uses if use[2] == 1)  # not a multiple of another number by chance
+        exact = frozenset(use for use in uses if use.times == 1)  # not a multiple of another number by chance
         yield from dict.fromkeys([exact, frozenset(uses)])
     if len(names) > 2:
         yield from (one | other for one, other in itertools.combinations(wholes, 2))
 
 
-def _other_reshapes(forward: Forward, kinds: Mapping[str, type], path: str) -> Iterator[Choice]:
-    """Sizes of a module's reshapes that may have been read off another tensor."""
-    for place, rank, dim in forward.reshapes:
-        if place == path:
-            yield frozenset([(kinds[path], RESHAPE, rank, dim)])
+def _calls(kinds: Mapping[str, type], wrong: Sequence[Number]) -> Iterator[Choice]:
+    """The numbers in the failing call's own arguments that may have to change: all at once, or one of them."""
+    options = [list(_positions(kinds, number)) for number in wrong]
+    if options and all(options):
+        for uses in itertools.islice(itertools.product(*options), 16):
+            yield frozenset(uses)
+    yield from (frozenset([use]) for uses in options for use in uses)
 
 
-def _values(
-    forward: Forward, changing: Sequence[Integer], keep: np.ndarray, kinds: Mapping[str, type], chosen: Choice
-) -> dict[str, dict[str, Any]]:
-    values: dict[str, dict[str, Any]] = {}
-    for integer in (*changing, *(forward.widths if any(use[-1] == _ENTERS for use in chosen) else ())):
-        path, name, index = integer.place
-        if (kinds[path], *integer.use) not in chosen:
-            continue
-        new = int(int(keep[integer.channels].sum()) * integer.times)
-        if index is None:
-            values.setdefault(path, {})[name] = new
-        else:
-            module = forward.model.get_submodule(path)
-            values.setdefault(path, {}).setdefault(name, list(getattr(module, name)))[index] = new
-    for path, rank, dim in forward.reshapes:
-        if (kinds[path], RESHAPE, rank, dim) in chosen:
-            places = values.setdefault(path, {}).setdefault(RESHAPE, [])
-            places += [rank, dim] if rank not in places[::2] else []
-    return values
+def _positions(kinds: Mapping[str, type], number: Number) -> Iterator[CallUse]:
+    """Where the torch function that was called has a number."""
+    site = number.node.site
+    if site is None or site.function not in CHANGEABLE:
+        return
+    places = [position for position, value in enumerate(site.numbers) if value == number.dense]
+    # A list of as many numbers stands in the same order.
+    places.sort(key=lambda position: position != number.index)
+    for position in places:
+        yield CallUse(kinds[number.node.owner], site.function, site.number, position, number.argument, number.index)
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """How many operators did as they should, the modules around the failure (innermost first), and why."""
+class _Arrival:
+    """Stands for any number, and remembers which ones were compared with it."""
 
-    finished: float
-    failed: tuple[str, ...] | None = None
-    message: str = ""
+    def __init__(self) -> None:
+        self.numbers: set[float] = set()
 
+    def __ne__(self, other: object) -> bool:
+        self.numbers.add(other)  # type: ignore[arg-type]
+        return False
 
-class _Checked(Recorder):
-    """Runs a pruned model and stops at the first operator that does not do what the channels say."""
-
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], expected: list[_Step]) -> None:
-        super().__init__(model, inputs)
-        self.expected = expected
-        self.finished = 0
-
-    def made(self, node: Node, value: Any) -> None:
-        target, shape, numbers = self.expected[self.finished] if self.finished < len(self.expected) else (None,) * 3
-        if node.target is not target:
-            raise RuntimeError(f"{node.target} runs instead of {target}")
-        if _numbers(node) != numbers:
-            raise RuntimeError(f"{node.target} computes with {_numbers(node)} instead of {numbers}")
-        if shape is not None and shape != tuple(value.shape):
-            raise RuntimeError(f"{node.target} makes shape {list(value.shape)} instead of {list(shape)}")
-        self.finished += 1
-
-
-_Step = tuple[Any, tuple[int, ...] | None, list[float] | None]
-"""An operator, the shape that it has to make where that is known, and the numbers that it computes with."""
-
-_ARITHMETIC = ("add", "sub", "rsub", "mul", "div", "true_divide", "pow")
-
-
-def _numbers(node: Node) -> list[float]:
-    """A scale that follows the number of channels would make another function."""
-    kinds = (int, float) if node.name in _ARITHMETIC else (float,)
-    return [leaf for leaf in each((*node.args, *node.kwargs.values())) if type(leaf) in kinds]
-
-
-def _steps(forward: Forward, keep: np.ndarray) -> list[_Step]:
-    stays = keep[forward.channel_of]
-    return [
-        (node.target, _shape(ids, stays) if isinstance(ids, Ids) and ids.layers else None, _numbers(node))
-        for node, ids in forward.found.ids.items()
-        if node.target is not None
-    ]
-
-
-def _shape(ids: Ids, stays: np.ndarray) -> tuple[int, ...] | None:
-    shape = list(ids.shape)
-    for layer in ids.layers:
-        dims = support(layer)
-        if len(dims) > 1:
-            return None
-        for dim in dims:
-            shape[dim] = int(stays[layer].sum())
-    return tuple(shape)
+    __hash__ = None  # type: ignore[assignment]
 
 
 class _Trial:
-    """A pruned model without weights, run with one set of attributes after another."""
+    """A pruned model without weights, run with one choice after another."""
 
-    def __init__(self, forward: Forward, plan: PruningPlan, keep: np.ndarray) -> None:
-        self.forward = forward
+    def __init__(self, forward: Forward, plan: PruningPlan, stays: np.ndarray) -> None:
+        self.forward, self.plan, self.stays = forward, plan, stays
         self.small = apply_plan(forward.model, plan)
-        self.steps = _steps(forward, keep)
+        self.labels = stays[forward.partition.channel_of]
+        self.arrivals: dict[tuple[str, str, int, int], _Arrival] = {}
 
-    def __call__(self, values: dict[str, dict[str, Any]]) -> _Outcome:
-        recorder = _Checked(self.small, self.forward.inputs, self.steps)
-        try:
-            with untouched(self.small):
-                set_attributes(self.small, values)
-                output = recorder.run()
-        except Exception as error:
-            message = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            return _Outcome(recorder.finished, tuple(running(self.small, error)), message)
-        shapes = tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
-        if shapes != self.forward.outputs:
-            return _Outcome(recorder.finished, ("",), f"outputs of shapes {shapes} instead of {self.forward.outputs}")
-        return _Outcome(float("inf"))
+    def __call__(self, chosen: Choice) -> Outcome:
+        with untouched(self.small):
+            set_attributes(self.small, self._attributes(chosen))
+            self.arrivals = {}
+            for path, changes in self._calls(chosen).items():
+                noted: list[Any] = []
+                for function, call, position, new in changes:
+                    arrival = self.arrivals.setdefault((path, function, call, position), _Arrival())
+                    noted.append((function, call, position, arrival, new))
+                set_calls(self.small, {path: noted})
+            return prove(self.small, self.forward.inputs, self.forward.runs, self.labels)
+
+    def completed(self, chosen: Choice) -> PruningPlan:
+        """The plan with the numbers of the choice that was tried last."""
+        attributes = {path: dict(own) for path, own in self.plan.attributes.items()}
+        for path, values in self._attributes(chosen).items():
+            attributes.setdefault(path, {}).update(values)
+        calls: dict[str, list[CallNumber]] = {}
+        for path, changes in self._calls(chosen).items():
+            for function, call, position, new in changes:
+                arrived = self.arrivals[path, function, call, position].numbers
+                # Of a call that an earlier plan has changed, its number counts.
+                arrived = arrived or earlier_numbers(self.small, path, (function, call, position))
+                if len(arrived) > 1:
+                    raise StuckError((path,), f"{function} is called with several numbers, {sorted(arrived)}")
+                for old in arrived - {new}:
+                    own = CallNumber(function=function, call=call, position=position, old=old, new=new)
+                    calls.setdefault(path, []).append(own)
+        return self.plan.model_copy(
+            update={"attributes": attributes, "calls": {path: tuple(own) for path, own in calls.items()}}
+        )
+
+    def _attributes(self, chosen: Choice) -> dict[str, dict[str, Any]]:
+        """New values of attributes, by module path."""
+        kinds = self.forward.kinds
+        values: dict[str, dict[str, Any]] = {}
+        reads_width = any(isinstance(use, AttributeUse) and use.role == _ENTERS for use in chosen)
+        entering = self.forward.widths if reads_width else ()
+        for integer in (*self.forward.integers, *entering):
+            if self.stays[integer.channels].all() or _use(kinds[integer.path], integer) not in chosen:
+                continue
+            new = int(int(self.stays[integer.channels].sum()) * integer.times)
+            own = values.setdefault(integer.path, {})
+            if integer.index is None:
+                own[integer.name] = new
+            else:
+                module = self.forward.model.get_submodule(integer.path)
+                own.setdefault(integer.name, list(getattr(module, integer.name)))[integer.index] = new
+        return values
+
+    def _calls(self, chosen: Choice) -> dict[str, list[tuple[str, int, int, float]]]:
+        """New numbers in calls, by module path: function, call, position, number."""
+        values: dict[str, dict[tuple[str, int, int], set[float]]] = {}
+        for use in chosen:
+            if isinstance(use, AttributeUse):
+                continue
+            for node, run in self.forward.sites.get((use.kind, use.function, use.call), ()):
+                if use.argument not in node.arguments:
+                    continue
+                number = self._number(node, run, use)
+                own = values.setdefault(node.owner, {})
+                own.setdefault((use.function, use.call, use.position), set()).add(number)
+        return {
+            path: [(*place, next(iter(numbers))) for place, numbers in own.items() if len(numbers) == 1]
+            for path, own in values.items()
+        }
+
+    def _number(self, node: Node, run: Run, use: CallUse) -> float:
+        """What an argument of an operator must be in the pruned model."""
+        for number in expected_numbers(Call(node, run.found), self.labels):
+            if (number.argument, number.index) == (use.argument, use.item):
+                return number.pruned
+        value = node.arguments[use.argument]
+        return value if use.item is None else value[use.item]

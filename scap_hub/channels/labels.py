@@ -1,8 +1,8 @@
-"""Element-level channel identities.
+"""Labels of elements.
 
-Every tensor of the graph carries id layers: integer arrays that broadcast to its shape. An element leaves
-the tensor when the id of any of its layers leaves the model. Rules relate the layers of an operator's inputs to
-those of its outputs; `Ledger` collects what they say and solves it once.
+Every tensor of the graph carries label arrays: integer arrays that broadcast to its shape. An element leaves the tensor
+when its label in any of these arrays leaves the model. Rules relate the labels of an operator's inputs to those of its
+outputs; a `Ledger` collects what they say, and solves it once.
 """
 
 from __future__ import annotations
@@ -16,54 +16,54 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 STAYS = 0
-"""The id of elements that never leave."""
+"""The label of elements that never leave."""
 
 
 @dataclass(frozen=True, eq=False)
-class Ids:
-    """The identities of one tensor's elements.
+class Labels:
+    """The labels of one tensor's elements.
 
     Attributes:
         shape: Shape of the tensor.
-        layers: Integer arrays of `len(shape)` dimensions, each of size 1 (untracked) or the tensor's own size,
+        arrays: Integer arrays of `len(shape)` dimensions, each of size 1 (untracked) or the tensor's own size,
             at most one for each set of tracked dimensions.
     """
 
     shape: tuple[int, ...]
-    layers: tuple[np.ndarray, ...] = ()
+    arrays: tuple[np.ndarray, ...] = ()
 
     def along(self, dim: int) -> np.ndarray | None:
-        """The one-dimensional ids of `dim` alone, None where that dimension is not tracked by itself."""
+        """The labels along `dim` alone, (n,); None where that dimension is not tracked by itself."""
         dim %= len(self.shape)
-        return next((layer.reshape(-1) for layer in self.layers if support(layer) == (dim,)), None)
+        return next((array.reshape(-1) for array in self.arrays if support(array) == (dim,)), None)
 
     def lines(self) -> Iterator[tuple[int, np.ndarray]]:
-        """The dimensions that are tracked by themselves, each with its ids."""
-        for layer in self.layers:
-            if len(support(layer)) == 1:
-                yield support(layer)[0], layer.reshape(-1)
+        """The dimensions that are tracked by themselves, each with its labels."""
+        for array in self.arrays:
+            if len(support(array)) == 1:
+                yield support(array)[0], array.reshape(-1)
 
-    def only(self, *dims: int) -> Ids:
-        """The part of the ids that varies along `dims` and nothing else."""
+    def only(self, *dims: int) -> Labels:
+        """The part of the labels that varies along `dims` and nothing else."""
         wanted = {dim % len(self.shape) for dim in dims}
-        return Ids(self.shape, tuple(layer for layer in self.layers if set(support(layer)) <= wanted))
+        return Labels(self.shape, tuple(array for array in self.arrays if set(support(array)) <= wanted))
 
 
-def support(layer: np.ndarray) -> tuple[int, ...]:
-    """The dimensions along which a layer varies."""
-    return tuple(dim for dim, size in enumerate(layer.shape) if size > 1)
+def support(array: np.ndarray) -> tuple[int, ...]:
+    """The dimensions along which a label array varies."""
+    return tuple(dim for dim, size in enumerate(array.shape) if size > 1)
 
 
-def line(ids: np.ndarray, dim: int, rank: int) -> np.ndarray:
-    """One-dimensional ids laid along `dim` of a tensor with `rank` dimensions."""
+def line(labels: np.ndarray, dim: int, rank: int) -> np.ndarray:
+    """One-dimensional labels laid along `dim` of a tensor with `rank` dimensions."""
     shape = [1] * rank
-    shape[dim] = ids.size
-    return ids.reshape(shape)
+    shape[dim] = labels.size
+    return labels.reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)
 class Equal:
-    """Blocks of ids that must keep equally many each."""
+    """Blocks of labels that must keep equally many each."""
 
     blocks: tuple[np.ndarray, ...]
     reason: str
@@ -71,20 +71,23 @@ class Equal:
 
 @dataclass
 class Ledger:
-    """What the rules said: fresh ids, equalities, pins and balances."""
+    """What the rules said: fresh labels, equalities, pins and balances."""
 
     count: int = 1
     equal: list[Equal] = field(default_factory=list)
+    made: list[np.ndarray] = field(default_factory=list)
+    """Every array of fresh labels, in order."""
     _left: list[np.ndarray] = field(default_factory=list)
     _right: list[np.ndarray] = field(default_factory=list)
     _pins: list[tuple[np.ndarray, str]] = field(default_factory=list)
 
     def fresh(self, *shape: int) -> np.ndarray:
-        """New ids, one an element."""
+        """New labels, one an element."""
         size = math.prod(shape)
-        ids = np.arange(self.count, self.count + size).reshape(shape)
+        labels = np.arange(self.count, self.count + size).reshape(shape)
         self.count += size
-        return ids
+        self.made.append(labels)
+        return labels
 
     def equate(self, left: np.ndarray, right: np.ndarray, reason: str) -> None:
         """Elements of `left` leave together with those of `right` (broadcast); meeting STAYS pins."""
@@ -98,16 +101,16 @@ class Ledger:
         self._left.append(left)
         self._right.append(right)
 
-    def pin(self, ids: np.ndarray, reason: str) -> None:
-        """These ids never leave."""
-        if ids.size:
-            self._pins.append((np.unique(ids), reason))
+    def pin(self, labels: np.ndarray, reason: str) -> None:
+        """These labels never leave."""
+        if labels.size:
+            self._pins.append((np.unique(labels), reason))
 
-    def pin_all(self, tensors: Iterable[Ids], reason: str) -> None:
+    def pin_all(self, tensors: Iterable[Labels], reason: str) -> None:
         """No element of these tensors ever leaves."""
         for tensor in tensors:
-            for layer in tensor.layers:
-                self.pin(layer, reason)
+            for array in tensor.arrays:
+                self.pin(array, reason)
 
     def balance(self, blocks: Sequence[np.ndarray], reason: str) -> None:
         """Each block keeps as many of its elements as every other."""
@@ -115,57 +118,91 @@ class Ledger:
             self.equal.append(Equal(tuple(block.ravel() for block in blocks), reason))
 
     def components(self) -> np.ndarray:
-        """(count,) the equivalence class of every id; ids of one class leave together."""
+        """(count,) the equivalence class of every label; labels of one class leave together."""
         left = np.concatenate([*self._left, np.zeros(0, dtype=np.int64)])
         right = np.concatenate([*self._right, np.zeros(0, dtype=np.int64)])
         graph = coo_matrix((np.ones(left.size, dtype=np.int8), (left, right)), shape=(self.count, self.count))
         return connected_components(graph, directed=False)[1]
 
     def pins(self) -> Iterator[tuple[np.ndarray, str]]:
-        """Pinned ids with the reason, in the order in which they were found."""
+        """Pinned labels with the reason, in the order in which they were found."""
         yield np.array([STAYS]), "is not computed by a layer that can shrink"
         yield from self._pins
 
 
-def merge(ledger: Ledger, shape: tuple[int, ...], layers: Iterable[np.ndarray], reason: str) -> Ids:
-    """One tensor's ids from any layers: those that vary along the same dimensions are equated into one."""
+def merge(ledger: Ledger, shape: tuple[int, ...], arrays: Iterable[np.ndarray], reason: str) -> Labels:
+    """One tensor's labels from any arrays: those that vary along the same dimensions are equated into one."""
     merged: dict[tuple[int, ...], np.ndarray] = {}
-    for layer in layers:
-        dims = support(layer)
+    for array in arrays:
+        dims = support(array)
         if not dims:
             continue
         if dims in merged:
-            ledger.equate(merged[dims], layer, reason)
+            ledger.equate(merged[dims], array, reason)
         else:
-            merged[dims] = layer
-    return Ids(shape, tuple(merged.values()))
+            merged[dims] = array
+    return Labels(shape, tuple(merged.values()))
 
 
-def broadcast(ledger: Ledger, operands: Sequence[Ids], shape: tuple[int, ...], reason: str) -> Ids:
-    """Ids of an elementwise operator: what meets along the same dimensions leaves together.
+def broadcast(ledger: Ledger, operands: Sequence[Labels], shape: tuple[int, ...], reason: str) -> Labels:
+    """Labels of an elementwise operator: what meets along the same dimensions leaves together.
 
-    An operand that is broadcast along a layer's dimensions puts no condition on it; one that fills them without
+    An operand that is broadcast along an array's dimensions puts no condition on it; one that fills them without
     being tracked in the same way pins it.
     """
-    aligned = [
-        (
-            (1,) * (len(shape) - len(operand.shape)) + operand.shape,
-            {
-                support(layer): layer
-                for layer in (layer.reshape((1,) * (len(shape) - layer.ndim) + layer.shape) for layer in operand.layers)
-            },
-        )
-        for operand in operands
-    ]
+    aligned = [_aligned(operand, len(shape)) for operand in operands]
     result: list[np.ndarray] = []
-    for dims in dict.fromkeys(dims for _, layers in aligned for dims in layers):
-        filled = [(layers.get(dims), own) for own, layers in aligned if all(own[dim] > 1 for dim in dims)]
-        present = [layer for layer, _ in filled if layer is not None]
+    for dims in dict.fromkeys(dims for _, arrays in aligned for dims in arrays):
+        filled = [arrays.get(dims) for own, arrays in aligned if all(own[dim] > 1 for dim in dims)]
+        present = [array for array in filled if array is not None]
         if len(present) < len(filled):
-            for layer in present:
-                ledger.pin(layer, reason)
+            for array in present:
+                ledger.pin(array, reason)
             continue
-        for layer in present[1:]:
-            ledger.equate(present[0], layer, reason)
+        for array in present[1:]:
+            ledger.equate(present[0], array, reason)
         result.append(present[0])
-    return Ids(shape, tuple(result))
+    return Labels(shape, tuple(result))
+
+
+def _aligned(operand: Labels, rank: int) -> tuple[tuple[int, ...], dict[tuple[int, ...], np.ndarray]]:
+    """An operand's shape and its label arrays by their dimensions, both of as many dimensions as the result."""
+    missing = (1,) * (rank - len(operand.shape))
+    arrays = [array.reshape(missing + array.shape) for array in operand.arrays]
+    return missing + operand.shape, {support(array): array for array in arrays}
+
+
+def restricted(labels: Labels, stays: np.ndarray) -> Labels:
+    """The labels of the elements that stay, in the tensor that they make up.
+
+    Args:
+        labels: Of the whole tensor.
+        stays: Of every label, whether it stays.
+
+    Raises:
+        ValueError: The elements that stay fill no rectangle.
+    """
+    shape, arrays = list(labels.shape), []
+    kept = {dims[0]: stays[array.reshape(-1)] for array in labels.arrays if len(dims := support(array)) == 1}
+    for dim, mask in kept.items():
+        shape[dim] = int(mask.sum())
+    for array in labels.arrays:
+        dims = support(array)
+        for dim in dims:
+            if dim in kept:
+                array = array.compress(kept[dim], dim)
+        mask = stays[array]
+        if not mask.all():
+            array = _columns(array, mask, dims[-1])
+            shape[dims[-1]] = array.shape[dims[-1]]
+        arrays.append(array)
+    return Labels(tuple(shape), tuple(arrays))
+
+
+def _columns(array: np.ndarray, mask: np.ndarray, dim: int) -> np.ndarray:
+    """What stays along `dim` in every row of an array of several tracked dimensions, equally much in each."""
+    rows, keeps = np.moveaxis(array, dim, -1), np.moveaxis(mask, dim, -1)
+    counts = keeps.sum(-1)
+    if counts.min() != counts.max():
+        raise ValueError("blocks of one tensor keep unequal numbers of elements")
+    return np.moveaxis(rows[keeps].reshape(*rows.shape[:-1], -1), -1, dim)

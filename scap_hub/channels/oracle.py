@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from scap_hub.channels.groups import analyse
-from scap_hub.channels.labels import Ids, support
-from scap_hub.channels.operators.table import flat
+from scap_hub.channels.discovery import analyse
+from scap_hub.channels.labels import Labels, support
+from scap_hub.channels.operators import Call, Trace, flat, operator_of
 from scap_hub.channels.partition import solve
+from scap_hub.channels.proof import Run, expected_numbers
 from scap_hub.channels.trace import trace
 from scap_hub.errors import VerificationError
 from scap_hub.graph.node import Node, mapped
@@ -32,12 +33,6 @@ TOLERANCE = 1e-9
 _CONDITIONING, _WORST_CONDITIONED = 100, 1e-6
 """A chaotic model (products of activations, large weights) amplifies rounding: it may differ by this many times what a
 rounding error of its inputs makes of its outputs, and never by more than the second number."""
-
-_SURVIVORS = (
-    "layer_norm", "rms_norm", "group_norm", "batch_norm", "mean", "var", "std", "var_mean", "std_mean", "norm",
-    "linalg_vector_norm", "amax", "amin", "sum", "logsumexp", "matmul", "bmm", "mm", "einsum",
-    "scaled_dot_product_attention",
-)  # fmt: skip
 
 
 def verify(model: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...] | Tensor) -> float:
@@ -104,10 +99,10 @@ def masked_output(dense: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...]) 
     """Output of the dense graph with everything that the plan removes masked; a flat list of its outputs."""
     captured = capture(dense, inputs)
     found = trace(captured)
-    space, channel_of = solve(captured, found, dense)
-    channels = {group.name: group.channels for group in analyse(found, space, channel_of)}
-    stays = space.staying(channels, {name: plan.kept(name) for name in plan.groups})[channel_of]
-    masked = _Masked(found.ids, stays)
+    partition = solve(captured, found, dense)
+    channels = {group.name: group.channels for group in analyse(Run(captured, found), partition)}
+    stays = partition.staying(channels, {name: plan.kept(name) for name in plan.groups})[partition.channel_of]
+    masked = _Masked(found, stays)
     for node in captured.given:
         assert node.tensor is not None
         masked.values[node] = _masked(node.tensor.detach(), node.state, plan) if node.state else node.tensor
@@ -119,44 +114,42 @@ def masked_output(dense: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...]) 
 class _Masked:
     """Runs the dense operators; those that count channels see the survivors only."""
 
-    def __init__(self, ids: dict[Node, Any], stays: np.ndarray) -> None:
-        self.ids, self.stays = ids, stays
+    def __init__(self, found: Trace, stays: np.ndarray) -> None:
+        self.found, self.labels, self.stays = found, found.labels, stays
         self.values: dict[Node, Any] = {}
 
     def run(self, n: Node) -> Any:
         """What the node's operator makes of the values so far."""
-        counts = n.name in _SURVIVORS or (n.name.startswith("conv") and self._slides_over_channels(n))
-        if not n.is_operator or not counts or not self._loses(n):
+        known = operator_of(n) if n.is_operator else None
+        if known is None or not known.counts(Call(n, self.found)) or not self._loses(n):
             return n.target(*self._read(n.args), **dict(zip(n.kwargs, self._read(n.kwargs.values()), strict=True)))
         compact = (mapped(value, self._compact) for value in n.arguments.values())
         arguments = dict(zip(n.arguments, compact, strict=True))
-        if "normalized_shape" in arguments:
-            arguments["normalized_shape"] = arguments["input"].shape[-len(arguments["normalized_shape"]) :]
-        if n.name == "group_norm" and arguments["num_groups"] == flat(self.ids[n])[0].shape[1]:
-            arguments["num_groups"] = arguments["input"].shape[1]  # one group a channel
+        for number in expected_numbers(Call(n, self.found), self.stays):
+            if number.index is None:
+                arguments[number.argument] = number.pruned
+            else:
+                arguments[number.argument] = list(arguments[number.argument])
+                arguments[number.argument][number.index] = number.pruned
         result = n.target(**arguments)
-        ids = flat(self.ids[n])
+        labels = flat(self.labels[n])
         if isinstance(result, Tensor):
-            return self._scatter(result, ids[0])
-        return [self._scatter(value, own) for value, own in zip(result, ids, strict=True)]
+            return self._scatter(result, labels[0])
+        return [self._scatter(value, own) for value, own in zip(result, labels, strict=True)]
 
     def _read(self, values: Iterable[Any]) -> list[Any]:
         return [mapped(value, lambda leaf: self.values[leaf] if isinstance(leaf, Node) else leaf) for value in values]
 
-    def _slides_over_channels(self, n: Node) -> bool:
-        x = self.ids[n.arguments["input"]]
-        return any(max(support(layer), default=0) > 1 for layer in x.layers)
-
     def _loses(self, n: Node) -> bool:
-        read = [ids for node in n.sources for ids in flat(self.ids[node])]
-        return any(not self.stays[layer].all() for ids in read for layer in ids.layers)
+        read = [labels for node in n.sources for labels in flat(self.labels[node])]
+        return any(not self.stays[array].all() for labels in read for array in labels.arrays)
 
-    def _kept(self, ids: Ids) -> list[tuple[int, Tensor]]:
+    def _kept(self, labels: Labels) -> list[tuple[int, Tensor]]:
         """Of each dimension that loses elements which ones stay: a shape that broadcasts, indices along the dimension.
 
         The blocks of a grouped convolution's weight lose different columns, equally many each.
         """
-        masks = {support(layer): torch.from_numpy(self.stays[layer]) for layer in ids.layers if support(layer)}
+        masks = {support(array): torch.from_numpy(self.stays[array]) for array in labels.arrays if support(array)}
         kept = []
         for dims, mask in sorted(masks.items(), key=lambda item: len(item[0])):
             for dim in dims[:-1]:
@@ -170,16 +163,16 @@ class _Masked:
     def _compact(self, leaf: Any) -> Any:
         if not isinstance(leaf, Node):
             return leaf
-        value, ids = self.values[leaf], self.ids[leaf]
-        if isinstance(value, Tensor) and isinstance(ids, Ids):
-            for dim, kept in self._kept(ids):
+        value, labels = self.values[leaf], self.labels[leaf]
+        if isinstance(value, Tensor) and isinstance(labels, Labels):
+            for dim, kept in self._kept(labels):
                 value = value.take_along_dim(_stretched(kept, value.shape, dim), dim)
         return value
 
-    def _scatter(self, value: Tensor, ids: Ids) -> Tensor:
-        for dim, kept in reversed(self._kept(ids)):
+    def _scatter(self, value: Tensor, labels: Labels) -> Tensor:
+        for dim, kept in reversed(self._kept(labels)):
             full = list(value.shape)
-            full[dim] = ids.shape[dim]
+            full[dim] = labels.shape[dim]
             value = value.new_zeros(full).scatter(dim, _stretched(kept, value.shape, dim), value)
         return value
 

@@ -11,15 +11,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from scap_hub.channels.operators import Producer, Trace
+from scap_hub.channels.operators import Producer, Trace, role_of
 from scap_hub.graph.node import Node
-
-_NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
-_ACTIVATIONS = (
-    "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "hardsigmoid", "hardswish",
-    "hardtanh", "tanh", "softplus", "clamp", "dropout", "clone", "contiguous",
-)  # fmt: skip
-_LAYOUTS = ("permute", "transpose")
+from scap_hub.graph.record import Capture
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +39,9 @@ class Tap:
     dim: int
 
 
-def module_calls(found: Trace) -> Counter[str]:
-    """How often the forward pass calls each module."""
-    calls = {call for node in found.ids for call in node.calls}
+def module_calls(captured: Capture) -> Counter[str]:
+    """How often a forward pass calls each module."""
+    calls = {call for node in (*captured.given, *captured.called) for call in node.calls}
     return Counter(path for _, path in calls)
 
 
@@ -61,9 +55,9 @@ def tap(found: Trace, producer: Producer, channel_of_row: np.ndarray, calls: Cou
         return None
     chain = _chain(producer.node)
     reach = max(i for i, node in enumerate(chain) if i == 0 or (_leaves(node) and calls[node.owner] == 1))
-    post = list(itertools.takewhile(lambda node: node.name in _ACTIVATIONS, chain[reach + 1 :]))
-    watched = found.ids[chain[reach]]
-    dim = next(dim for dim, ids in watched.lines() if np.isin(ids, producer.ids).all())
+    post = list(itertools.takewhile(lambda node: role_of(node) == "activation", chain[reach + 1 :]))
+    watched = found.labels[chain[reach]]
+    dim = next(dim for dim, labels in watched.lines() if np.isin(labels, producer.labels).all())
     return Tap(
         path,
         producer.weight,
@@ -79,7 +73,7 @@ def _chain(node: Node) -> list[Node]:
     chain = [node]
     while len(chain[-1].users) == 1:
         following = next(iter(chain[-1].users))
-        if following.name not in (*_NORMS, *_ACTIVATIONS, *_LAYOUTS):
+        if not role_of(following):
             break
         chain.append(following)
     return chain

@@ -8,94 +8,109 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from scap_hub.channels.labels import Ids
-from scap_hub.channels.operators import Call, Trace, rule_for
-from scap_hub.channels.operators.table import flat
+from scap_hub.channels.labels import Labels, support
+from scap_hub.channels.operators import Call, Trace, flat, operator_of
 from scap_hub.graph.node import Node
-from scap_hub.graph.record import Capture
+from scap_hub.graph.record import Capture, overwritten
 
 
-def trace(captured: Capture) -> Trace:
-    """Ids of every tensor of the forward pass, with the relations between them."""
-    found = Trace()
+def trace(captured: Capture, found: Trace | None = None) -> Trace:
+    """Labels of every tensor of a forward pass, with the relations between them.
+
+    Args:
+        captured: The forward pass.
+        found: What another forward pass of the same model (in training mode) has found already; parameters keep their
+            labels, and what is found here is added.
+    """
+    found = found or Trace()
+    first = len(found.outputs)
     windows = _windows(captured)
-    shared: dict[int, Ids] = {}
     for node in captured.given:
-        found.ids[node] = _given(found, node, windows, shared)
+        found.labels[node] = _given(found, node, windows)
     for node in captured.called:
-        found.ids[node] = _called(found, node)
+        before = len(found.ledger.made)
+        found.labels[node] = label(found, node)
+        found.fresh[node] = found.ledger.made[before:]
     for node in captured.outputs:
-        found.outputs += flat(found.ids[node])
-    found.ledger.pin_all(found.outputs, "is an output of the model")
+        found.outputs += flat(found.labels[node])
+    found.ledger.pin_all(found.outputs[first:], "is an output of the model")
     return found
 
 
-def _called(found: Trace, node: Node) -> Any:
+def label(found: Trace, node: Node) -> Any:
+    """The labels of one node, from those of the nodes that it reads: `Labels`, a list of them, or None."""
     if node.target is operator.getitem:
         source, index = node.args
-        return found.ids[source][index]
+        return found.labels[source][index]
+    if node.target is overwritten:
+        found.ledger.pin_all(Call(node, found).tensors, "is written to through another view of its memory")
+        return Labels(tuple(node.value.shape))
     if not node.is_operator:
         return None
     call = Call(node, found)
-    if rule := rule_for(node.op):
-        return rule(call)
+    if known := operator_of(node):
+        return known.rule(call)
     found.ledger.pin_all(call.tensors, f"enters {call.place}, which has no rule")
     if isinstance(node.value, list):
-        return [Ids(tuple(item.shape)) if isinstance(item, Tensor) else None for item in node.value]
-    return Ids(tuple(node.value.shape)) if isinstance(node.value, Tensor) else None
+        return [Labels(tuple(item.shape)) if isinstance(item, Tensor) else None for item in node.value]
+    return Labels(tuple(node.value.shape)) if isinstance(node.value, Tensor) else None
 
 
-def _given(found: Trace, node: Node, windows: dict[Node, bool], shared: dict[int, Ids]) -> Ids:
-    """Parameters and buffers start with ids of their own along every dimension; inputs have none."""
+def _given(found: Trace, node: Node, windows: dict[Node, int]) -> Labels:
+    """Parameters and buffers start with labels of their own along every dimension; inputs have none."""
     shape = tuple(node.value.shape)
     if node.state is None or not node.value.is_floating_point():
-        return Ids(shape)
-    if id(node.tensor) not in shared:
-        layers = []
+        return Labels(shape)
+    if windows.get(node, 1) > 1:
+        found.blocks[node.state] = windows[node]
+    if id(node.tensor) not in found.owned:
+        grouped = windows.get(node, 1) > 1
+        arrays = []
         for dim, size in enumerate(shape):
-            fixed = node in windows and (dim > 1 or (dim == 1 and windows[node]))
+            fixed = node in windows and (dim > 1 or (dim == 1 and grouped))
             if size > 1 and not fixed:
-                layers.append(found.ledger.fresh(*(size if d == dim else 1 for d in range(len(shape)))))
-        if windows.get(node) and shape[1] > 1:
-            layers.append(found.ledger.fresh(*shape[:2], *(1,) * (len(shape) - 2)))
-        shared[id(node.tensor)] = Ids(shape, tuple(layers))
-    return shared[id(node.tensor)]
+                arrays.append(found.ledger.fresh(*(size if d == dim else 1 for d in range(len(shape)))))
+        if grouped and shape[1] > 1:
+            arrays.append(found.ledger.fresh(*shape[:2], *(1,) * (len(shape) - 2)))
+        found.owned[id(node.tensor)] = Labels(shape, tuple(arrays))
+    return found.owned[id(node.tensor)]
 
 
-def _windows(captured: Capture) -> dict[Node, bool]:
-    """Tensors that end up as the weight of a convolution, and whether it is grouped.
+def _windows(captured: Capture) -> dict[Node, int]:
+    """Tensors that end up as the weight of a convolution, and into how many groups.
 
     The window of a convolution never shrinks; in a grouped one each block of rows drops its own columns.
     """
-    windows: dict[Node, bool] = {}
+    windows: dict[Node, int] = {}
     for node in captured.called:
-        if node.op.startswith("conv"):
-            weight = node.arguments.get("weight")
+        if node.op.startswith("conv") and "weight" in node.arguments:
+            weight = node.arguments["weight"]
             while weight is not None:
                 if weight.target is None:
-                    windows[weight] = node.arguments["groups"] > 1 and "transpose" not in node.op
+                    windows[weight] = 1 if "transpose" in node.op else node.arguments["groups"]
                 weight = next(iter(weight.sources), None)
     return windows
 
 
-def count_staying(ids: Ids, keep: np.ndarray) -> int:
-    """Number of a tensor's elements that stay; `keep` tells of every id whether it stays."""
+def count_staying(labels: Labels, stays: np.ndarray) -> int:
+    """Number of a tensor's elements that stay; `stays` tells of every label whether it does."""
     total = 1
-    layers = list(ids.layers)
+    rest = list(labels.arrays)
     tracked: set[int] = set()
-    while layers:
-        layer = layers.pop()
-        together, dims = [layer], {d for d, s in enumerate(layer.shape) if s > 1}
-        for other in list(layers):
-            if any(other.shape[d] > 1 for d in dims):
+    while rest:
+        # Arrays that vary along a common dimension are counted together.
+        together = [rest.pop()]
+        dims = set(support(together[0]))
+        for other in list(rest):
+            if dims & set(support(other)):
                 together.append(other)
-                layers.remove(other)
-                dims |= {d for d, s in enumerate(other.shape) if s > 1}
-        mask = keep[together[0]]
+                rest.remove(other)
+                dims |= set(support(other))
+        mask = stays[together[0]]
         for other in together[1:]:
-            mask = mask & keep[other]
+            mask = mask & stays[other]
         total *= int(mask.sum())
         tracked |= dims
-    for dim, size in enumerate(ids.shape):
+    for dim, size in enumerate(labels.shape):
         total *= 1 if dim in tracked else size
     return total

@@ -6,9 +6,24 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+
+class Site(NamedTuple):
+    """A call of a torch function in a module's forward pass, as its source code has it.
+
+    Attributes:
+        function: Name of the function, such as "view" or "__getitem__".
+        number: The how manyth call of that function in this call of the module, from 1; calls by the modules inside
+            count too.
+        numbers: The numbers among its arguments, in order, those in lists and slices too.
+    """
+
+    function: str
+    number: int
+    numbers: tuple[int | float, ...]
 
 
 @dataclass(eq=False)
@@ -24,6 +39,7 @@ class Node:
         varies: Whether it depends on the model's inputs.
         tensor: The tensor itself, if it was there before.
         state: Its name, if it is a parameter or buffer.
+        site: The call of a torch function that made it, if the forward pass made one.
         sources: The nodes that this one reads, each once.
         users: The nodes that read this one, each once.
     """
@@ -36,6 +52,7 @@ class Node:
     varies: bool = False
     tensor: Tensor | None = None
     state: str | None = None
+    site: Site | None = None
     sources: list[Node] = field(init=False)
     users: list[Node] = field(default_factory=list, init=False)
 
@@ -80,6 +97,17 @@ def _op(target: Any) -> str:
 @functools.cache
 def _defaults(target: Any) -> dict[str, Any]:
     return {argument.name: argument.default_value for argument in target._schema.arguments}
+
+
+def numbers_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[int | float]:
+    """The numbers among the arguments of a call, in order, those in lists, tuples and slices too."""
+    for value in (*args, *kwargs.values()):
+        if type(value) in (int, float):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from numbers_in(tuple(value), {})
+        elif isinstance(value, slice):
+            yield from numbers_in((value.start, value.stop, value.step), {})
 
 
 Form = tuple[tuple[str, ...], tuple[int | None, ...]]

@@ -15,7 +15,7 @@ from accelerate.utils import set_seed
 from scipy.stats import rankdata
 from torch import nn
 
-from scap_hub.channels.groups import channel_groups
+from scap_hub.channels import channel_groups
 from scap_hub.compensation.least_squares import recalibrate
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.criteria.base import known_criteria

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix, lil_matrix
 
-from scap_hub.channels.group import ChannelGroup
+from scap_hub.channels.groups import ChannelGroup
 from scap_hub.channels.partition import Balance
 from scap_hub.errors import TargetError
 
@@ -25,7 +25,7 @@ class Chooser:
     def __init__(self, groups: Sequence[ChannelGroup], scores: dict[str, np.ndarray]) -> None:
         self.scores = scores
         self.groups = {group.name: group for group in groups if group.name in scores}
-        self.space = groups[0].space
+        self.space = groups[0].whole.partition
         self.clusters = _clusters(list(self.groups.values()))
         self._cache: dict[tuple[tuple[str, int], ...], dict[str, np.ndarray]] = {}
 

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup
-from scap_hub.channels.partition import ChannelSpace
+from scap_hub.channels.partition import Partition
 from scap_hub.errors import TargetError
 from scap_hub.plan import PruningPlan
 from scap_hub.selection.choice import Chooser
@@ -24,7 +24,7 @@ from scap_hub.timing.clock import Timer, milliseconds
 from scap_hub.timing.table import LatencyTable, latency_table
 
 Cost = Callable[[np.ndarray], float]
-"""What a model costs of which these channels (of `ChannelSpace.count`) stay."""
+"""What a model costs of which these channels (of `Partition.count`) stay."""
 
 BUDGETS = ("macs", "params", "latency")
 TOLERANCE = 0.01
@@ -139,7 +139,7 @@ def select_latency(
         dense, small = time([(reference, images), (apply_plan(model, plan), images)])
         channels = {group.name: group.channels for group in groups}
         kept = {name: plan.kept(name) for name in plan.groups}
-        return small / dense, groups[0].space.staying(channels, kept)
+        return small / dense, groups[0].whole.partition.staying(channels, kept)
 
     smallest = select(groups, scores, {g.name: 1e-9 for g in groups if g.prunable and g.name in scores}, round_to,
                       floor=floor)  # fmt: skip
@@ -176,7 +176,7 @@ def kept_importance(plan: PruningPlan, scores: Mapping[str, Tensor]) -> float:
     return kept / max(sum(float(values.sum()) for values in scores.values()), 1e-30)
 
 
-def _cost(kind: str, space: ChannelSpace, latency: LatencyTable | None) -> Cost:
+def _cost(kind: str, space: Partition, latency: LatencyTable | None) -> Cost:
     if kind == "latency":
         if latency is None:
             raise TargetError(

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup
-from scap_hub.channels.labels import Ids, support
-from scap_hub.channels.modules import Layer
-from scap_hub.channels.partition import ChannelSpace
+from scap_hub.channels.labels import Labels, support
+from scap_hub.channels.partition import WeightedModule as Layer
+from scap_hub.channels.partition import Partition
 from scap_hub.graph.record import evaluating
 from scap_hub.progress import track
 from scap_hub.timing.clock import Timer, milliseconds
@@ -94,7 +94,7 @@ class LatencyTable:
     rest: float = 0.0
 
     def ms(self, stays: np.ndarray) -> float:
-        """Predicted milliseconds, if these channels (of `ChannelSpace.count`) stay."""
+        """Predicted milliseconds, if these channels (of `Partition.count`) stay."""
         return self.rest + self.scale * sum(entry.ms(stays) for entry in self.entries)
 
 
@@ -111,7 +111,7 @@ def latency_table(
     """
     whole = (timer or milliseconds)([(model, images)])[0]
     timer = timer or functools.partial(milliseconds, seconds=0.02, turns=5)
-    space = groups[0].space
+    space = groups[0].whole.partition
     known: dict[Any, LayerTimes] = {}
     entries = []
     for probe in track(_probes(model, space, images), "layer times"):
@@ -199,14 +199,14 @@ def _cut(module: nn.Module, layer: Layer, rows: int, columns: int) -> tuple[nn.M
         name: None if tensor is None else nn.Parameter(part(name, tensor), requires_grad=False)  # type: ignore[arg-type]
         for name, tensor in module._parameters.items()
     }
-    for name, value in layer.attributes(shape).items():
+    for name, value in layer.integers(shape).items():
         setattr(small, name, type(getattr(module, name))(value))
     return small, new[0]
 
 
 def _widths(layer: Layer, shape: tuple[int, ...]) -> tuple[int, int]:
     """Input and output channels of a layer whose weight has `shape`."""
-    own = layer.attributes(shape)
+    own = layer.integers(shape)
     if layer.kind == "conv":
         return own["in_channels"], own["out_channels"]  # type: ignore[return-value]
     return (shape[1], shape[0]) if layer.kind == "linear" else (shape[0], shape[0])
@@ -220,9 +220,9 @@ def _points(width: Width, unit: int) -> list[int]:
     return sorted({max(step, round(share * width.size / step) * step) for share in WIDTHS[:-1]} | {width.size})
 
 
-def _probes(model: nn.Module, space: ChannelSpace, images: Tensor) -> list[_Probe]:
+def _probes(model: nn.Module, space: Partition, images: Tensor) -> list[_Probe]:
     """The layers that channels make faster, from one forward pass under hooks."""
-    layers = {layer.path: layer for layer in space.layers if layer.weight in space.tensors}
+    layers = {layer.path: layer for layer in space.modules if layer.weight in space.tensors}
     probes: list[_Probe] = []
     inside: list[nn.Module] = []  # a norm may hold its activation
 
@@ -269,6 +269,6 @@ def _channel_dim(module: Any, layer: Layer, x: Tensor) -> int:
     return x.ndim - 1 if layer.kind == "linear" or (layer.kind == "layer_norm" and last) else 1
 
 
-def _along(ids: Ids, dim: int) -> np.ndarray | None:
+def _along(ids: Labels, dim: int) -> np.ndarray | None:
     """Channels along a dimension, and along others that are tracked with it."""
-    return next((layer for layer in ids.layers if dim in support(layer)), None)
+    return next((layer for layer in ids.arrays if dim in support(layer)), None)

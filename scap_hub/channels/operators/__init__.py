@@ -1,25 +1,44 @@
-"""One rule an operator family: how ids flow from an operator's inputs to its outputs.
+"""One rule an operator family: how labels flow from an operator's inputs to its outputs.
 
-A rule is `rule(call) -> Ids | list[Ids]`. It may equate, pin and balance ids through `call.ledger`. An operator
-without a rule pins everything that it reads: an unpruned channel is only a loss, a wrong prune is a bug.
+A rule is `rule(call) -> Labels | list[Labels]`. It may equate, pin and balance labels through `call.ledger`. An
+operator without a rule pins everything that it reads: an unpruned channel is only a loss, a wrong prune is a bug.
 """
 
 from scap_hub.channels.operators import contract, conv, elementwise, join, norm, reduce, spatial, view
-from scap_hub.channels.operators.table import Call, Consumer, Cost, Producer, Trace, rule_for
+from scap_hub.channels.operators.table import (
+    Call,
+    Consumer,
+    Cost,
+    Producer,
+    Size,
+    Trace,
+    adapting,
+    flat,
+    known_operators,
+    operator_of,
+    role_of,
+    sizes_of,
+)
 
 __all__ = [
     "Call",
     "Consumer",
     "Cost",
     "Producer",
+    "Size",
     "Trace",
+    "adapting",
     "contract",
     "conv",
     "elementwise",
+    "flat",
     "join",
+    "known_operators",
     "norm",
+    "operator_of",
     "reduce",
-    "rule_for",
+    "role_of",
+    "sizes_of",
     "spatial",
     "view",
 ]

@@ -2,71 +2,115 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
+from torch import nn
 
-from scap_hub.channels.labels import Ids, line, support
+from scap_hub.channels.labels import Labels, line, support
 from scap_hub.channels.operators.contract import positions
-from scap_hub.channels.operators.table import Call, Consumer, Cost, Producer, rule
+from scap_hub.channels.operators.table import (
+    Call,
+    Consumer,
+    Cost,
+    Integers,
+    Producer,
+    Size,
+    module_integers,
+    operator,
+)
 
 
-@rule("conv1d", "conv2d", "conv3d")
-def conv(call: Call) -> Ids:
+def _slides_over_channels(call: Call) -> bool:
+    """Whether the window lies along tracked elements, as in channel attention (ECA)."""
+    return any(max(support(array), default=0) > 1 for array in call.labels("input").arrays)
+
+
+def _depthwise_groups(call: Call) -> Iterator[Size]:
+    """A depthwise convolution has as many groups as channels."""
+    channels = call.labels("input").along(1) if len(call.labels("input").shape) > 1 else None
+    if channels is not None and 1 < call["groups"] == channels.size:
+        yield Size("groups", None, channels)
+
+
+@operator("conv1d", "conv2d", "conv3d", counts=_slides_over_channels, sizes=_depthwise_groups)
+def conv(call: Call) -> Labels:
     """(N, I, ...) with a weight of (O, I / groups, ...).
 
     Grouped: each block of inputs and of outputs loses equally many, each block its own. Depthwise (one input a
     block): input and output leave together, and the groups shrink with them.
     """
-    x, w, groups, name = call.ids("input"), call.ids("weight"), call["groups"], call.state("weight")
-    ledger, batched = call.ledger, len(call.shape) == len(w.shape)
-    if w.shape[:2] == (1, 1) and call.shape == x.shape:
+    x, w, groups, name = call.labels("input"), call.labels("weight"), call["groups"], call.state("weight")
+    batched = len(call.shape) == len(w.shape)
+    if w.shape[:2] == (1, 1) and call.shape == x.shape and batched:
         # Channel attention (ECA) slides over the channels: what is left of them are neighbours then.
         call.trace.costs.append(Cost(x, int(np.prod(w.shape[2:])), name))
         return x
     channels = x.along(1) if batched else None
     _pin_all_but(call, x, (1,) if batched else ())
     _pin_all_but(call, w, (0,), (1,), (0, 1))
-    rows = w.along(0)
-    blocks_in, blocks_out = x.shape[1] // groups, w.shape[0] // groups
-    fixed = f"is convolved with a weight that cannot shrink ({call.place})"
-
-    if groups > 1 and blocks_in == 1:
-        if channels is None or rows is None:
-            ledger.pin_all([x.only(1), w.only(0)], f"passes a depthwise convolution of fixed width ({call.place})")
-            rows = None
-        else:
-            ledger.equate(rows, np.repeat(channels, blocks_out), fixed)
-    elif groups > 1:
-        columns = next((layer for layer in w.layers if support(layer) == (0, 1)), None)
-        reason = f"{groups} groups of {call.place}"
-        if channels is not None and columns is not None:
-            block_of_row = np.arange(w.shape[0]) // blocks_out
-            ledger.equate(columns.reshape(w.shape[:2]), channels.reshape(groups, blocks_in)[block_of_row], fixed)
-            ledger.balance(list(channels.reshape(groups, blocks_in)), reason)
-        else:
-            ledger.pin_all([x.only(1), w.only(0, 1)], fixed) if blocks_in > 1 else None
-        if rows is not None:
-            ledger.balance(list(rows.reshape(groups, blocks_out)), reason)
+    if groups == 1:
+        rows = _plain(call, x, w, channels)
+    elif x.shape[1 if batched else 0] == groups:
+        rows = _depthwise(call, x, w, channels)
     else:
-        columns = w.along(1)
-        if channels is not None and columns is not None:
-            ledger.equate(columns, channels, fixed)
-        else:
-            ledger.pin_all([x.only(1), w.only(1)], f"is read with a fixed width ({call.place})")
-
-    return _finish(call, w, rows, channels, name, depthwise=groups > 1 and blocks_in == 1)
+        rows = _grouped(call, x, w, channels)
+    depthwise = groups > 1 and x.shape[1 if batched else 0] == groups
+    return _finish(call, w, rows, channels, name, depthwise=depthwise)
 
 
-@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def conv_transpose(call: Call) -> Ids:
+def _plain(call: Call, x: Labels, w: Labels, channels: np.ndarray | None) -> np.ndarray | None:
+    """Every row reads every channel."""
+    columns = w.along(1)
+    if channels is not None and columns is not None:
+        call.ledger.equate(columns, channels, f"is convolved with a weight that cannot shrink ({call.place})")
+    else:
+        call.ledger.pin_all([x.only(1), w.only(1)], f"is read with a fixed width ({call.place})")
+    return w.along(0)
+
+
+def _depthwise(call: Call, x: Labels, w: Labels, channels: np.ndarray | None) -> np.ndarray | None:
+    """Each row reads one channel, and leaves with it."""
+    rows, many = w.along(0), w.shape[0] // call["groups"]
+    if channels is None or rows is None:
+        call.ledger.pin_all([x.only(1), w.only(0)], f"passes a depthwise convolution of fixed width ({call.place})")
+        return None
+    call.ledger.equate(rows, np.repeat(channels, many), f"is convolved with a weight that cannot shrink ({call.place})")
+    if many > 1:
+        # The rows of a channel stay or go together, so that every group keeps as many.
+        call.ledger.equate(rows.reshape(-1, many), rows.reshape(-1, many)[:, :1], f"shares a group of {call.place}")
+    return rows
+
+
+def _grouped(call: Call, x: Labels, w: Labels, channels: np.ndarray | None) -> np.ndarray | None:
+    """Each block of rows reads its own block of channels; all blocks lose equally many."""
+    groups, rows = call["groups"], w.along(0)
+    many_in, many_out = w.shape[1], w.shape[0] // groups
+    fixed, reason = f"is convolved with a weight that cannot shrink ({call.place})", f"{groups} groups of {call.place}"
+    columns = next((array for array in w.arrays if support(array) == (0, 1)), None)
+    if channels is not None and columns is not None:
+        block_of_row = np.arange(w.shape[0]) // many_out
+        call.ledger.equate(columns.reshape(w.shape[:2]), channels.reshape(groups, many_in)[block_of_row], fixed)
+        call.ledger.balance(list(channels.reshape(groups, many_in)), reason)
+    else:
+        call.ledger.pin_all([x.only(1), w.only(1), w.only(0, 1)], fixed)
+    if rows is not None:
+        call.ledger.balance(list(rows.reshape(groups, many_out)), reason)
+    return rows
+
+
+@operator("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def conv_transpose(call: Call) -> Labels:
     """(N, I, ...) with a weight of (I, O / groups, ...)."""
-    x, w, name = call.ids("input"), call.ids("weight"), call.state("weight")
+    x, w, name = call.labels("input"), call.labels("weight"), call.state("weight")
     _pin_all_but(call, x, (1,))
     _pin_all_but(call, w, (0,), (1,))
     channels, columns, rows = x.along(1), w.along(0), w.along(1)
     reason = f"is read with a fixed width ({call.place})"
     if call["groups"] > 1:
         call.ledger.pin_all([x, w], f"passes a grouped transposed convolution ({call.place})")
-        return Ids(call.shape)
+        return Labels(call.shape)
     if channels is not None and columns is not None:
         call.ledger.equate(columns, channels, reason)
     else:
@@ -74,26 +118,38 @@ def conv_transpose(call: Call) -> Ids:
     return _finish(call, w, rows, channels, name, depthwise=False, positions_of=x.shape)
 
 
-def _finish(call: Call, w: Ids, rows: np.ndarray | None, channels: np.ndarray | None, name: str | None, *,
-            depthwise: bool, positions_of: tuple[int, ...] | None = None) -> Ids:  # fmt: skip
-    call.trace.costs.append(Cost(Ids(w.shape, w.layers), positions(positions_of or call.shape), name))
+def _finish(call: Call, w: Labels, rows: np.ndarray | None, channels: np.ndarray | None, name: str | None, *,
+            depthwise: bool, positions_of: tuple[int, ...] | None = None) -> Labels:  # fmt: skip
+    call.trace.costs.append(Cost(w, positions(positions_of or call.shape), name))
     if name and rows is not None and not depthwise:
         call.trace.producers.append(Producer(call.node, name, rows))
     if name and channels is not None and not depthwise:
         call.trace.consumers.append(Consumer(call.node, name, channels))
     if call.given("bias"):
-        bias = call.ids("bias").along(0)
+        bias = call.labels("bias").along(0)
         if rows is not None and bias is not None:
             call.ledger.equate(bias, rows, f"has a fixed bias ({call.place})")
         elif rows is not None:
             call.ledger.pin(rows, f"has a fixed bias ({call.place})")
             rows = None
     if rows is None:
-        return Ids(call.shape)
-    return Ids(call.shape, (line(rows, 1, len(call.shape)),))
+        return Labels(call.shape)
+    return Labels(call.shape, (line(rows, 1, len(call.shape)),))
 
 
-def _pin_all_but(call: Call, ids: Ids, *allowed: tuple[int, ...]) -> None:
-    for layer in ids.layers:
-        if support(layer) not in allowed:
-            call.ledger.pin(layer, f"lies along the window of {call.place}")
+def _pin_all_but(call: Call, labels: Labels, *allowed: tuple[int, ...]) -> None:
+    for array in labels.arrays:
+        if support(array) not in allowed:
+            call.ledger.pin(array, f"lies along the window of {call.place}")
+
+
+@module_integers(nn.modules.conv._ConvNd)
+def conv_integers(module: Any, weight: tuple[int, ...]) -> Integers:
+    """Of convolutions; a transposed one has its weight laid (in, out / groups, ...)."""
+    rows, columns = (weight[1], weight[0]) if module.transposed else weight[:2]
+    if module.groups > 1 and module.in_channels == module.groups and not module.transposed:
+        width = rows // (module.out_channels // module.groups)
+        return {"in_channels": width, "out_channels": rows, "groups": width}
+    if module.transposed:
+        return {"in_channels": columns, "out_channels": rows * module.groups}
+    return {"in_channels": columns * module.groups, "out_channels": rows}

@@ -1,46 +1,82 @@
-"""Operators that work element by element: ids pass through, operands that meet leave together."""
+"""Operators that work element by element: labels pass through, operands that meet leave together."""
 
 from __future__ import annotations
 
-from scap_hub.channels.labels import Ids, broadcast
-from scap_hub.channels.operators.table import Call, rule
+from scap_hub.channels.labels import Labels, broadcast, line
+from scap_hub.channels.operators.table import Call, operator, out_sizes
 
 
-@rule(
-    "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "hardsigmoid", "hardswish",
-    "hardtanh", "tanh", "softplus", "softsign", "log_sigmoid", "threshold", "exp", "expm1", "log", "log1p", "sqrt",
-    "rsqrt", "reciprocal", "neg", "abs", "square", "sin", "cos", "erf", "floor", "ceil", "round", "sign", "clamp",
-    "clamp_min", "clamp_max", "add", "sub", "rsub", "mul", "div", "pow", "maximum", "minimum", "where", "addcmul",
-    "addcdiv", "lerp", "eq", "ne", "lt", "gt", "le", "ge", "logical_not", "logical_and", "logical_or", "masked_fill",
-    "dropout", "feature_dropout", "alpha_dropout", "clone", "contiguous", "detach", "alias", "to", "_to_copy",
-    "type_as", "float", "nan_to_num", "remainder", "fmod",
-)  # fmt: skip
-def elementwise(call: Call) -> Ids:
-    """Any number of operands, broadcast as usual."""
+def _pass(call: Call) -> Labels:
     return broadcast(call.ledger, call.tensors, call.shape, f"meets a tensor that cannot shrink ({call.place})")
 
 
-@rule("prelu")
-def prelu(call: Call) -> Ids:
+@operator(
+    "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "hardsigmoid", "hardswish",
+    "hardtanh", "tanh", "softplus", "clamp", "dropout", "clone", "contiguous",
+    role="activation",
+)  # fmt: skip
+def activation(call: Call) -> Labels:
+    """One operand, or bounds that broadcast."""
+    return _pass(call)
+
+
+@operator(
+    "softsign", "log_sigmoid", "threshold", "exp", "expm1", "log", "log1p", "log2", "sqrt", "rsqrt", "reciprocal",
+    "neg", "abs", "square", "sin", "cos", "tan", "atan", "atan2", "erf", "floor", "ceil", "round", "sign", "trunc",
+    "clamp_min", "clamp_max", "add", "sub", "rsub", "mul", "div", "true_divide", "floor_divide", "pow", "maximum",
+    "minimum", "where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar", "addcmul", "addcdiv", "lerp",
+    "eq", "ne", "lt", "gt", "le", "ge", "logical_not", "logical_and", "logical_or", "bitwise_and", "bitwise_or",
+    "bitwise_not", "isnan", "isinf", "isfinite", "masked_fill", "feature_dropout", "alpha_dropout", "detach", "alias",
+    "to.dtype", "to.device", "to.dtype_layout", "_to_copy", "float", "nan_to_num", "remainder", "fmod", "copy",
+    "hardshrink", "softshrink", "logit", "lift_fresh", "lift", "requires_grad", "view_as_real_copy",
+)  # fmt: skip
+def elementwise(call: Call) -> Labels:
+    """Any number of operands, broadcast as usual."""
+    return _pass(call)
+
+
+@operator("type_as", "to.other")
+def lent_type(call: Call) -> Labels:
+    """The second operand lends its type only."""
+    return call.labels("self")
+
+
+@operator("prelu")
+def prelu(call: Call) -> Labels:
     """The slope belongs to dimension 1 of the input, or is one for all."""
-    x, slope = call.ids("self"), call.ids("weight")
+    x, slope = call.labels("self"), call.labels("weight")
     if len(x.shape) > 1:
-        layers = tuple(layer.reshape((-1,) + (1,) * (len(x.shape) - 2)) for layer in slope.layers)
-        slope = Ids((slope.shape[0],) + (1,) * (len(x.shape) - 2), layers)
+        arrays = tuple(array.reshape((-1,) + (1,) * (len(x.shape) - 2)) for array in slope.arrays)
+        slope = Labels((slope.shape[0],) + (1,) * (len(x.shape) - 2), arrays)
     return broadcast(call.ledger, [x, slope], call.shape, f"meets a slope that cannot shrink ({call.place})")
 
 
-@rule(
-    "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "empty_like", "new_zeros", "new_ones",
-    "new_full", "new_empty", "zeros", "ones", "full", "arange", "linspace", "scalar_tensor", "tensor", "meshgrid",
-    "eye", "empty",
+@operator("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", sizes=out_sizes("size"))
+def alike(call: Call) -> Labels:
+    """Made from sizes, and all elements are alike: whatever meets them, any of them can go."""
+    rank = len(call.shape)
+    return Labels(
+        call.shape,
+        tuple(line(call.ledger.fresh(size), dim, rank) for dim, size in enumerate(call.shape) if size > 1),
+    )
+
+
+@operator("zeros_like", "ones_like", "full_like", "zero", "fill.Scalar")
+def alike_as(call: Call) -> Labels:
+    """All elements are alike, in the shape of another tensor."""
+    return call.labels("self")
+
+
+@operator(
+    "rand_like", "randn_like", "empty_like", "new_empty", "arange", "linspace", "scalar_tensor", "tensor", "meshgrid",
+    "eye", "empty", "rand", "randn", "randint", "randperm", "bernoulli", "triu", "tril", "triu_indices",
+    "tril_indices", "uniform", "normal",
 )  # fmt: skip
-def constant(call: Call) -> Ids | list[Ids]:
-    """Made from sizes alone: carries no ids, and pins what it meets."""
-    value = call.node.value
-    return [Ids(shape) for shape in call.shapes] if isinstance(value, list | tuple) else Ids(call.shape)
+def constant(call: Call) -> Labels | list[Labels]:
+    """Every element is another one: carries no labels, and pins what it meets."""
+    return call.unlabelled()
 
 
-@rule("_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")
+@operator("_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")
 def assertion(call: Call) -> None:
-    """Checked while exporting; says nothing about channels."""
+    """Checked on the way; says nothing about channels."""

@@ -2,48 +2,84 @@
 
 from __future__ import annotations
 
-from scap_hub.channels.labels import Ids, merge, support
-from scap_hub.channels.operators.table import Call, rule
+import operator as python
+
+import numpy as np
+
+from scap_hub.channels.labels import Labels, merge, support
+from scap_hub.channels.operators.table import Call, always, operator
 
 
-@rule("mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "logsumexp", "norm", "linalg_vector_norm",
-      "max.dim", "min.dim")  # fmt: skip
-def reduction(call: Call) -> Ids | list[Ids]:
-    """Layers of the reduced dimensions end here; the others go on."""
-    x = call.ids("self")
+@operator(
+    "mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "logsumexp", "norm", "linalg_vector_norm",
+    "prod", "max", "min",
+    counts=always,
+)  # fmt: skip
+def reduction(call: Call) -> Labels | list[Labels]:
+    """Labels of the reduced dimensions end here; the others go on."""
+    if len(call.tensors) > 1:  # max(x, y) is an elementwise maximum
+        call.ledger.pin_all(call.tensors, f"enters {call.place} of two tensors")
+        return call.unlabelled()
+    x = call.labels("self")
     rank = len(x.shape)
     dims = call.args.get("dim")
     dims = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
-    gone = {dim % rank for dim in dims}
+    gone = {dim % rank for dim in dims} if rank else set()
     keepdim = call.args.get("keepdim", False)
-    layers = []
-    for layer in x.layers:
-        along = set(support(layer))
-        if along & gone and along - gone:
-            call.ledger.pin(layer, f"is reduced along a part of its dimensions ({call.place})")
-        elif not along & gone:
-            layers.append(layer if keepdim else layer.reshape([s for d, s in enumerate(layer.shape) if d not in gone]))
-        elif "max.dim" in call.op or "min.dim" in call.op:
-            call.ledger.pin(layer, f"is indexed by {call.place}")
-    value = call.node.value
-    if isinstance(value, tuple | list):
-        return [Ids(shape, tuple(layers)) for shape in call.shapes]
-    return merge(call.ledger, call.shape, layers, f"is reduced ({call.place})")
-
-
-@rule("softmax", "log_softmax", "_softmax", "cumsum", "argmax", "sort", "topk", "glu")
-def fixed_along(call: Call) -> Ids | list[Ids]:
-    """The dimension that the operator runs over cannot shrink."""
-    x, dim = call.ids("self"), call.dim()
     kept = []
-    for layer in x.layers:
-        if dim in support(layer):
-            call.ledger.pin(layer, f"is normalised or sorted over ({call.place})")
+    for array in x.arrays:
+        along = set(support(array))
+        if along & gone and along - gone:
+            call.ledger.pin(array, f"is reduced along a part of its dimensions ({call.place})")
+        elif not along & gone:
+            kept.append(array if keepdim else array.reshape([s for d, s in enumerate(array.shape) if d not in gone]))
+        elif _says_where(call):
+            call.ledger.pin(array, f"is indexed by {call.place}")
+    if isinstance(call.node.value, tuple | list):
+        return [Labels(shape, tuple(kept)) for shape in call.shapes]
+    return merge(call.ledger, call.shape, kept, f"is reduced ({call.place})")
+
+
+def _says_where(call: Call) -> bool:
+    """Whether the forward pass uses the place of a maximum, beside its value."""
+    places = [user for user in call.node.users if user.target is python.getitem and user.args[1] == 1]
+    return any(place.users for place in places)
+
+
+@operator("softmax", "log_softmax", "_softmax", "cumsum")
+def fixed_along(call: Call) -> Labels:
+    """The dimension that the operator runs over cannot shrink."""
+    return Labels(call.shape, tuple(_free_of(call, call.labels("self"), call.dim())))
+
+
+@operator("argmax", "argmin", "sort", "argsort", "topk", "nonzero", "where.default", "unique", "gather", "scatter")
+def values_matter(call: Call) -> Labels | list[Labels]:
+    """What is where depends on values: nothing that enters can shrink."""
+    call.ledger.pin_all(call.tensors, f"is looked up by value ({call.place})")
+    return call.unlabelled()
+
+
+@operator("glu")
+def glu(call: Call) -> Labels:
+    """The first half of a dimension times the sigmoid of the second: pairs leave together."""
+    x, dim = call.labels("self"), call.dim()
+    kept = []
+    for array in x.arrays:
+        if dim in support(array):
+            half = array.shape[dim] // 2
+            first, second = array.take(range(half), dim), array.take(range(half, 2 * half), dim)
+            call.ledger.equate(first, second, f"is gated by another ({call.place})")
+            kept.append(first)
         else:
-            kept.append(layer)
-    if call.op.startswith(("softmax", "log_softmax", "_softmax", "cumsum")):
-        return Ids(call.shape, tuple(kept))
-    for layer in kept:
-        call.ledger.pin(layer, f"enters {call.place}")
-    value = call.node.value
-    return [Ids(shape) for shape in call.shapes] if isinstance(value, tuple | list) else Ids(call.shape)
+            kept.append(array)
+    return merge(call.ledger, call.shape, kept, f"is gated ({call.place})")
+
+
+def _free_of(call: Call, x: Labels, dim: int) -> list[np.ndarray]:
+    free = []
+    for array in x.arrays:
+        if dim in support(array):
+            call.ledger.pin(array, f"is normalised or sorted over ({call.place})")
+        else:
+            free.append(array)
+    return free

@@ -1,24 +1,29 @@
-"""The table of rules and what a rule is given."""
+"""The table of operators, and what a rule is given.
+
+An operator is described once, where its rule stands: how labels flow through it, what role it plays, whether its
+result depends on how many channels there are, which of its numbers count channels, and which modules call it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from torch import nn
 
-from scap_hub.channels.labels import Ids, Ledger
+from scap_hub.channels.labels import Labels, Ledger
 from scap_hub.graph.node import Node
 
 
 @dataclass(frozen=True, eq=False)
 class Producer:
-    """A layer that computes channels: its weight's rows are theirs."""
+    """A layer that computes channels: the rows of its weight are theirs."""
 
     node: Node
     weight: str
-    ids: np.ndarray
+    labels: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,30 +32,37 @@ class Consumer:
 
     node: Node
     weight: str
-    ids: np.ndarray
+    labels: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Cost:
-    """MACs of one operator: `times` for each element of a tensor with these ids that stays."""
+    """MACs of one operator: `times` for each element of a tensor with these labels that stays."""
 
-    ids: Ids
+    labels: Labels
     times: int
     weight: str | None
 
 
 @dataclass
 class Trace:
-    """Everything found on one walk over the graph, in the graph's order."""
+    """Everything found on one walk over a graph, in the graph's order."""
 
     ledger: Ledger = field(default_factory=Ledger)
     producers: list[Producer] = field(default_factory=list)
     consumers: list[Consumer] = field(default_factory=list)
     summed: list[np.ndarray] = field(default_factory=list)
-    """Ids that products sum over: being read by another tensor is being read."""
+    """Labels that products sum over: being read by another tensor is being read."""
     costs: list[Cost] = field(default_factory=list)
-    ids: dict[Node, Any] = field(default_factory=dict)
-    outputs: list[Ids] = field(default_factory=list)
+    labels: dict[Node, Any] = field(default_factory=dict)
+    """Of every node: `Labels`, a list of them, or None."""
+    outputs: list[Labels] = field(default_factory=list)
+    fresh: dict[Node, list[np.ndarray]] = field(default_factory=dict)
+    """Fresh labels by the operator that asked for them."""
+    blocks: dict[str, int] = field(default_factory=dict)
+    """Into how many blocks of rows the weight of a grouped convolution falls, by its name."""
+    owned: dict[int, Labels] = field(default_factory=dict)
+    """Labels of parameters and buffers, by the tensor: tied ones share theirs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,18 +93,23 @@ class Call:
     def __getitem__(self, name: str) -> Any:
         return self.args[name]
 
-    def ids(self, name: str) -> Ids:
-        """Ids of a tensor argument."""
-        return self.trace.ids[self.args[name]]
+    def labels(self, name: str) -> Labels:
+        """Labels of a tensor argument."""
+        return self.trace.labels[self.args[name]]
 
     def given(self, name: str) -> bool:
         """Whether an optional tensor argument is present."""
         return isinstance(self.args.get(name), Node)
 
     @property
-    def tensors(self) -> list[Ids]:
-        """Ids of every tensor argument, those in lists too."""
-        return [ids for node in self.node.sources for ids in flat(self.trace.ids[node])]
+    def tensors(self) -> list[Labels]:
+        """Labels of every tensor argument, those in lists too."""
+        return [labels for node in self.node.sources for labels in flat(self.trace.labels[node])]
+
+    @property
+    def results(self) -> list[Labels]:
+        """Labels of every result, once the rule has run."""
+        return flat(self.trace.labels.get(self.node))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,6 +120,11 @@ class Call:
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of several outputs."""
         return [tuple(value.shape) for value in self.node.value]
+
+    def unlabelled(self) -> Any:
+        """A result, or several, of which nothing can be said."""
+        value = self.node.value
+        return [Labels(shape) for shape in self.shapes] if isinstance(value, tuple | list) else Labels(self.shape)
 
     def state(self, name: str) -> str | None:
         """The parameter or buffer that an argument is made from, through the first operand of each operator.
@@ -118,32 +140,159 @@ class Call:
 
     def dim(self, name: str = "dim", rank: int | None = None) -> int:
         """A dimension argument, made non-negative."""
-        return self.args[name] % (rank or len(self.ids("self").shape))
+        return self.args[name] % (rank or len(self.labels("self").shape))
+
+
+class Size(NamedTuple):
+    """A number in a call that counts channels.
+
+    Attributes:
+        argument: Name of the argument; "" for a number that code often computes another argument from.
+        item: Position in the argument, if that is a list.
+        labels: (n,) labels of what it counts; how many of them stay is the number in the pruned model.
+    """
+
+    argument: str
+    item: int | None
+    labels: np.ndarray
 
 
 Rule = Callable[[Call], Any]
-_RULES: dict[str, Rule] = {}
+"""Labels of the result, from those of the arguments; equates, pins and balances through the call's ledger."""
+Role = Literal["norm", "activation", "layout", ""]
+Sizes = Callable[[Call], Iterable[Size]]
+Counting = Callable[[Call], bool]
 
 
-def rule(*ops: str) -> Callable[[Rule], Rule]:
-    """Registers a rule for ATen operators; a name without overload covers all overloads and the in-place form."""
+def _no_sizes(call: Call) -> Iterable[Size]:
+    return ()
 
-    def register(function: Rule) -> Rule:
-        for op in ops:
-            _RULES[op] = function
+
+def always(call: Call) -> bool:
+    """For operators whose result always depends on how many channels there are."""
+    return True
+
+
+def never(call: Call) -> bool:
+    """For operators that treat every channel by itself."""
+    return False
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What is known of one operator.
+
+    Attributes:
+        rule: How labels flow through it.
+        role: "norm", "activation" or "layout" where it may stand between a layer and the next one that reads it.
+        counts: Whether what it computes depends on how many channels there are: a mean over channels, say. The oracle
+            runs such a call on the channels that stay.
+        sizes: The numbers in a call that count channels, asked once the rule has run.
+    """
+
+    rule: Rule
+    role: Role = ""
+    counts: Counting = never
+    sizes: Sizes = _no_sizes
+
+
+_OPERATORS: dict[str, Operator] = {}
+
+
+def operator(
+    *names: str, role: Role = "", counts: Counting = never, sizes: Sizes = _no_sizes
+) -> Callable[[Rule], Rule]:
+    """Describes ATen operators by their rule.
+
+    Args:
+        *names: "conv2d" covers all overloads and the in-place form, "max.dim" that overload alone.
+        role: See `Operator`.
+        counts: See `Operator`.
+        sizes: See `Operator`.
+
+    Raises:
+        ValueError: One of them is described already.
+    """
+
+    def register(rule: Rule) -> Rule:
+        for name in names:
+            if name in _OPERATORS:
+                known = _OPERATORS[name].rule
+                raise ValueError(f"operator {name!r} has a rule already, {known.__module__}.{known.__qualname__}")
+            _OPERATORS[name] = Operator(rule, role, counts, sizes)
+        return rule
+
+    return register
+
+
+def operator_of(node: Node) -> Operator | None:
+    """What is known of the operator that made a node; None for one without a rule, or none."""
+    name = node.op.split(".")[0]
+    return _OPERATORS.get(node.op) or _OPERATORS.get(name) or _OPERATORS.get(name.removesuffix("_"))
+
+
+def role_of(node: Node) -> Role:
+    """The role of the operator that made a node."""
+    known = operator_of(node)
+    return known.role if known else ""
+
+
+def sizes_of(call: Call) -> Iterator[Size]:
+    """The numbers in a call that count channels."""
+    known = operator_of(call.node) if call.node.is_operator else None
+    for size in known.sizes(call) if known else ():
+        if size.labels.size:
+            yield size
+
+
+def known_operators() -> list[str]:
+    """Names of all operators that have a rule."""
+    return sorted(_OPERATORS)
+
+
+def flat(labels: Any) -> list[Labels]:
+    """The labels in one node's value, which may be one, a list, or nothing."""
+    if isinstance(labels, Labels):
+        return [labels]
+    return [item for item in labels or () if isinstance(item, Labels)]
+
+
+def out_sizes(argument: str, first: int = 0) -> Sizes:
+    """For operators that are told the sizes of their result: those that count channels.
+
+    Args:
+        argument: Name of the argument that lists the sizes.
+        first: The dimension of the result that the first of them is.
+    """
+
+    def sizes(call: Call) -> Iterator[Size]:
+        for labels in call.results[:1]:
+            for index, size in enumerate(call[argument]):
+                line = labels.along(first + index) if type(size) is int and size > 1 else None
+                if line is not None and line.size == size:
+                    yield Size(argument, index, line)
+
+    return sizes
+
+
+Integers = dict[str, "int | list[int]"]
+Adapting = Callable[[Any, tuple[int, ...]], Integers]
+"""From a module as it is and the new shape of its weight, the integers that it must hold then."""
+_MODULES: dict[type[nn.Module], Adapting] = {}
+
+
+def module_integers(*kinds: type[nn.Module]) -> Callable[[Adapting], Adapting]:
+    """Says which integers of a class of modules follow from the shape of its weight."""
+
+    def register(function: Adapting) -> Adapting:
+        _MODULES.update(dict.fromkeys(kinds, function))
         return function
 
     return register
 
 
-def rule_for(op: str) -> Rule | None:
-    """The rule of `op` ("conv2d.default"), None where there is none."""
-    name = op.split(".")[0]
-    return _RULES.get(op) or _RULES.get(name) or _RULES.get(name.removesuffix("_"))
-
-
-def flat(ids: Any) -> list[Ids]:
-    """The tensors' ids in one node's value, which may be one, a list, or nothing."""
-    if isinstance(ids, Ids):
-        return [ids]
-    return [item for item in ids or () if isinstance(item, Ids)]
+def adapting(module: nn.Module) -> Adapting | None:
+    """The function for a module whose integers follow from its weight; None for any other."""
+    if getattr(module, "weight", None) is None:
+        return None
+    return next((function for kind, function in _MODULES.items() if isinstance(module, kind)), None)

@@ -1,46 +1,62 @@
-"""Views: permutations, reshapes, slices, splits, repeats. Ids move exactly as the elements do."""
+"""Views: permutations, reshapes, slices, splits, repeats. Labels move exactly as the elements do."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 
-from scap_hub.channels.labels import Ids, line, merge, support
-from scap_hub.channels.operators.table import Call, rule
+from scap_hub.channels.labels import Labels, line, merge, support
+from scap_hub.channels.operators.table import Call, Size, operator, out_sizes
 
 
-@rule("permute")
-def permute(call: Call) -> Ids:
+@operator("permute", role="layout")
+def permute(call: Call) -> Labels:
     """Dimensions in another order."""
-    return _mapped(call, lambda layer: layer.transpose([dim % layer.ndim for dim in call["dims"]]))
+    return _mapped(call, lambda array: array.transpose([dim % array.ndim for dim in call["dims"]]))
 
 
-@rule("transpose", "swapaxes")
-def transpose(call: Call) -> Ids:
+@operator("transpose", "swapaxes", role="layout")
+def transpose(call: Call) -> Labels:
     """Two dimensions swapped."""
     names = ("dim0", "dim1") if "dim0" in call.args else ("axis0", "axis1")
-    return _mapped(call, lambda layer: np.swapaxes(layer, *(call[name] for name in names)))
+    return _mapped(call, lambda array: np.swapaxes(array, *(call[name] for name in names)))
 
 
-@rule("t", "numpy_T", "mT")
-def matrix_transpose(call: Call) -> Ids:
+@operator("t", "numpy_T", "mT")
+def matrix_transpose(call: Call) -> Labels:
     """Last two dimensions swapped."""
-    return _mapped(call, lambda layer: layer.swapaxes(-1, -2) if layer.ndim > 1 else layer)
+    return _mapped(call, lambda array: array.swapaxes(-1, -2) if array.ndim > 1 else array)
 
 
-@rule("movedim")
-def movedim(call: Call) -> Ids:
+@operator("movedim")
+def movedim(call: Call) -> Labels:
     """One dimension, or several, moved."""
-    return _mapped(call, lambda layer: np.moveaxis(layer, call["source"], call["destination"]))
+    return _mapped(call, lambda array: np.moveaxis(array, call["source"], call["destination"]))
 
 
-@rule("flip")
-def flip(call: Call) -> Ids:
+@operator("flip")
+def flip(call: Call) -> Labels:
     """Reversed along dimensions."""
-    return _mapped(call, lambda layer: np.flip(layer, tuple(call["dims"])))
+    return _mapped(call, lambda array: np.flip(array, tuple(call["dims"])))
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
-def reshape(call: Call) -> Ids:
+def _unflattened(call: Call) -> Iterator[Size]:
+    """Sizes that a dimension is split into."""
+    return out_sizes("sizes", call.dim())(call)  # type: ignore[return-value]
+
+
+def _any_sizes(call: Call) -> Iterator[Size]:
+    """`view`, `reshape` and the like name all sizes of their result."""
+    argument = next((name for name in ("size", "shape") if isinstance(call.args.get(name), list)), None)
+    return iter(out_sizes(argument)(call) if argument else ())
+
+
+@operator(
+    "view", "reshape", "_unsafe_view", "flatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel",
+    sizes=_any_sizes,
+)  # fmt: skip
+def reshape(call: Call) -> Labels:
     """Same elements in the same order, in another shape.
 
     Dimensions are matched in the smallest runs of equal size, so untracked ones stay untracked. Where one tracked
@@ -48,26 +64,36 @@ def reshape(call: Call) -> Ids:
     permutation follows.
     """
     x, shape = call.tensors[0], call.shape
-    layers = []
-    for layer in x.layers:
-        array = layer
-        for old, _ in _runs(x.shape, shape):
-            if any(layer.shape[dim] > 1 for dim in old):
-                array = _fill(array, old, x.shape)
+    runs = _runs(x.shape, shape)
+    moved = []
+    for array in x.arrays:
+        new = array
+        for old, _ in runs:
+            if any(array.shape[dim] > 1 for dim in old):
+                new = _fill(new, old, x.shape)
         sizes: list[int] = []
-        for old, new in _runs(x.shape, shape):
-            tracked = any(layer.shape[dim] > 1 for dim in old)
-            sizes += [shape[dim] if tracked else 1 for dim in new]
-        array = _constant_to_one(array.reshape(sizes))
-        if len(support(array)) > len(support(layer)):
-            array = _couple_rows(call, array, x, layer)
-        layers.append(array)
-    return merge(call.ledger, shape, layers, f"is reshaped ({call.place})")
+        for old, dims in runs:
+            tracked = any(array.shape[dim] > 1 for dim in old)
+            sizes += [shape[dim] if tracked else 1 for dim in dims]
+        new = _constant_to_one(new.reshape(sizes))
+        if len(support(new)) > len(support(array)):
+            new = _couple_rows(call, new, runs)
+        moved.append(new)
+    return merge(call.ledger, shape, moved, f"is reshaped ({call.place})")
 
 
-def _couple_rows(call: Call, array: np.ndarray, x: Ids, layer: np.ndarray) -> np.ndarray:
+@operator("unflatten", sizes=_unflattened)
+def unflatten(call: Call) -> Labels:
+    """One dimension split into several."""
+    return reshape(call)
+
+
+Runs = list[tuple[list[int], list[int]]]
+
+
+def _couple_rows(call: Call, array: np.ndarray, runs: Runs) -> np.ndarray:
     """Couples each run of new dimensions that came from one tracked dimension, keeping the last of the run."""
-    for _, new in _runs(x.shape, call.shape):
+    for _, new in runs:
         varying = [dim for dim in new if array.shape[dim] > 1]
         for dim in varying[:-1]:
             first = array.take([0], axis=dim)
@@ -76,9 +102,9 @@ def _couple_rows(call: Call, array: np.ndarray, x: Ids, layer: np.ndarray) -> np
     return array
 
 
-def _runs(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+def _runs(old: tuple[int, ...], new: tuple[int, ...]) -> Runs:
     """Smallest runs of old and of new dimensions that hold the same number of elements."""
-    runs: list[tuple[list[int], list[int]]] = []
+    runs: Runs = []
     i = j = 0
     while i < len(old) or j < len(new):
         left, right = [i] if i < len(old) else [], [j] if j < len(new) else []
@@ -111,131 +137,221 @@ def _constant_to_one(array: np.ndarray) -> np.ndarray:
     return array
 
 
-@rule("expand", "expand_as", "broadcast_to")
-def expand(call: Call) -> Ids:
+@operator("expand", "broadcast_to", sizes=_any_sizes)
+def expand(call: Call) -> Labels:
     """Where a dimension of size 1 is stretched all elements are alike, and any of them can go."""
     x, rank = call.tensors[0], len(call.shape)
-    layers = [layer.reshape((1,) * (rank - layer.ndim) + layer.shape) for layer in x.layers]
+    arrays = [array.reshape((1,) * (rank - array.ndim) + array.shape) for array in x.arrays]
     before = (1,) * (rank - len(x.shape)) + x.shape
     for dim, (old, new) in enumerate(zip(before, call.shape, strict=True)):
         if old < new:
-            layers.append(line(call.ledger.fresh(new), dim, rank))
-    return Ids(call.shape, tuple(layers))
+            arrays.append(line(call.ledger.fresh(new), dim, rank))
+    return Labels(call.shape, tuple(arrays))
 
 
-@rule("repeat", "tile")
-def repeat(call: Call) -> Ids:
-    """Whole tensor repeated along dimensions."""
+@operator("expand_as")
+def expand_as(call: Call) -> Labels:
+    """As `expand`, to the shape of another tensor: what is stretched follows that one."""
+    stretched, other = expand(call), call.labels("other")
+    arrays = list(stretched.arrays)
+    for index, array in enumerate(arrays):
+        dims = support(array)
+        if len(dims) != 1 or (wanted := other.along(dims[0])) is None:
+            continue
+        call.ledger.equate(array.reshape(-1), wanted, f"is stretched to another tensor ({call.place})")
+        arrays[index] = array
+    return Labels(call.shape, tuple(arrays))
+
+
+def _repeats(call: Call) -> Iterator[Size]:
+    """A dimension of size 1 that is repeated counts what it is repeated for."""
     times = call.args.get("repeats") or call.args["dims"]
-    layers = []
-    for layer in call.tensors[0].layers:
-        laid = layer.reshape((1,) * (len(times) - layer.ndim) + layer.shape)
-        tiles: list[int] = [count if laid.shape[dim] > 1 else 1 for dim, count in enumerate(times)]
-        layers.append(np.tile(laid, tiles))
-    return Ids(call.shape, tuple(layers))
+    name = "repeats" if "repeats" in call.args else "dims"
+    for index, count in enumerate(times):
+        labels = call.results[0].along(index)
+        if labels is not None and 1 < count == labels.size:
+            yield Size(name, index, labels)
 
 
-@rule("repeat_interleave.self_int")
-def repeat_interleave(call: Call) -> Ids:
+@operator("repeat", "tile", sizes=_repeats)
+def repeat(call: Call) -> Labels:
+    """Whole tensor repeated along dimensions; where all elements are alike, any of them can go."""
+    times = call.args.get("repeats") or call.args["dims"]
+    x, rank = call.tensors[0], len(call.shape)
+    times = [1] * (rank - len(times)) + list(times)
+    arrays = []
+    for array in x.arrays:
+        laid = array.reshape((1,) * (rank - array.ndim) + array.shape)
+        arrays.append(np.tile(laid, [count if laid.shape[dim] > 1 else 1 for dim, count in enumerate(times)]))
+    before = (1,) * (rank - len(x.shape)) + x.shape
+    for dim, count in enumerate(times):
+        if before[dim] == 1 and count > 1:
+            arrays.append(line(call.ledger.fresh(count), dim, rank))
+    return Labels(call.shape, tuple(arrays))
+
+
+@operator("repeat_interleave.self_int")
+def repeat_interleave(call: Call) -> Labels:
     """Each element repeated along one dimension."""
-    x = call.ids("self")
+    x = call.labels("self")
     if call["dim"] is None:
         call.ledger.pin_all([x], f"is flattened and repeated ({call.place})")
-        return Ids(call.shape)
+        return Labels(call.shape)
     dim = call.dim()
-    return _mapped(call, lambda layer: np.repeat(layer, call["repeats"], dim) if layer.shape[dim] > 1 else layer)
+    return _mapped(call, lambda array: np.repeat(array, call["repeats"], dim) if array.shape[dim] > 1 else array)
 
 
-@rule("slice")
-def slice_(call: Call) -> Ids:
-    """A range along one dimension."""
-    window = slice(call["start"], call["end"], call["step"])
-    x, dim = call.ids("self"), call.dim()
-    width = call.shape[dim]
+def _bounds(call: Call) -> Iterator[Size]:
+    """Where a slice starts and ends counts the elements before."""
+    whole = call.labels("self").along(call.dim())
+    if whole is not None and call["step"] == 1:
+        for name in ("start", "end"):
+            bound = call[name]
+            if bound is not None and 0 < abs(bound) <= whole.size:
+                yield Size(name, None, whole[:bound] if bound > 0 else whole[bound:])
+
+
+@operator("slice", sizes=_bounds)
+def slice_(call: Call) -> Labels:
+    """A range along one dimension, or every so manyth of it."""
+    x, dim = call.labels("self"), call.dim()
     first = (call["start"] or 0) % max(1, x.shape[dim])
-    if 1 < width < x.shape[dim] and x.shape[dim] % width == 0 and first % width == 0:
+    if call["step"] > 1:
+        _couple_steps(call, x, dim, first)
+    width = call.shape[dim]
+    if call["step"] == 1 and 1 < width < x.shape[dim] and x.shape[dim] % width == 0 and first % width == 0:
         # One of several equal parts: where the code halves a width it must stay divisible.
-        for layer in x.layers:
-            if support(layer) == (dim,):
-                call.ledger.balance(np.split(layer.reshape(-1), x.shape[dim] // width), f"equal parts of {call.place}")
-    return _mapped(call, lambda layer: _taken(layer, call.dim(), window))
+        for array in x.arrays:
+            if support(array) == (dim,):
+                call.ledger.balance(np.split(array.reshape(-1), x.shape[dim] // width), f"equal parts of {call.place}")
+    window = slice(call["start"], call["end"], call["step"])
+    return _mapped(call, lambda array: _taken(array, dim, window))
 
 
-@rule("narrow")
-def narrow(call: Call) -> Ids:
+def _couple_steps(call: Call, x: Labels, dim: int, first: int) -> None:
+    """Of every so many neighbours one is taken: they leave together, or each later one would be another.
+
+    Neighbours are counted from the start of the tensor, so `x[:, ::2]` and `x[:, 1::2]` couple the same pairs; in
+    `x[:, 5::2]`, what lies before is pinned, because the number 5 stays.
+    """
+    step, reason = call["step"], f"is one of every {call['step']} of {call.place}"
+    for array in x.arrays:
+        if dim not in support(array):
+            continue
+        if support(array) != (dim,) or (call["end"] is not None and call["end"] < x.shape[dim]):
+            call.ledger.pin(array, reason)
+            continue
+        labels = array.reshape(-1)
+        before = first // step * step
+        call.ledger.pin(labels[:before], f"lies before the start of {call.place}")
+        whole = labels[before : before + (labels.size - before) // step * step].reshape(-1, step)
+        call.ledger.equate(whole, whole[:, :1], reason)
+        # A last, shorter run: it would change with what is in front of it.
+        rest = labels[before + whole.size :]
+        call.ledger.equate(rest, rest[:1], reason) if rest.size else None
+
+
+def _range(call: Call) -> Iterator[Size]:
+    """Where a range starts, and how long it is."""
+    whole, start = call.labels("self").along(call.dim()), call["start"]
+    if whole is not None and isinstance(start, int):
+        yield Size("start", None, whole[:start])
+        yield Size("length", None, whole[start : start + call["length"]])
+
+
+@operator("narrow", sizes=_range)
+def narrow(call: Call) -> Labels:
     """A range along one dimension, by start and length."""
     window = slice(call["start"], call["start"] + call["length"])
-    return _mapped(call, lambda layer: _taken(layer, call.dim(), window))
+    return _mapped(call, lambda array: _taken(array, call.dim(), window))
 
 
-@rule("select")
-def select(call: Call) -> Ids:
+@operator("select")
+def select(call: Call) -> Labels:
     """One index of a dimension, which therefore cannot shrink."""
-    x, dim = call.ids("self"), call.dim()
-    return Ids(call.shape, tuple(layer.squeeze(dim) for layer in _free(call, x, dim)))
+    x, dim = call.labels("self"), call.dim()
+    return Labels(call.shape, tuple(array.squeeze(dim) for array in _free(call, x, dim)))
 
 
-@rule("unbind")
-def unbind(call: Call) -> list[Ids]:
+@operator("unbind")
+def unbind(call: Call) -> list[Labels]:
     """Every index of a dimension, which therefore cannot shrink."""
-    x, dim = call.ids("self"), call.dim()
-    layers = tuple(layer.squeeze(dim) for layer in _free(call, x, dim))
-    return [Ids(shape, layers) for shape in call.shapes]
+    x, dim = call.labels("self"), call.dim()
+    arrays = tuple(array.squeeze(dim) for array in _free(call, x, dim))
+    return [Labels(shape, arrays) for shape in call.shapes]
 
 
-@rule("index_select")
-def index_select(call: Call) -> Ids:
+@operator("index_select")
+def index_select(call: Call) -> Labels:
     """Indices along one dimension, which therefore cannot shrink."""
-    return Ids(call.shape, tuple(_free(call, call.ids("self"), call.dim())))
+    return Labels(call.shape, tuple(_free(call, call.labels("self"), call.dim())))
 
 
-@rule("roll")
-def roll(call: Call) -> Ids:
+@operator("roll")
+def roll(call: Call) -> Labels:
     """Cyclic shift of dimensions that do not shrink."""
-    x = call.ids("self")
-    layers = list(x.layers)
+    x = call.labels("self")
+    if not call["dims"]:
+        call.ledger.pin_all([x], f"is flattened and rolled ({call.place})")
+        return Labels(call.shape)
+    arrays = list(x.arrays)
     for dim in call["dims"]:
-        layers = _free(call, Ids(x.shape, tuple(layers)), dim % len(x.shape))
-    return Ids(call.shape, tuple(layers))
+        arrays = _free(call, Labels(x.shape, tuple(arrays)), dim % len(x.shape))
+    return Labels(call.shape, tuple(arrays))
 
 
-@rule("chunk", "split", "split_with_sizes")
-def split(call: Call) -> list[Ids]:
+def _parts(call: Call) -> Iterator[Size]:
+    """The sizes of the parts; the last one is often written as the whole less the others."""
+    dim = call.dim()
+    for index, part in enumerate(call.results):
+        labels = part.along(dim)
+        if labels is not None and labels.size == part.shape[dim]:
+            if call.node.name == "split_with_sizes" or call.op == "split.sizes":
+                yield Size("split_sizes" if "split_sizes" in call.args else "split_size", index, labels)
+            elif call.node.name == "split" and index == 0:
+                yield Size("split_size", None, labels)
+    whole = call.labels("self").along(dim)
+    if whole is not None and call.node.name != "chunk":
+        yield Size("", None, whole)
+
+
+@operator("chunk", "split", "split_with_sizes", "tensor_split", sizes=_parts)
+def split(call: Call) -> list[Labels]:
     """Parts along one dimension. Where the code does not list their sizes, all lose equally many: equal parts stay
     equal, and a last part that is smaller stays smaller by as much.
     """
-    x, dim = call.ids("self"), call.dim()
+    x, dim = call.labels("self"), call.dim()
     ends = np.cumsum([shape[dim] for shape in call.shapes])
     starts = ends - [shape[dim] for shape in call.shapes]
     parts = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
     equal = len({shape[dim] for shape in call.shapes}) == 1
-    for layer in x.layers:
-        if dim in support(layer) and (equal or "sizes" not in call.op):
-            call.ledger.balance([_taken(layer, dim, part) for part in parts], f"equal parts of {call.place}")
+    for array in x.arrays:
+        if dim in support(array) and (equal or "sizes" not in call.op):
+            call.ledger.balance([_taken(array, dim, part) for part in parts], f"equal parts of {call.place}")
     return [
-        Ids(shape, tuple(_taken(layer, dim, part) for layer in x.layers))
+        Labels(shape, tuple(_taken(array, dim, part) for array in x.arrays))
         for shape, part in zip(call.shapes, parts, strict=True)
     ]
 
 
-def _taken(layer: np.ndarray, dim: int, window: slice) -> np.ndarray:
-    if layer.shape[dim] == 1:
-        return layer
-    index = [slice(None)] * layer.ndim
+def _taken(array: np.ndarray, dim: int, window: slice) -> np.ndarray:
+    if array.shape[dim] == 1:
+        return array
+    index = [slice(None)] * array.ndim
     index[dim] = window
-    return layer[tuple(index)]
+    return array[tuple(index)]
 
 
-def _free(call: Call, x: Ids, dim: int) -> list[np.ndarray]:
+def _free(call: Call, x: Labels, dim: int) -> list[np.ndarray]:
     """Layers that do not vary along `dim`; the others are pinned."""
     free = []
-    for layer in x.layers:
-        if dim in support(layer):
-            call.ledger.pin(layer, f"is taken apart by index ({call.place})")
+    for array in x.arrays:
+        if dim in support(array):
+            call.ledger.pin(array, f"is taken apart by index ({call.place})")
         else:
-            free.append(layer)
+            free.append(array)
     return free
 
 
-def _mapped(call: Call, function) -> Ids:  # type: ignore[no-untyped-def]
-    return Ids(call.shape, tuple(function(layer) for layer in call.tensors[0].layers))
+def _mapped(call: Call, function: Callable[[np.ndarray], np.ndarray]) -> Labels:
+    return Labels(call.shape, tuple(function(array) for array in call.tensors[0].arrays))

@@ -1,0 +1,343 @@
+"""Finds the channel groups of a model: record, label, solve, try, and mend what does not work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scap_hub.channels.attributes import Choice, StuckError, completed, forward_of, shared_numbers, stuck_channels
+from scap_hub.channels.groups import ChannelGroup, ChannelGroups, WholeModel
+from scap_hub.channels.labels import Equal, support
+from scap_hub.channels.operators import Trace
+from scap_hub.channels.partition import Partition, solve
+from scap_hub.channels.proof import Run
+from scap_hub.channels.taps import module_calls, tap
+from scap_hub.channels.trace import trace
+from scap_hub.channels.uneven import uneven
+from scap_hub.errors import ModelError
+from scap_hub.graph.copies import copied, without_weights
+from scap_hub.graph.record import capture
+from scap_hub.graph.values import on_meta
+
+_ALONE = 12
+"""Models with so few prunable groups are tried with each group alone, too."""
+
+
+def channel_groups(model: nn.Module | str, inputs: tuple[Any, ...] | Tensor | None = None) -> ChannelGroups:
+    """Finds every group of channels of a model, prunable or pinned.
+
+    Args:
+        model: Any module whose forward pass does not depend on values, left as it was; or the name, Hub id or folder
+            of a model of timm or transformers, of which the architecture is enough.
+        inputs: Example positional arguments of its forward pass; a single tensor stands for one argument. May be left
+            out for a model given by name, whose own input size is then used.
+
+    Returns:
+        Groups in the order in which the forward pass first computes them.
+
+    Raises:
+        ModelError: The model cannot be captured, or is of a kind that cannot be pruned; says what to do.
+    """
+    if isinstance(model, str):
+        from scap_hub.zoo import load_model
+
+        loaded = load_model(model, pretrained=False)
+        model, inputs = loaded.module, inputs or torch.zeros(1, *loaded.preprocessing.input_size)
+    if inputs is None:
+        raise ModelError("channel_groups needs an example input of this module, such as torch.zeros(1, 3, 224, 224)")
+    check_plain(model)
+    analysis = _recorded(model, (inputs,) if isinstance(inputs, Tensor) else inputs)
+    groups, stuck = analysis.groups()
+    while stuck is not None:
+        groups, stuck = analysis.mended(groups, stuck)
+    return groups
+
+
+def check_plain(model: nn.Module) -> None:
+    """Refuses kinds of models that no plan can be made for.
+
+    Raises:
+        ModelError: A scripted, traced or quantised model, or one with lazy layers.
+    """
+    for path, module in model.named_modules():
+        where = f"module {path!r}" if path else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(f"{where} is TorchScript, whose forward pass cannot be changed: prune the model it is of")
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if isinstance(tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
+                raise ModelError(f"{where} has not got its {name!r} yet (a lazy layer): run the model once first")
+            if tensor is not None and (tensor.is_quantized or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer)):
+                kind = "quantised" if tensor.is_quantized else f"a {type(tensor).__name__}"
+                raise ModelError(f"{name!r} of {where} is {kind}: prune the model first, and quantise what is left")
+
+
+@dataclass(eq=False)
+class _Analysis:
+    """A recorded model, with what was learned by trying.
+
+    Attributes:
+        model: The model without weights, or a copy where it does not run without.
+        inputs: Its example inputs.
+        runs: Its forward passes, in eval mode first.
+        found: Their trace.
+        balances: The balances that the rules asked for.
+        added: Balances that trials asked for.
+        chosen: What has to change in forward passes.
+    """
+
+    model: nn.Module
+    inputs: tuple[Any, ...]
+    runs: tuple[Run, ...]
+    found: Trace
+    training_only: list[np.ndarray]
+    balances: list[Equal]
+    added: list[Equal] = field(default_factory=list)
+    tried: set[str] = field(default_factory=set)
+    chosen: Choice = frozenset()
+
+    def groups(self) -> tuple[ChannelGroups, StuckError | None]:
+        """The groups as far as they are known, and how a plan of them fails, if one does."""
+        self.found.ledger.equal = [*self.balances, *self.added]
+        partition = solve(self.runs[0].captured, self.found, self.model)
+        forward = replace(forward_of(self.model, self.inputs, self.runs, partition), chosen=self.chosen)
+        groups = analyse(self.runs[0], partition, self.training_only)
+        channels = {group.name: group.channels for group in groups}
+        whole = WholeModel(partition, forward, channels, {g.name: g.pinned_because for g in groups if g.pinned_because})
+        stuck = self._stuck(groups, whole)
+        whole = replace(whole, forward=replace(forward, chosen=self.chosen))
+        return ChannelGroups([replace(group, whole=whole) for group in groups], whole), stuck
+
+    def _stuck(self, groups: Sequence[ChannelGroup], whole: WholeModel) -> StuckError | None:
+        """Tries uneven plans; how the first one fails that does."""
+        for gone in _plans(groups, whole.partition):
+            stays = whole.partition.everything()
+            stays[gone] = False
+            keep = {group.name: np.flatnonzero(stays[group.channels]) for group in groups if group.prunable}
+            try:
+                plan = whole.partition.cut(whole.channels, keep)
+                if plan.tensors:
+                    _, self.chosen = completed(replace(whole.forward, chosen=self.chosen), plan, stays)
+            except StuckError as error:
+                return error
+        return None
+
+    def mended(self, groups: ChannelGroups, stuck: StuckError) -> tuple[ChannelGroups, StuckError | None]:
+        """The groups after a failure was made good: one number that counts in several places balances them, or else
+        what it counts is pinned.
+        """
+        forward, partition = groups.whole.forward, groups.whole.partition
+        free = np.zeros(partition.count, dtype=bool)
+        for group in groups.prunable:
+            free[group.channels] = True
+        shared = shared_numbers(forward, stuck.failed, free)
+        if fresh := shared.keys() - self.tried:
+            self.tried |= fresh
+            label_of = np.unique(partition.channel_of, return_index=True)[1]
+            before = list(self.added)
+            for name in sorted(fresh):
+                blocks = tuple(label_of[channels] for channels in shared[name])
+                self.added.append(Equal(blocks, f"places of {name}"))
+            better, again = self.groups()
+            if again is None or again.failed[0] != stuck.failed[0]:
+                return better, again
+            self.added = before  # they did not help
+        blamed = stuck_channels(forward, stuck.failed, free)
+        if not blamed:
+            raise ModelError(f"cannot find channels that can leave: {stuck}")
+        for place, channels in blamed.items():
+            labels = np.flatnonzero(np.isin(partition.channel_of, channels))
+            self.found.ledger.pin(labels, f"is counted by a number fixed in {place!r}, or changes what it computes")
+        return self.groups()
+
+
+def _recorded(model: nn.Module, inputs: tuple[Any, ...]) -> _Analysis:
+    """Records a model in eval and in training mode, without weights where it runs so."""
+    bare, shapes = without_weights(model), on_meta(inputs)
+    try:
+        captured = capture(bare, shapes)
+    except ModelError:
+        # Its forward pass makes tensors on a device of its own, or looks at their values.
+        bare, shapes = copied(model), inputs
+        captured = capture(bare, shapes)
+    found = trace(captured)
+    runs = [Run(captured, found)]
+    training_only: list[np.ndarray] = []
+    if any(True for _ in bare.children()) and (trained := _training_run(bare, shapes, found, training_only)):
+        runs.append(trained)
+    return _Analysis(bare, shapes, tuple(runs), found, training_only, list(found.ledger.equal))
+
+
+def _training_run(
+    model: nn.Module, inputs: tuple[Any, ...], found: Trace, training_only: list[np.ndarray]
+) -> Run | None:
+    """What it does in training mode, if it runs so on these inputs; adds to the trace what layers that run then only
+    read and compute.
+    """
+    try:
+        captured = capture(model, inputs, training=True)
+    except ModelError:
+        return None
+    costs, producers, consumers = len(found.costs), len(found.producers), len(found.consumers)
+    outputs = list(found.outputs)
+    trace(captured, found)
+    del found.costs[costs:]  # a forward pass costs what it does in eval mode
+    found.outputs = outputs
+    known = {producer.weight for producer in found.producers[:producers]}
+    extra = [producer for producer in found.producers[producers:] if producer.weight not in known]
+    found.producers[producers:] = extra
+    training_only += [producer.labels for producer in extra]
+    known = {consumer.weight for consumer in found.consumers[:consumers]}
+    found.consumers[consumers:] = [own for own in found.consumers[consumers:] if own.weight not in known]
+    return Run(captured, found, training=True)
+
+
+def _plans(groups: Sequence[ChannelGroup], partition: Partition) -> list[np.ndarray]:
+    """The channels that leave in each plan that is tried."""
+    free = [group.channels for group in groups if group.prunable and group.size > 1]
+    if not free:
+        return []
+    plans = [
+        uneven(free, partition.balances, (0.3, 0.6), seed=0),
+        uneven(free[::2], partition.balances, (0.05, 0.3), seed=1),
+    ]
+    if len(free) <= _ALONE:
+        plans += [uneven([own], partition.balances, (0.2, 0.5), seed=2 + i) for i, own in enumerate(free)]
+    return [gone for gone in plans if gone.size]
+
+
+def analyse(run: Run, partition: Partition, training_only: Sequence[np.ndarray] = ()) -> list[ChannelGroup]:
+    """Groups the channels of a solved trace by the parameters that they touch."""
+    found, channel_of = run.found, partition.channel_of
+    pinned = _pins(found, partition, training_only)
+    signature = _signatures(partition, pinned)
+    rows = [channel_of[producer.labels] for producer in found.producers]
+    reads = [channel_of[consumer.labels] for consumer in found.consumers]
+
+    group_of = np.full(partition.count, -1)
+    channels: list[list[int]] = []
+    index: dict[int, int] = {}
+    for produced in rows:
+        fresh = np.array(list(dict.fromkeys(produced[group_of[produced] < 0].tolist())), dtype=int)
+        for kind in dict.fromkeys(signature[fresh].tolist()):
+            own = fresh[signature[fresh] == kind]
+            number = index.setdefault(kind, len(channels))
+            if number == len(channels):
+                channels.append([])
+            channels[number] += own.tolist()
+            group_of[own] = number
+
+    producers = _touching(group_of, rows, len(channels))
+    consumers = _touching(group_of, reads, len(channels))
+    names = _names([_path(found.producers[touching[0]].weight) for touching in producers])
+    members = _members(partition, group_of, len(channels))
+    constraints = _touching(group_of, [np.concatenate(balance.blocks) for balance in partition.balances], len(channels))
+    calls = module_calls(run.captured)
+    groups = []
+    for number, numbers in enumerate(map(np.array, channels)):
+        place = np.full(partition.count, -1)
+        place[numbers] = np.arange(numbers.size)
+        reason = pinned.get(int(numbers[0])) or ("is a single channel" if numbers.size == 1 else None)
+        taps = [tap(found, found.producers[i], place[rows[i]], calls) for i in producers[number]]
+        groups.append(
+            ChannelGroup(
+                name=names[number],
+                size=numbers.size,
+                producers=_paths([found.producers[i].weight for i in producers[number]]),
+                consumers=_paths([found.consumers[i].weight for i in consumers[number]]),
+                members=members[number],
+                constraint=tuple(partition.balances[i] for i in constraints[number]) or None,
+                prunable=reason is None,
+                pinned_because=reason,
+                taps=tuple(found_tap for found_tap in taps if found_tap is not None),
+                channels=numbers,
+                whole=None,  # type: ignore[arg-type]  # known once all groups are
+            )
+        )
+    return groups
+
+
+def _pins(found: Trace, partition: Partition, training_only: Sequence[np.ndarray]) -> dict[int, str]:
+    """Channels that must stay, with the first reason found."""
+    channel_of = partition.channel_of
+    pinned: dict[int, str] = {}
+    for labels, reason in found.ledger.pins():
+        for channel in np.unique(channel_of[labels]).tolist():
+            pinned.setdefault(channel, reason)
+    read = np.zeros(partition.count, dtype=bool)
+    for labels in (*(consumer.labels for consumer in found.consumers), *found.summed):
+        read[channel_of[labels]] = True
+    made = np.zeros(partition.count, dtype=bool)
+    for producer in found.producers:
+        made[channel_of[producer.labels]] = True
+    for channel in np.flatnonzero(~read).tolist():
+        pinned.setdefault(channel, "is read by no layer")
+    for channel in np.flatnonzero(~made).tolist():
+        pinned.setdefault(channel, "is computed by no layer")
+    for labels in training_only:
+        for channel in np.unique(channel_of[labels]).tolist():
+            pinned.setdefault(channel, "is computed in training mode only")
+    # A block that cannot lose anything holds every block that it is balanced with.
+    spread = True
+    while spread:
+        spread = False
+        for balance in partition.balances:
+            free = [[c for c in block.tolist() if c not in pinned] for block in balance.blocks]
+            if any(not block for block in free) and any(free):
+                spread = True
+                for channel in {c for block in free for c in block}:
+                    pinned[channel] = f"must stay balanced with channels that stay ({balance.reason})"
+    return pinned
+
+
+def _signatures(partition: Partition, pinned: dict[int, str]) -> np.ndarray:
+    """(count,) a hash of the (tensor, dim) pairs that each channel touches, and of whether it is pinned."""
+    random = np.random.default_rng(0)
+    signature = np.zeros(partition.count, dtype=np.uint64)
+    for _, labels in sorted(partition.tensors.items()):
+        for array in labels.arrays:
+            signature[array] += random.integers(1, 2**63, dtype=np.uint64)  # once, however often a channel is there
+    signature[list(pinned)] ^= random.integers(1, 2**63, dtype=np.uint64)
+    return signature
+
+
+def _members(partition: Partition, group_of: np.ndarray, count: int) -> list[tuple[tuple[str, int], ...]]:
+    members: list[list[tuple[str, int]]] = [[] for _ in range(count)]
+    for name, labels in partition.tensors.items():
+        for array in labels.arrays:
+            dim = max(support(array))
+            for number in np.unique(group_of[array]).tolist():
+                if number >= 0:
+                    members[number].append((name, dim))
+    return [tuple(pairs) for pairs in members]
+
+
+def _touching(group_of: np.ndarray, arrays: list[np.ndarray], count: int) -> list[list[int]]:
+    """For each group the positions of the arrays that hold one of its channels."""
+    touching: list[list[int]] = [[] for _ in range(count)]
+    for position, array in enumerate(arrays):
+        for number in np.unique(group_of[array]).tolist():
+            if number >= 0:
+                touching[number].append(position)
+    return touching
+
+
+def _path(weight: str) -> str:
+    return weight.rpartition(".")[0]
+
+
+def _paths(weights: list[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_path(weight) for weight in weights))
+
+
+def _names(paths: list[str]) -> list[str]:
+    seen: dict[str, int] = {}
+    names = []
+    for path in paths:
+        seen[path] = seen.get(path, 0) + 1
+        names.append(path if seen[path] == 1 else f"{path}#{seen[path]}")
+    return names

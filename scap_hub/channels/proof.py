@@ -1,0 +1,266 @@
+"""A proof, for one plan, that the pruned model computes what is left of the dense one.
+
+A pruned copy without weights runs beside the record of the dense model, operator by operator. Each operator must be the
+same one, read the same tensors, compute with the same numbers (or, where a number counts channels, with the number of
+those that stay), make the shape that is left, and, by its rule, read every channel where the plan says that it is. The
+first operator that does not is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from scap_hub.channels.labels import Labels, Ledger, restricted, support
+from scap_hub.channels.operators import Call, Trace, flat, sizes_of
+from scap_hub.channels.trace import label
+from scap_hub.graph.modes import emptied_caches, running, untouched
+from scap_hub.graph.node import Node, mapped
+from scap_hub.graph.record import Capture, Recorder
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A recorded forward pass of the dense model, with its trace.
+
+    Attributes:
+        captured: The forward pass.
+        found: Its trace.
+        training: Whether it was recorded in training mode.
+    """
+
+    captured: Capture
+    found: Trace
+    training: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Number:
+    """A number that a call has in the dense model, and the one that it must have in the pruned one.
+
+    Attributes:
+        node: The call in the dense model.
+        argument: Name of the argument.
+        index: Position in it, if it is a list.
+        dense: The number in the dense model.
+        pruned: The number that the pruned model must compute with.
+    """
+
+    node: Node
+    argument: str
+    index: int | None
+    dense: float
+    pruned: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far a pruned model came.
+
+    Attributes:
+        finished: How many operators did as they should; infinite if all did.
+        failed: The modules around the failure, innermost first.
+        message: What went wrong.
+        wrong: The numbers that the failing call should have had.
+    """
+
+    finished: float
+    failed: tuple[str, ...] | None = None
+    message: str = ""
+    wrong: tuple[Number, ...] = ()
+
+
+def prove(small: nn.Module, inputs: tuple[Any, ...], runs: tuple[Run, ...], stays: np.ndarray) -> Outcome:
+    """Runs a pruned model without weights beside what was recorded of the dense one.
+
+    Args:
+        small: The pruned model, with the attributes and call numbers to try; left as it was.
+        inputs: What the dense model was recorded with.
+        runs: The dense model's forward passes, in eval mode and perhaps in training mode.
+        stays: Of every label of the traces, whether it stays.
+    """
+    finished = 0.0
+    for run in runs:
+        proof = _Proof(small, inputs, run, stays)
+        try:
+            with untouched(small), emptied_caches(small):
+                proof.run()
+                proof.finish()
+        except Exception as error:
+            message = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            failed = tuple(running(small, error))
+            return Outcome(finished + proof.position, failed, message, tuple(proof.wrong))
+        finished += proof.position
+    return Outcome(float("inf"))
+
+
+def expected_numbers(call: Call, stays: np.ndarray) -> Iterator[Number]:
+    """The numbers of a call that count channels, with what they become.
+
+    Args:
+        call: In the dense model, its rule has run.
+        stays: Of every label, whether it stays.
+    """
+    for size in sizes_of(call):
+        if size.argument:
+            value = call[size.argument]
+            dense = value if size.item is None else value[size.item]
+            left = int(stays[size.labels].sum())
+            # A bound that is counted from the end is negative.
+            yield Number(call.node, size.argument, size.item, dense, -left if dense < 0 else left)
+
+
+class _Proof(Recorder):
+    """Runs a pruned model and stops at the first operator that does not do what the channels say."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], dense: Run, stays: np.ndarray) -> None:
+        self.dense, self.stays = dense, stays
+        self.position = 0
+        self.wrong: list[Number] = []
+        self.found = Trace(_Replay())
+        self.states = {node.state: node for node in dense.captured.given if node.state}
+        self.others = iter([node for node in dense.captured.given if not node.state])
+        self.same: dict[Node, Node] = {}
+        super().__init__(model, inputs, dense.training)
+        for node in self._given:  # parameters, buffers and inputs
+            self._same(node)
+
+    def made(self, node: Node, value: Any) -> None:
+        """See `Recorder.made`."""
+        if self.position == len(self.dense.captured.called):
+            raise RuntimeError(f"{node.target} runs after the last operator of the dense model")
+        expected = self.dense.captured.called[self.position]
+        if node.target is not expected.target:
+            raise RuntimeError(f"{node.target} runs instead of {expected.target}")
+        self.same[node] = expected
+        self._check_arguments(node, expected)
+        self._check_labels(node, expected)
+        self.position += 1
+
+    def finish(self) -> None:
+        """Checks that the forward pass did all that it should, and returns the same."""
+        if self.position < len(self.dense.captured.called):
+            missing = self.dense.captured.called[self.position]
+            raise RuntimeError(f"it ends before {missing.target}")
+        ours = [(self._same(node), tuple(node.value.shape)) for node in self._outputs]
+        theirs = [(node, tuple(node.value.shape)) for node in self.dense.captured.outputs]
+        if ours != theirs:
+            raise RuntimeError(
+                f"outputs of shapes {[shape for _, shape in ours]} instead of {[shape for _, shape in theirs]}"
+            )
+
+    def _same(self, node: Node) -> Node:
+        """The dense model's node that a node of the pruned model stands for."""
+        if node not in self.same:
+            dense = self.states[node.state] if node.state else next(self.others, None)
+            if dense is None:
+                raise RuntimeError("it uses a constant that the dense model does not have")
+            self.same[node] = dense
+            labels = self.dense.found.labels[dense]
+            self.found.labels[node] = restricted(labels, self.stays)
+            if not node.state and not node.varies and not _alike(node, dense):
+                raise RuntimeError("a constant that it computes without operators has changed")
+        return self.same[node]
+
+    def _check_arguments(self, node: Node, expected: Node) -> None:
+        """The call must read the same tensors and compute with the right numbers."""
+        if not node.is_operator:
+            self._check_sources(node.args, expected.args)
+            return
+        call = Call(expected, self.dense.found)
+        numbers = {(number.argument, number.index): number for number in expected_numbers(call, self.stays)}
+        for name, dense in expected.arguments.items():
+            ours = node.arguments[name]
+            self._check_sources((ours,), (dense,))
+            theirs = dense if isinstance(dense, list | tuple) else [dense]
+            for index, (own, other) in enumerate(zip(ours if theirs is dense else [ours], theirs, strict=True)):
+                place = index if theirs is dense else None
+                number = numbers.get((name, place)) or Number(expected, name, place, other, other)
+                if not isinstance(own, Node) and not self._agrees(node, number, own):
+                    self.wrong.append(number)
+        if self.wrong:
+            first = self.wrong[0]
+            actual = node.arguments[first.argument]
+            actual = actual if first.index is None else actual[first.index]
+            raise RuntimeError(f"{node.target} computes with {first.argument} = {actual} instead of {first.pruned}")
+
+    def _agrees(self, node: Node, number: Number, own: Any) -> bool:
+        """Whether the pruned model's number is right; the end of a slice may lie beyond the tensor."""
+        if own == number.pruned and type(own) is type(number.dense):
+            return True
+        if node.name == "slice" and number.argument == "end" and isinstance(own, int):
+            size = node.arguments["self"].value.shape[node.arguments["dim"]]
+            return own >= size and number.pruned >= size
+        return False
+
+    def _check_sources(self, ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> None:
+        for own, other in zip(ours, theirs, strict=True):
+            for leaf, dense in zip(*(part if isinstance(part, list | tuple) else [part] for part in (own, other)),
+                                   strict=True):  # fmt: skip
+                if isinstance(leaf, Node) and self._same(leaf) is not dense:
+                    raise RuntimeError("it reads another tensor than the dense model")
+
+    def _check_labels(self, node: Node, expected: Node) -> None:
+        """What comes out must be what is left of what came out of the dense model, channel by channel."""
+        assert isinstance(self.found.ledger, _Replay)
+        fresh = self.dense.found.fresh.get(expected, [])
+        self.found.ledger.next = iter([array[self.stays[array]] for array in fresh])
+        shapes = mapped(node.value, lambda value: tuple(value.shape) if isinstance(value, torch.Tensor) else None)
+        theirs = self.dense.found.labels[expected]
+        for shape, labels in zip(shapes if isinstance(shapes, list) else [shapes], _listed(theirs), strict=False):
+            if labels is None:
+                continue
+            left = restricted(labels, self.stays)
+            if shape is not None and shape != left.shape:
+                raise RuntimeError(f"{node.target} makes shape {list(shape)} instead of {list(left.shape)}")
+        ours = label(self.found, node)
+        self.found.labels[node] = ours
+        for own, labels in zip(flat(ours), flat(theirs), strict=True):
+            left = restricted(labels, self.stays)
+            if not all(_found_in(array, own.arrays) for array in left.arrays):
+                raise RuntimeError(f"{node.target} reads other channels than those that stay")
+
+
+class _Replay(Ledger):
+    """Gives out the labels that the dense model's trace made anew; what the rules say was said there."""
+
+    next: Iterator[np.ndarray] = iter(())
+
+    def fresh(self, *shape: int) -> np.ndarray:
+        return next(self.next, np.zeros(0, dtype=np.int64)).reshape(shape)
+
+    def equate(self, left: np.ndarray, right: np.ndarray, reason: str) -> None:
+        if left.shape != right.shape:
+            np.broadcast_shapes(left.shape, right.shape)
+
+    def pin(self, labels: np.ndarray, reason: str) -> None: ...
+
+    def balance(self, blocks: Any, reason: str) -> None: ...
+
+
+def _found_in(left: np.ndarray, arrays: tuple[np.ndarray, ...]) -> bool:
+    """Whether one of the arrays says the same; along a dimension with a single element left nothing is to be said."""
+    if not support(left):
+        return True
+    return any(
+        all(own in (1, size) for own, size in zip(array.shape, left.shape, strict=True))
+        and np.array_equal(np.broadcast_to(array, left.shape), left)
+        for array in arrays
+    )
+
+
+def _alike(node: Node, dense: Node) -> bool:
+    """Whether two constants are the same, as far as they have values."""
+    ours, theirs = node.tensor, dense.tensor
+    if ours is None or theirs is None or ours.is_meta or theirs.is_meta:
+        return node.value.shape == dense.value.shape
+    return torch.equal(ours, theirs)
+
+
+def _listed(labels: Any) -> list[Labels | None]:
+    return list(labels) if isinstance(labels, list | tuple) else [labels]

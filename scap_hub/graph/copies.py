@@ -1,0 +1,66 @@
+"""Copies of models: whole ones, and such without weights."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scap_hub.graph.shapes import ATOMS
+from scap_hub.graph.values import tensors_of
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model that keeps computed tensors (its last activation, a normalised weight).
+
+    Torch refuses to copy tensors that are part of an autograd graph; the copy has their values alone.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in _computed(model)}
+    return copy.deepcopy(model, memo)
+
+
+def _computed(model: nn.Module) -> list[Tensor]:
+    """Tensors in attributes of modules that are results of a computation."""
+    held = [value for module in model.modules() for name, value in vars(module).items() if name not in _HELD]
+    return [tensor for tensor in tensors_of(held) if tensor.grad_fn is not None]
+
+
+def without_weights(model: nn.Module) -> nn.Module:
+    """A copy on the meta device: it can be run for its shapes, and takes no memory."""
+    memo: dict[int, Any] = {id(tensor): tensor.detach() for tensor in _computed(model)}
+    modules = list(model.modules())
+    for tensor in (t for module in modules for t in (*module._parameters.values(), *module._buffers.values())):
+        if tensor is not None and id(tensor) not in memo:
+            empty = torch.empty_like(tensor, device="meta")
+            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    plain = [module for module in modules if _copied_by_state(type(module))]
+    memo |= {id(module): module.__new__(type(module)) for module in plain}
+    for module in plain:
+        state = {
+            name: {key: _copied(item, memo) for key, item in value.items()} if name in _HELD else _copied(value, memo)
+            for name, value in vars(module).items()
+        }
+        memo[id(module)].__setstate__(state)
+    return copy.deepcopy(model, memo)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """What deepcopy returns; it takes long for numbers and for the ten containers of a module that are empty."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if type(value) in ATOMS or (type(value) is tuple and all(type(item) in ATOMS for item in value)):
+        return value
+    empty = type(value) in (dict, OrderedDict, list, set) and not value
+    return type(value)() if empty else copy.deepcopy(value, memo)
+
+
+_HELD = ("_parameters", "_buffers", "_modules")
+
+
+def _copied_by_state(kind: type) -> bool:
+    """Whether a class of modules leaves it to Python what its state is."""
+    own = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__")
+    return all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in own)

@@ -1,0 +1,120 @@
+"""Modes in which a model runs for us, and what is undone afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the whole tree, every module's own mode restored afterwards."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Whatever modules cache in the meantime, in attributes or in dicts and lists of theirs, is gone afterwards."""
+    held = {module: dict(vars(module)) for module in model.modules()}
+    inside = [value for values in held.values() for value in values.values() if isinstance(value, dict | list)]
+    copies = [value.copy() if value else None for value in inside]
+    try:
+        yield
+    finally:
+        for module, values in held.items():
+            vars(module).clear()
+            vars(module).update(values)
+        for value, before in zip(inside, copies, strict=True):
+            if value:
+                value.clear()
+            if before:
+                value.update(before) if isinstance(value, dict) else value.extend(before)
+
+
+@contextlib.contextmanager
+def emptied_caches(model: nn.Module) -> Iterator[None]:
+    """Functions that remember tensors (`functools.lru_cache`) forget them before and afterwards.
+
+    A table that was computed once is a constant of every later run, on whatever device it was made. Emptied caches
+    cost a computation and change no result. They are looked for where the code of the model's classes can reach them.
+    """
+    caches = _caches(tuple({type(module) for module in model.modules()}))
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        yield
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+_CACHE = type(functools.lru_cache(lambda: None))
+_SEARCHED: dict[type, tuple[Any, ...]] = {}
+
+
+def _caches(kinds: tuple[type, ...]) -> list[Any]:
+    """The caches in the modules that define these classes, and in the classes' methods."""
+    found: dict[int, Any] = {}
+    for kind in kinds:
+        if kind not in _SEARCHED:
+            _SEARCHED[kind] = tuple(_caches_of(kind))
+        found |= {id(cache): cache for cache in _SEARCHED[kind]}
+    return list(found.values())
+
+
+def _caches_of(kind: type) -> Iterator[Any]:
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        for holder in (vars(sys.modules.get(base.__module__, base)), vars(base)):
+            for value in list(holder.values()):
+                yield from _caches_in(value)
+
+
+def _caches_in(value: Any) -> Iterator[Any]:
+    """A cache, or what a decorator closed over."""
+    value = getattr(value, "__func__", value)
+    if isinstance(value, _CACHE):
+        yield value
+    elif isinstance(value, FunctionType):
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                if isinstance(cell.cell_contents, _CACHE):
+                    yield cell.cell_contents
+
+
+@contextlib.contextmanager
+def no_autocast() -> Iterator[None]:
+    # An autocast region becomes an opaque subgraph in the export; precision does not matter for shapes.
+    with (
+        mock.patch.object(torch.autocast, "__enter__", lambda self: self),
+        mock.patch.object(torch.autocast, "__exit__", lambda self, *_: None),
+    ):
+        yield
+
+
+def running(model: nn.Module, error: BaseException) -> list[str]:
+    """Paths of the modules whose code was running when the error was raised, innermost first and the model last."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found, step = [""], error.__traceback__
+    while step is not None:
+        path = names.get(id(step.tb_frame.f_locals.get("self")))
+        if path and path != found[0]:
+            found.insert(0, path)
+        step = step.tb_next
+    return found

@@ -1,0 +1,116 @@
+"""What operators make of shapes, remembered: on tensors without values nothing is computed twice."""
+
+from __future__ import annotations
+
+import functools
+import math
+from types import NoneType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scap_hub.graph.node import Form, rebuilt
+from scap_hub.graph.values import is_tensor
+
+_ATEN = torch.ops.aten
+ATOMS = (bool, int, float, str, NoneType)
+
+
+class _Like(NamedTuple):
+    """What is known of a tensor without values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Like:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    @classmethod
+    def contiguous(cls, shape: tuple[int, ...], dtype: torch.dtype) -> _Like:
+        return cls(shape, _contiguous(shape), dtype)
+
+    @property
+    def is_contiguous(self) -> bool:
+        return self.stride == _contiguous(self.shape)
+
+    def ones(self) -> _Like:
+        """The smallest of as many dimensions."""
+        return _Like.contiguous((1,) * len(self.shape), self.dtype)
+
+    def empty(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+
+def run(func: Any, form: Form, leaves: list[Any]) -> Any:
+    """What the operator returns; blocks repeat, and on tensors without values nothing is computed twice."""
+    tensors = [leaf for leaf in leaves if is_tensor(leaf)]
+    if tensors and all(tensor.is_meta for tensor in tensors):
+        if in_place(func):
+            return tensors[0]
+        known = result_like(func, form, *(_Like.of(leaf) if is_tensor(leaf) else leaf for leaf in leaves))
+        if known is not None:
+            return known.empty()
+    args, kwargs = rebuilt(form, leaves)
+    return func(*args, **kwargs)
+
+
+@functools.cache
+def in_place(func: Any) -> bool:
+    """Whether it writes to its first argument, returns that, and leaves its shape."""
+    returned = [value.alias_info for value in func._schema.returns]
+    first = func._schema.arguments[0].alias_info
+    writes = len(returned) == 1 and first is not None and first.is_write and returned[0] is not None
+    return writes and torch.Tag.inplace_view not in func.tags and func._schema.name.endswith("_")
+
+
+@functools.lru_cache(maxsize=2**14, typed=True)
+def result_like(func: Any, form: Form, *leaves: Any) -> _Like | None:
+    """What an operator makes of such tensors, if that is one new tensor, not a view or an argument itself."""
+    if len(func._schema.returns) != 1 or func._schema.returns[0].alias_info is not None:
+        return None
+    if (shape := _layer(func, *leaves)) is not None:
+        return _Like.contiguous(shape, leaves[0].dtype)
+    if (shape := _elementwise(func, leaves)) is not None:
+        # It makes of every shape what it makes of the smallest.
+        ones = [leaf.ones() if isinstance(leaf, _Like) else leaf for leaf in leaves]
+        made = result_like(func, form, *ones)
+        return None if made is None else _Like.contiguous(shape, made.dtype)
+    empty = [leaf.empty() if isinstance(leaf, _Like) else leaf for leaf in leaves]
+    args, kwargs = rebuilt(form, empty)
+    result = func(*args, **kwargs)
+    if not is_tensor(result) or not result.is_meta:
+        return None
+    if any(is_tensor(leaf) and torch._C._is_alias_of(leaf, result) for leaf in empty):  # type: ignore[attr-defined]
+        return None
+    return _Like.of(result)
+
+
+def _layer(func: Any, x: Any, *rest: Any) -> tuple[int, ...] | None:
+    """What a layer whose sizes fit makes of a shape, for those that torch takes a millisecond for."""
+    states = {leaf.shape for leaf in rest if isinstance(leaf, _Like)}
+    sizes = tuple(leaf for leaf in rest if type(leaf) is int)
+    if func is _ATEN.batch_norm.default and states <= {x.shape[1:2]}:
+        return tuple(x.shape)
+    if func is _ATEN.layer_norm.default and states <= {sizes} and sizes == x.shape[-len(sizes) :]:
+        return tuple(x.shape)
+    if func is _ATEN.linear.default and len(rest[0].shape) == 2:
+        rows, columns = rest[0].shape
+        return (*x.shape[:-1], rows) if x.shape[-1] == columns and states <= {(rows, columns), (rows,)} else None
+    return None
+
+
+def _elementwise(func: Any, leaves: tuple[Any, ...]) -> tuple[int, ...] | None:
+    """The shape that an elementwise operator makes of contiguous tensors."""
+    likes = [leaf for leaf in leaves if isinstance(leaf, _Like)]
+    simple = all(type(leaf) in ATOMS for leaf in leaves if not isinstance(leaf, _Like))
+    small = all(math.prod(like.shape) == 1 for like in likes)
+    if torch.Tag.pointwise not in func.tags or small or not simple or not all(like.is_contiguous for like in likes):
+        return None
+    return tuple(torch.broadcast_shapes(*(like.shape for like in likes)))
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))

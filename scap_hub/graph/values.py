@@ -1,0 +1,62 @@
+"""Tensors inside whatever a forward pass takes or returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+_LEAVES = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, nn.Module)
+
+
+def is_tensor(leaf: Any) -> TypeGuard[Tensor]:
+    """Whether it is a tensor."""
+    return isinstance(leaf, Tensor)
+
+
+def without_values(leaf: Any) -> Any:
+    """A tensor without its values, on the meta device; whatever else as it is."""
+    return leaf.detach().to("meta") if is_tensor(leaf) and not leaf.is_meta else leaf
+
+
+def on_meta(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same inputs as shapes only."""
+    return pytree.tree_map(without_values, inputs)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Every tensor in a structure, in a fixed order: mappings, sequences, dataclasses and plain objects are walked.
+
+    Args:
+        value: What a forward pass took or returned.
+    """
+    return list(_walk(value, set()))
+
+
+def _walk(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if isinstance(value, _LEAVES) or id(value) in seen:
+        return
+    seen.add(id(value))
+    for part in _parts(value):
+        yield from _walk(part, seen)
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=id)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    held = dict(getattr(value, "__dict__", {}))
+    held |= {name: getattr(value, name, None) for name in getattr(type(value), "__slots__", ())}
+    return list(held.values())
