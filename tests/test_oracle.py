@@ -1,5 +1,7 @@
 """The oracle must see a fault of every rule family, and of the surgery."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,11 +21,11 @@ def rolled(rule):
     """The rule with its output's ids shifted by one channel."""
 
     def shift(ids):
-        return Ids(ids.shape, tuple(np.roll(layer, 1, int(np.argmax(layer.shape))) for layer in ids.layers))
+        return Ids(ids.shape, tuple(np.roll(array, 1, int(np.argmax(array.shape))) for array in ids.arrays))
 
     def faulty(call):
         ids = rule(call)
-        return shift(ids) if isinstance(ids, Ids) else [shift(part) for part in ids]
+        return shift(ids) if isinstance(ids, Labels) else [shift(part) for part in ids]
 
     return faulty
 
@@ -52,7 +54,8 @@ def test_a_shifted_channel_in_any_rule_is_seen(op, blocks, monkeypatch):
     net = randomize(Net([*blocks, "conv"], flatten=False)).eval()
     x = torch.randn(1, 3, 6, 6)
     with monkeypatch.context() as patch:
-        patch.setitem(registry._RULES, op, rolled(registry._RULES[op]))
+        known = registry._OPERATORS[op]
+        patch.setitem(registry._OPERATORS, op, replace(known, rule=rolled(known.rule)))
         groups = channel_groups(net, x)
         plan = random_plan(groups, 1, ratio=0.5)
     with pytest.raises(errors.VerificationError):
@@ -62,7 +65,7 @@ def test_a_shifted_channel_in_any_rule_is_seen(op, blocks, monkeypatch):
 def test_uncoupled_channel_shuffle_is_seen(monkeypatch):
     from scap_hub.channels.operators import view
 
-    def balanced_only(call, array, x, layer):
+    def balanced_only(call, array, runs):
         call.ledger.balance(list(array.reshape(2, -1)), "equal counts, which a permutation makes wrong")
         return array
 
