@@ -43,9 +43,11 @@ def test_types_are_marked_as_checked():
     assert (Path(scap_hub.__file__).parent / "py.typed").is_file()
 
 
-def test_the_workflow_runs_make_targets_on_every_supported_python():
+def test_workflow_and_hooks_run_make_targets_on_every_supported_python():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert all(hook["entry"].removeprefix("make ") in targets for hook in hooks)
     for job in workflow["jobs"].values():
         called = [step["run"].split()[:2] for step in job["steps"] if "run" in step]
         assert called and all(make == "make" and target in targets for make, target in called)
