@@ -4,7 +4,7 @@ A private name can change in any release, so nothing else in the package may use
 `tests/test_private.py`, which names the installed version when a name is gone or behaves in another way. Last run with
 torch 2.14, accelerate 1.15 and datasets 5.2. accelerate 1.10 and datasets 4.0, the oldest supported, have theirs too.
 
-Three things stay outside. `hub/modeling_scap.py` travels with published weights and may import nothing of ours; its
+Three things stay outside. `modeling_scap.py` travels with published weights and may import nothing of ours; its
 uses of timm's private modules are tested with timm itself. `cli.py` finds typer's error class by itself, because
 `scap-hub --help` should not wait for torch. `_parameters` and `_buffers` of modules have been torch's own data layout
 since its first release, and every library of modules relies on them.
