@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow bench-coverage lint format docs
+.PHONY: setup demo test test-slow bench-coverage lint imports size format docs
 
 setup: .venv/installed
 
@@ -37,6 +37,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Imports inside the package run downwards, without a cycle.
+imports: setup
+	$(BIN)/python tools/imports.py
+
+size: setup
+	$(BIN)/python tools/size.py
 
 format: setup
 	$(BIN)/ruff check --fix .

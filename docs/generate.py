@@ -30,11 +30,11 @@ finetune:
   distillation: {weight: 0.7}
 ```
 
-Later wins: the defaults, then the recipe, then the keyword overrides in the order given. An override is
-`<block>_<key>`, such as `finetune_epochs=3` in Python or `--set finetune_epochs=3` on the command line. Short forms:
-`criterion="l1"`, `target="macs=0.5"`, `target={group name: fraction}`, `round_to=8`. A new budget replaces the old
-one; a new criterion replaces the old one's options. A wrong key or value is refused with the line, the key and the
-nearest valid one.
+A value in the recipe replaces the default, and a keyword override replaces both; of several overrides the last one
+wins. An override is named `<block>_<key>`, such as `finetune_epochs=3` in Python or `--set finetune_epochs=3` on the
+command line. Short forms: `criterion="l1"`, `target="macs=0.5"`, `target={group name: fraction}`, `round_to=8`. A new
+budget replaces the old one, and a new criterion drops the options of the old one. A wrong key or value is refused: the
+error names the line, the key and the nearest valid name.
 
 ```bash
 scap-hub recipe list                                # shipped recipes, and when to use each
@@ -68,21 +68,22 @@ COVERAGE = """\
 <!-- Written by docs/generate.py from benchmarks/results/coverage.json; do not edit. -->
 # Supported models
 
-Any vision model of timm and transformers, and any plain module, whose forward pass can be recorded: channel groups come
-from the operators that it runs, not from a list. Below are {count} models of {families} families, the smallest of many,
-each pruned twice: to half of every channel group and to a random fraction of each. A model counts as **proven** when
-both times its float64 output equals that of the dense model with the same channels masked. {proven} of {count} are
-({share:.1%}); {wrong} gave a wrong result. {reloaded} of the pruned models were rebuilt in another process from the
-zoo's own constructor, the plan and safetensors, {exact} of them with outputs that differ by exactly 0.
+scap_hub supports any vision model of timm and transformers, and any plain module, whose forward pass can be recorded.
+Channel groups are found from the operators that a model runs, not from a list of models. Below are {count} models of
+{families} families, often the smallest of a family. Each was pruned twice: to half of every channel group, and to a
+random fraction of each. A model counts as **proven** when both times its output, in float64, equals that of the dense
+model with the same channels masked. {proven} of {count} are ({share:.1%}), and {wrong} gave a wrong result. {reloaded}
+of the pruned models were rebuilt in another process from their library's own constructor, the plan and safetensors,
+{exact} of them with outputs that differ by exactly 0.
 
-- **conv, linear**: share of the output channels of convolutions and of linear layers that can go. The classifier stays,
-  which is all that is missing in most rows; `scap-hub inspect MODEL` says why anything else stays.
-- **MACs**: what is left when every group is halved, and at random fractions.
+- **conv, linear**: share of the output channels of convolutions and of linear layers that can be removed. In most rows
+  only the classifier stays whole. `scap-hub inspect MODEL` says why anything else does.
+- **MACs**: share that is left when every group is halved. **random**: the same at random fractions.
 - **error**: the larger of the two differences, relative to the largest output.
 - **seconds**: CPU seconds for finding the groups (recording the model included), and for the surgery.
 
-Where attention scales by the width of its queries (`scaled_dot_product_attention` without a scale) queries and
-keys stay; softmax over channels keeps them too.
+Attention that scales by the width of its queries (`scaled_dot_product_attention` without a scale) keeps its queries and
+keys whole. A softmax over channels keeps them whole too.
 
 {peer}Repeat it: `make bench-coverage` (weights are random, nothing is downloaded).
 
@@ -125,31 +126,35 @@ ACCURACY = """\
 <!-- Written by docs/generate.py from benchmarks/results/accuracy.json; do not edit. -->
 # Accuracy
 
-Top-1 on Fashion-MNIST after pruning, in percent: every criterion at the same budgets, with the same repair, from the
-same dense nets. Least-squares repair and batch-norm statistics come from {calibration} images; where nothing else is
-said, nothing is trained after pruning. Nothing is decided on these test images. The small print: the nets were
-trained for a few epochs on part of the training images, because this was measured on two slow CPU cores, so they are
-below what they can be. Where there is a ±, it is the standard deviation over {seeds} seeds or fewer, which choose the
-calibration images; where there is none, one seed was measured, and rows that differ by a point are ties. Tables of one
-network may be of trainings on different days: each has its own dense row, and criteria are only ranked on the same one.
+The tables show top-1 accuracy on the test images of Fashion-MNIST after pruning, in percent. All criteria start from
+the same dense networks and have the same budgets and the same repair, from {calibration} calibration images. Unless a
+heading says otherwise, nothing is trained after pruning. Nothing was decided on the test images.
 
-- `torch-pruning` is Torch-Pruning's own pipeline (L2 group norm, local ratios) without our repair, `torch-pruning-bn`
-  the same with batch-norm statistics taken anew, which training does anyway: after it both are one.
+The dense networks are below what they can be: all of this was measured on two slow CPU cores, so they were trained for
+a few epochs on part of the training images. A ± is the standard deviation over up to {seeds} seeds, which choose the
+calibration images. Without a ±, one seed was measured, and rows that differ by a point are ties. Tables of one network
+may come from trainings on different days. Each has its own dense row, and criteria are ranked within one training only.
+
+- `torch-pruning` is Torch-Pruning's own pipeline (L2 group norm, local ratios) without our repair. `torch-pruning-bn`
+  is the same with new batch-norm statistics. Training renews them anyway, so after training the two are the same.
 - **mean rank** is over the budgets and seeds: 1 is best.
 
-Repair is worth more than any criterion: without it (`pruned`) nothing is left even at half the MACs, and with it a
-wide network hardly needs training. Two epochs of training do not make up for it either: compare `tuned`, which is not
-repaired, with `repaired and tuned`. `scap`, the published criterion, does not lead: it judges channels one by one, so
-that two that say the same go or stay together, and cuts all groups by equal shares. `scap-set` mends both; most of
-its lead comes from the widths. The published setting (`paper`: threshold 0.6, no repair, no teacher) leaves VGG16 as
-many MACs as published on CIFAR-10, a tenth, and costs about as much accuracy; on ResNet-56 it costs ten points. On
-networks that have far more channels than these images need (VGG16, and ResNet-18 down to three tenths of its MACs)
-the criteria hardly differ, and L1 norms do as well.
+What the tables say:
 
-`repaired in eights` is `repaired` with `round_to: 8`, the default, whose speed [speed](speed.md) shows: what it costs
-is the difference, which is within what seeds differ by.
+- Repair is worth more than any criterion. Without it (`pruned`) the networks are near chance even at half the MACs.
+  With it a wide network hardly needs training. Two epochs of training do not make up for it: compare `tuned`, which is
+  not repaired, with `repaired and tuned`.
+- `scap`, the published criterion, does not lead. It judges channels one by one, so two channels with the same
+  information are kept or removed together, and all groups keep equal shares. `scap-set` improves on both points. Most
+  of its lead comes from the widths of groups.
+- The published setting (`paper`: threshold 0.6, no repair, no teacher) leaves VGG16 a tenth of its MACs, as published
+  for CIFAR-10, and costs about as much accuracy. On ResNet-56 it costs ten points.
+- Some networks have far more channels than these images need: VGG16, and ResNet-18 down to three tenths of its MACs.
+  There the criteria hardly differ, and L1 norms do as well.
+- `repaired in eights` is `repaired` with `round_to: 8`, the default, whose speed is on the page [speed](speed.md). It
+  costs no more than what seeds differ by.
 
-Repeat it, with `mobilenet_v2-b0353104.pth` from torchvision:
+To repeat it, get `mobilenet_v2-b0353104.pth` from torchvision:
 
 ```bash
 {commands}
@@ -157,13 +162,14 @@ Repeat it, with `mobilenet_v2-b0353104.pth` from torchvision:
 
 ## All cells together
 
-A cell is one network, one budget, one seed, trained or not; these are the {cells} in which all of the following have a
-result.
+A cell is one network, one budget and one seed, with or without training. These are the {cells} cells in which all of
+the following criteria have a result.
 
 | criterion | mean rank |
 |---|---|
 {ranks}
-`scap-set` beside each of them: in how many of the cells that both have it is better, and the mean lead in points.
+The next table compares `scap-set` with each of them, over the cells that both have: in how many it is better, and by
+how many points on average.
 
 | rival | not trained | | trained | |
 |---|---|---|---|---|
@@ -240,12 +246,12 @@ TRAINING = """\
 
 ## Settings of fine-tuning
 
-Best validation top-1 after {epochs} epochs, in percent, of networks pruned by `scap-set` and repaired, with one
-setting changed at a time; seeds: {seeds}. Rates are multiples of {rate:g}, the default, here with batches of 128. On
-these 1,200 images a point is what one seed can tell: rates within a factor of four, smoothing, weight decay and the
-schedule make no difference that shows. Without the teacher it is a point worse, so distillation is on by default.
-Mixup and averaging gain nothing in so short a training, and SGD (at 0.04, with momentum 0.9) loses three points, so
-they are not.
+The table shows the best validation top-1 after {epochs} epochs, in percent, of networks pruned by `scap-set` and
+repaired. One setting is changed at a time; seeds: {seeds}. Learning rates are multiples of {rate:g}, the default, here
+with batches of 128. There are 1,200 images, so with one seed a difference below a point says nothing. Rates within a
+factor of four, smoothing, weight decay and the schedule make no visible difference. Without the teacher the result is a
+point worse, so distillation is on by default. Mixup and averaging gain nothing in so short a training, and SGD (at
+0.04, with momentum 0.9) loses three points, so they are off by default.
 
 ```bash
 {command}
@@ -279,18 +285,19 @@ SPEED = """\
 <!-- Written by docs/generate.py from benchmarks/results/latency.json; do not edit. -->
 # Speed
 
-How much faster pruned models are, measured: the dense model and its pruned ones take turns in one process, and each
-figure is a ratio of the same turns. On {device}, torch {torch}. {note}
+This page shows how much faster pruned models are. The dense model and its pruned ones take turns in one process, and
+each figure is a ratio of times from the same turns. Measured on {device}, torch {torch}. {note}
 
-- **half**: half of the MACs, channel counts in multiples of 8 (`target: macs=0.5`, the default `round_to`);
-  **any counts** the same with `round_to: 1`.
+- **half**: half of the MACs, channel counts in multiples of 8 (`target: macs=0.5`, the default `round_to`).
+  **any counts** is the same with `round_to: 1`.
 - **latency**: pruned to half of the dense time at batch 1, eager, in fp32 (`target: latency=0.5`), planned from a table
-  of layer times measured there; the other rows show what that model does elsewhere.
+  of layer times measured there. The other rows show how fast this model is in other settings.
 
-Weights are random and every group keeps the same share: speed depends on shapes only. On Linux the C library may give
-memory back after each forward pass, which can take a third of the time of a small network on a CPU; while times are
-measured it keeps it, as it does under jemalloc, or with `MALLOC_TRIM_THRESHOLD_=1073741824
-MALLOC_MMAP_THRESHOLD_=33554432` in the environment of whatever serves the model.
+Weights are random and every group keeps the same share, because speed depends on shapes only.
+
+On Linux the C library may give memory back to the system after each forward pass. For a small network on a CPU that can
+take a third of the time. It is switched off while times are measured. To have the same speed where you serve the model,
+use jemalloc, or set `MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=33554432` in the environment.
 
 ```bash
 {command}

@@ -1,4 +1,4 @@
-"""Every error a user can cause. Each message says what was wrong, which value, and what to do next."""
+"""Every error that a user can cause. Each message says what was wrong, which value, and what to do next."""
 
 
 class ScapHubError(Exception):
@@ -6,7 +6,7 @@ class ScapHubError(Exception):
 
 
 class ModelError(ScapHubError):
-    """A model name, config or module that cannot be loaded or captured."""
+    """A model name, config or module that cannot be loaded, or whose forward pass cannot be recorded."""
 
 
 class DataError(ScapHubError):
@@ -26,7 +26,7 @@ class RecipeError(ScapHubError):
 
 
 class CalibrationError(ScapHubError):
-    """Calibration images that cannot be scored: too few, constant, NaN or Inf activations."""
+    """Calibration images that cannot be scored: too few of them, or activations that are constant, NaN or infinite."""
 
 
 class TrainingError(ScapHubError):
@@ -34,7 +34,7 @@ class TrainingError(ScapHubError):
 
 
 class CheckpointError(ScapHubError):
-    """A pruned checkpoint that is incomplete, foreign, or would overwrite something."""
+    """A saved model that is incomplete or of another origin, or an output folder that is not empty."""
 
 
 class PublishError(ScapHubError):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Writes files so that they are either complete or as they were before."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file to; when all went well it takes the place of `path`, in one step.
+    """Gives a path to write to, and moves that file to `path` in one step when the block ends.
 
-    Whoever is interrupted while it is written finds `path` as it was before.
+    If the block raises or the process is interrupted, `path` is as it was before.
 
     Args:
-        path: The file to make or to replace; its folder is made if absent.
+        path: The file to create or replace; its folder is created if absent.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")

@@ -1,4 +1,4 @@
-"""Where a model is, and in which floating type."""
+"""The device and the floating-point type of a model."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 
 class Placement(NamedTuple):
-    """Device and floating type."""
+    """A device and a floating-point type."""
 
     device: torch.device
     dtype: torch.dtype
 
 
 def placement(model: nn.Module) -> Placement:
-    """Device and floating type of a model: those of its first floating-point parameter or buffer.
+    """Device and floating-point type of a model, read off its first floating-point parameter or buffer.
 
-    A model without any is on the CPU, in the default type.
+    A model without any counts as one on the CPU in torch's default type.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
@@ -27,5 +27,5 @@ def placement(model: nn.Module) -> Placement:
 
 
 def fed(model: nn.Module, images: Tensor) -> Tensor:
-    """Images where a model is, in its floating type."""
+    """Images on the device of a model, in its floating-point type."""
     return images.to(*placement(model))

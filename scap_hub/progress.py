@@ -1,4 +1,4 @@
-"""Progress bars, and the one switch that silences them."""
+"""Progress bars, and the one switch that turns them off."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _quiet = False
 
 
 def set_quiet(quiet: bool) -> None:
-    """Silences (or restores) every progress bar of the process."""
+    """Turns every progress bar of the process off, or on again."""
     global _quiet
     _quiet = quiet
 
@@ -23,5 +23,5 @@ def track(items: Iterable[T], description: str, total: int | None = None, **opti
 
 
 def announce(description: str) -> tqdm[None]:
-    """Says what is going on while nothing is counted; a context manager."""
+    """A context manager that shows a line of text, for work whose steps cannot be counted."""
     return tqdm(desc=description, bar_format="{desc} ...", disable=_quiet, leave=False, dynamic_ncols=True)

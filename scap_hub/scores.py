@@ -10,13 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Scores(Mapping[str, Tensor]):
-    """Importances of the channels of a model's groups, by group name; the higher, the rather a channel is kept.
+    """The importance of each channel, by group name. Channels with higher importances are kept first.
 
     Attributes:
-        importance: {group.name: (group.size,) importances}, float64 on the CPU; what the mapping gives.
-        scope: How importances of different groups are compared, as `select` reads it.
-        fidelity: SCAP's fidelity by module path of the layer, (O,), where the criterion has one; NaN for output rows
-            that no scored group holds.
+        importance: {group.name: (group.size,) importances}, float64 on the CPU. The mapping itself reads from here.
+        scope: How importances of different groups are compared; see `select`.
+        fidelity: {module path of a layer: (O,) fidelities of its output rows}, NaN for rows of no scored group. Empty
+            for criteria that have no fidelity.
     """
 
     importance: Mapping[str, Tensor]

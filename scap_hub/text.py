@@ -1,4 +1,4 @@
-"""Words for error messages."""
+"""Parts of error messages."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Iterable
 
 
 def did_you_mean(name: object, names: Iterable[str]) -> str:
-    """The nearest of some names as the end of a sentence, "; did you mean 'resnet18'?"; empty if none is near.
+    """Suggests a name for the end of an error message, such as "; did you mean 'resnet18'?".
 
     Args:
-        name: What was written.
-        names: What could have been meant.
+        name: What the user wrote.
+        names: All valid names.
+
+    Returns:
+        The suggestion with the nearest valid name, or "" if none is near.
     """
     near = difflib.get_close_matches(str(name), list(names), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -12,6 +12,8 @@ from scap_hub.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOOR = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+"""Pages for those who work on it."""
 
 
 def test_generated_pages_are_up_to_date():
@@ -27,6 +29,24 @@ def test_blocks_of_code_are_valid(page):
             compile(text, page.name, "exec")
         else:
             Recipe.resolve(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize("page", [*DOOR, ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_files_and_make_targets_that_a_page_names_exist(page):
+    text = page.read_text()
+    for path in re.findall(
+        r"(?<![\w/.-])((?:\.github|benchmarks|docs|examples|scap_hub|tests|tools)/[\w./-]*\w)", text
+    ):
+        assert (ROOT / path).exists(), path
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"`make ([a-z-]+)", text):
+        assert target in targets, target
+
+
+def test_the_citation_names_the_paper():
+    document = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert document["cff-version"] == "1.2.0" and document["authors"] and document["title"] == "scap_hub"
+    assert "2601.09352" in document["preferred-citation"]["url"]
 
 
 def test_the_site_builds_and_a_broken_link_is_an_error(tmp_path):

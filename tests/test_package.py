@@ -1,6 +1,7 @@
 """What users install: light to import, and complete outside the checkout."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -8,6 +9,9 @@ import venv
 from pathlib import Path
 
 import pytest
+import yaml
+
+import scap_hub
 
 ROOT = Path(__file__).parents[1]
 TIMED = """
@@ -27,10 +31,38 @@ def test_import_is_light():
     assert not heavy & set(imported)
 
 
+def test_the_version_stands_in_one_place():
+    """A wheel's metadata is compared below; that of an editable install is as old as the install."""
+    settings = (ROOT / "pyproject.toml").read_text()
+    assert 'dynamic = ["version"]' in settings and '[tool.hatch.version]\npath = "scap_hub/__init__.py"' in settings
+    assert scap_hub.__version__ not in settings
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|rc\d+)?", scap_hub.__version__)
+
+
+def test_types_are_marked_as_checked():
+    assert (Path(scap_hub.__file__).parent / "py.typed").is_file()
+
+
+def test_workflow_and_hooks_run_make_targets_on_every_supported_python():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert all(hook["entry"].removeprefix("make ") in targets for hook in hooks)
+    for job in workflow["jobs"].values():
+        called = [step["run"].split()[:2] for step in job["steps"] if "run" in step]
+        assert called and all(make == "make" and target in targets for make, target in called)
+    pythons = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert pythons == ["3.10", "3.11", "3.12", "3.13"]
+    assert 'requires-python = ">=3.10,<3.14"' in (ROOT / "pyproject.toml").read_text()
+
+
 SMOKE = """
 import sys
 import scap_hub
+from importlib.metadata import version
 from pathlib import Path
+assert version("scap-hub") == scap_hub.__version__
+assert (Path(scap_hub.__file__).parent / "py.typed").is_file()
 assert Path(scap_hub.__file__).is_relative_to(sys.prefix), scap_hub.__file__
 from scap_hub.recipe import shipped_recipes
 assert len(shipped_recipes()) >= 7 and all(path.is_relative_to(sys.prefix) for path in shipped_recipes().values())

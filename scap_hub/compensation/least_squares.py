@@ -16,12 +16,12 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from scap_hub.criteria.calibration import images_of, input_of
 from scap_hub.criteria.patches import Reader, patches, results
 from scap_hub.graph.record import evaluating
 from scap_hub.plan import PruningPlan
+from scap_hub.private import BatchNorm
 from scap_hub.progress import track
 
 _PATCHES = 8  # for each weight of an output channel, over all images
@@ -92,7 +92,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 @contextlib.contextmanager
 def _anew(model: nn.Module, batches: int) -> Iterator[None]:
     """Batch norms of a model in eval mode take their running statistics from what they are given meanwhile."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

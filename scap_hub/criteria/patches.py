@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scap_hub.private import ConvNd
+
 Reader = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 """Layers that have patches."""
 
@@ -71,7 +73,7 @@ def _units(layer: Reader, x: Tensor, images: int, places: int | None) -> tuple[i
     return (images, places) if items % images == 0 else (1, places and places * images)
 
 
-def padded(layer: nn.modules.conv._ConvNd, x: Tensor) -> Tensor:
+def padded(layer: ConvNd, x: Tensor) -> Tensor:
     """The input as the convolution pads it."""
     sides: Sequence[tuple[int, int]]
     if isinstance(layer.padding, str):

@@ -24,6 +24,7 @@ from scap_hub.channels.labels import Labels, support
 from scap_hub.channels.partition import WeightedModule as Layer
 from scap_hub.channels.partition import Partition
 from scap_hub.graph.record import evaluating
+from scap_hub.private import DropoutNd
 from scap_hub.progress import track
 from scap_hub.timing.clock import Timer, milliseconds
 
@@ -253,7 +254,7 @@ def _probes(model: nn.Module, space: Partition, images: Tensor) -> list[_Probe]:
 
     with contextlib.ExitStack() as stack, evaluating(model), torch.no_grad():
         for path, module in model.named_modules():
-            idle = isinstance(module, nn.Identity | nn.Flatten | nn.modules.dropout._DropoutNd)
+            idle = isinstance(module, nn.Identity | nn.Flatten | DropoutNd)
             bare = not idle and not any(True for _ in (*module.children(), *module.parameters(), *module.buffers()))
             if (path in layers and "weight" in module._parameters) or bare:
                 stack.callback(module.register_forward_pre_hook(enter).remove)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from torchvision.transforms.v2 import functional as transforms
 
 from scap_hub.errors import DataError
+from scap_hub.private import column_types
 from scap_hub.recipe import DataSettings
 from scap_hub.training.distributed import main_first
 from scap_hub.zoo.base import Preprocessing, one_line
@@ -182,7 +183,7 @@ def _from_splits(
     validation = _choose(splits, settings.validation_split, VALIDATION_SPLITS, "validation")
     test = _choose(splits, settings.test_split, ("test",), "testing")
     image, label = _columns(splits[train], name, settings)
-    names = getattr(_features(splits[train])[label], "names", None) if label else None
+    names = getattr(column_types(splits[train])[label], "names", None) if label else None
     if names and num_classes and len(names) != num_classes:
         if not new_head:
             raise DataError(
@@ -290,16 +291,11 @@ def _check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
         )
 
 
-def _features(rows: Any) -> Any:
-    """Column types; a stream without a schema finds its own from the first rows."""
-    return rows.features or rows._resolve_features().features
-
-
 def _columns(rows: Any, name: str, settings: DataSettings) -> tuple[str, str | None]:
     """The image and label columns, by type unless named."""
     import datasets
 
-    features = _features(rows)
+    features = column_types(rows)
     kinds = {column: getattr(feature, "dtype", type(feature).__name__) for column, feature in features.items()}
     kinds |= {c: type(f).__name__ for c, f in features.items() if isinstance(f, (datasets.Image, datasets.ClassLabel))}
     listing = f"the columns of {name!r} are {', '.join(f'{column} ({kind})' for column, kind in kinds.items())}"
@@ -340,7 +336,7 @@ class _Reader:
         import datasets
 
         where = f"{self.name}[{split}]"
-        label = self.label if self.label in _features(rows) else None
+        label = self.label if self.label in column_types(rows) else None
         rows = rows.with_format(None).select_columns([self.image, *([label] if label else [])])
         # Decoding is ours, so that a broken image can be named.
         rows = rows.cast_column(self.image, datasets.Image(decode=False))
@@ -435,7 +431,7 @@ class _Stream(IterableDataset):
         """Keeps the first images in memory."""
         import datasets
 
-        rows = datasets.Dataset.from_list(list(self.rows.take(count)), features=_features(self.rows))
+        rows = datasets.Dataset.from_list(list(self.rows.take(count)), features=column_types(self.rows))
         return _Images(rows, self.where, self.label, self.reader)
 
     def set_epoch(self, epoch: int) -> None:

@@ -7,12 +7,12 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from scap_hub.errors import DataError
 from scap_hub.graph.record import evaluating
+from scap_hub.private import FakeTensorMode
 from scap_hub.progress import track
 from scap_hub.training.distributed import accelerator, shard
 from scap_hub.zoo.base import logits

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 
 from scap_hub.errors import DataError, TrainingError
+from scap_hub.private import forget_registered
 from scap_hub.progress import track
 from scap_hub.recipe import FinetuneSettings
 from scap_hub.training.data import Data
@@ -77,7 +78,7 @@ def finetune(
         return _finetune(model, data, settings, teacher, Path(output_dir) if output_dir else None, seed)
     finally:
         here.free_memory()
-        here._custom_objects.clear()
+        forget_registered(here)
         for network in networks:
             network.to(memory_format=torch.contiguous_format)
             network.eval()

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.criteria.base import NORMALISATIONS, Criterion, known
 from scap_hub.errors import ModelError
+from scap_hub.private import NormBase
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+_NORMS = (NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.criteria.calibration import images_of
@@ -19,6 +18,7 @@ from scap_hub.criteria.obs.criterion import Readings, write
 from scap_hub.criteria.obs.elimination import eliminate
 from scap_hub.criteria.scap.spectra import spectrum
 from scap_hub.graph.record import evaluating
+from scap_hub.private import tree_leaves
 
 WIDTHS = (0.75, 0.5, 0.25, 0.1)
 
@@ -94,7 +94,7 @@ class Outputs:
         parameter = next(p for p in self._work.parameters() if p.is_floating_point())
         with evaluating(self._work), torch.no_grad():
             for images in self._images:
-                leaves = pytree.tree_leaves(self._work(images.to(parameter.device, parameter.dtype)))
+                leaves = tree_leaves(self._work(images.to(parameter.device, parameter.dtype)))
                 yield [
                     (spectrum(leaf, leaf.shape[2:], self.bins) if leaf.ndim > 2 else leaf.float()).flatten(1)
                     for leaf in leaves

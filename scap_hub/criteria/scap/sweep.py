@@ -21,6 +21,7 @@ from scap_hub.criteria.calibration import images_of, sized, watch
 from scap_hub.criteria.scap.field import Field, normalise
 from scap_hub.criteria.scap.shelf import Shelf
 from scap_hub.criteria.scap.spectra import onto, spectrum
+from scap_hub.private import write_count
 from scap_hub.progress import track
 
 DISK = 2**32  # bytes of spectra that a process has in files at a time; more take further sweeps over the batches
@@ -82,7 +83,7 @@ def _spectra(
     def read_output(tap: Tap, grid: Sequence[int], y: Tensor) -> int:
         nonlocal last
         held, shelf = torch.as_tensor(tap.channel_of_row >= 0, device=y.device), shelves[tap][1]
-        last = (y, y._version, shelf) if held.all() and y.shape[2:] == torch.Size(grid) else None
+        last = (y, write_count(y), shelf) if held.all() and y.shape[2:] == torch.Size(grid) else None
         shelf.put(seen, spectrum(onto(y if held.all() else y[:, held], grid), grid, bins))
         return len(y)
 
@@ -93,7 +94,7 @@ def _spectra(
 
 def _same(x: Tensor, y: Tensor, version: int) -> bool:
     """Whether x is y, and has not been written to since."""
-    return (x.data_ptr(), x.shape, x.stride(), x._version) == (y.data_ptr(), y.shape, y.stride(), version)
+    return (x.data_ptr(), x.shape, x.stride(), write_count(x)) == (y.data_ptr(), y.shape, y.stride(), version)
 
 
 def _gather(shelf: Shelf) -> Tensor:

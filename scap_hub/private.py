@@ -1,0 +1,126 @@
+"""The private names of other libraries that we rely on, each with its reason, under names of ours.
+
+A private name can change in any release, so nothing else in the package may use one. Each is tested for what it does in
+`tests/test_private.py`, which names the installed version when a name is gone or behaves in another way. Last run with
+torch 2.14, accelerate 1.15 and datasets 5.2. accelerate 1.10 and datasets 4.0, the oldest supported, have theirs too.
+
+Three things stay outside. `modeling_scap.py` travels with published weights and may import nothing of ours; its
+uses of timm's private modules are tested with timm itself. `cli.py` finds typer's error class by itself, because
+`scap-hub --help` should not wait for torch. `_parameters` and `_buffers` of modules have been torch's own data layout
+since its first release, and every library of modules relies on them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+# Turns the Python part of torch's dispatcher on. Without it a PreDispatchMode sees no operator, and nobody complains.
+from torch._dispatch.python import enable_python_dispatcher
+
+# Runs a model on shapes while other inputs are real tensors. torch.export and torch.compile depend on it.
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.schema_check_mode import SchemaCheckMode
+
+# The bases of all batch norms, and of those and the instance norms: torch has no public name for either.
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.batchnorm import _NormBase as NormBase
+
+# The base of all convolutions, transposed ones included, and of the dropouts.
+from torch.nn.modules.conv import _ConvNd as ConvNd
+from torch.nn.modules.dropout import _DropoutNd as DropoutNd
+
+# Hooks on the forward pass of every module there is; documented, but marked as something that may change.
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# The tensors inside whatever a forward pass takes or returns: tuples, dicts, and the output classes of transformers,
+# which register themselves here.
+from torch.utils._pytree import tree_leaves, tree_map
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = [
+    "BatchNorm",
+    "ConvNd",
+    "DropoutNd",
+    "FakeTensorMode",
+    "NormBase",
+    "PreDispatchMode",
+    "column_types",
+    "enable_python_dispatcher",
+    "forget_registered",
+    "is_alias_of",
+    "no_autocast",
+    "register_module_forward_hook",
+    "register_module_forward_pre_hook",
+    "schema",
+    "tree_leaves",
+    "tree_map",
+    "write_count",
+]
+
+
+class PreDispatchMode(SchemaCheckMode):
+    """A dispatch mode that sees operators as they were called, before composite ones are taken apart.
+
+    Use it inside `enable_python_dispatcher()`.
+
+    torch admits three classes at that stage, and SchemaCheckMode is the only one that asks for nothing more than to
+    see the operators. An ordinary TorchDispatchMode is refused there with an AssertionError. What SchemaCheckMode
+    itself does is left out: its constructor is passed over, and a subclass brings its own `__torch_dispatch__`.
+    """
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)
+
+
+@contextlib.contextmanager
+def no_autocast() -> Iterator[None]:
+    """Makes `torch.autocast` regions do nothing.
+
+    A region with an autocast casts its inputs, which shows up as operators that are not the model's own. There is no
+    public way to switch off regions that a model's own code opens.
+    """
+    with (
+        mock.patch.object(torch.autocast, "__enter__", lambda self: self),
+        mock.patch.object(torch.autocast, "__exit__", lambda self, *_: None),
+    ):
+        yield
+
+
+def is_alias_of(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors share storage; on the meta device too, where there are no addresses to compare."""
+    return bool(torch._C._is_alias_of(a, b))  # type: ignore[attr-defined]
+
+
+def schema(operator: Any) -> Any:
+    """The declaration of an ATen operator: names, defaults and aliases of its arguments and returns."""
+    return operator._schema
+
+
+def write_count(tensor: Tensor) -> int:
+    """How often a tensor, or a view of it, was written to in place; autograd keeps this count for its own checks."""
+    return tensor._version
+
+
+def forget_registered(accelerator: Accelerator) -> None:
+    """Removes what was given to `register_for_checkpointing`; `free_memory` removes everything but that.
+
+    Without it the next training of the process would save and load the objects of the last one.
+    """
+    accelerator._custom_objects.clear()
+
+
+def column_types(rows: Any) -> Any:
+    """The features of a `datasets` data set; a stream without a schema finds them from its first rows."""
+    return rows.features or rows._resolve_features().features
