@@ -10,7 +10,8 @@ import scap_hub
 from scap_hub.channels.groups import channel_groups
 from scap_hub.channels.oracle import randomize
 from scap_hub.errors import TargetError
-from scap_hub.selection.select import select, select_latency
+from scap_hub.selection.latency import select_latency
+from scap_hub.selection.select import select
 from scap_hub.surgery import apply_plan
 from scap_hub.timing.clock import milliseconds
 from scap_hub.timing.table import latency_table
@@ -142,7 +143,7 @@ def test_select_asks_for_the_table():
 
 
 def test_prune_meets_a_latency_budget_and_reports_it(monkeypatch):
-    monkeypatch.setattr("scap_hub.selection.select.milliseconds", Clock(rest=0.2))
+    monkeypatch.setattr("scap_hub.selection.latency.milliseconds", Clock(rest=0.2))
     monkeypatch.setattr("scap_hub.timing.table.milliseconds", Clock(rest=0.2))
     report = scap_hub.prune(
         randomize(tiny_net()).float(), "digits", "quick", target="latency=0.7", criterion="l1", schedule_steps=2,

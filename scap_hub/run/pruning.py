@@ -29,7 +29,8 @@ from scap_hub.recipe import DataSettings, Recipe, TargetSettings
 from scap_hub.run.report import GroupReport, Measures, Report, Selection, measure
 from scap_hub.run.result import Result
 from scap_hub.run.score_cache import kept_scores
-from scap_hub.selection.select import kept_importance, select, select_latency
+from scap_hub.selection.latency import select_latency
+from scap_hub.selection.select import kept_importance, select
 from scap_hub.surgery import apply_plan
 from scap_hub.timing.clock import milliseconds
 from scap_hub.training.data import Data, load_data
