@@ -6,12 +6,13 @@ import difflib
 from collections.abc import Iterable
 
 
-def did_you_mean(name: object, names: Iterable[str]) -> str:
+def did_you_mean(name: object, names: Iterable[str], cutoff: float = 0.6) -> str:
     """The nearest of some names as the end of a sentence, "; did you mean 'resnet18'?"; empty if none is near.
 
     Args:
         name: What was written.
         names: What could have been meant.
+        cutoff: How alike the nearest must be, 0 to 1.
     """
-    near = difflib.get_close_matches(str(name), list(names), n=1)
+    near = difflib.get_close_matches(str(name), list(names), n=1, cutoff=cutoff)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,7 +1,7 @@
 """How many rows each bundle of a cluster loses: a small mixed-integer programme, solved exactly.
 
-Nothing here depends on the machine or on its load: what limits the solver is a number of nodes, not of seconds. Where it
-gives up, all cells lose the same fraction, which needs no search.
+The result does not depend on the machine or its load, because a number of nodes limits the solver, not of seconds.
+Where it gives up, all bundles lose the same fraction, which needs no solver.
 """
 
 from __future__ import annotations

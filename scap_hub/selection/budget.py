@@ -43,10 +43,9 @@ class BudgetSearch:
         Raises:
             TargetError: Every group at its floor costs more.
         """
-        assert isinstance(target.value, float | int)
         everything = self.cost(np.ones(self.chooser.space.count, dtype=bool))
         least = self._spent(self.smallest())
-        budget = target.value * everything
+        budget = target.number * everything
         if least > budget * (1 + 1e-9):
             raise target.unreachable(least / everything)
         worth = self._worth()

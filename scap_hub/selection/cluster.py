@@ -1,9 +1,9 @@
 """Groups that share balances, and which of their channels can only leave together.
 
 A balance asks that blocks of channels lose equally many. Channels of one group that no balance can tell apart form a
-`Cell`. Cells that fill a block each of the same balance lose equally many, so they form a `Bundle`: the worst channel of
-each cell makes its first row, the second worst its second, and a bundle loses whole rows. What the balances still have to
-say is then small: how many rows each bundle may lose.
+`Cell`. Cells that each fill a block of the same balance lose equally many: they form a bundle. The least important
+channels of its cells are its first row, the next ones its second, and a bundle loses whole rows. What is left to choose
+is then small: how many rows each bundle loses.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def clustered(groups: Iterable[ChannelGroup]) -> list[tuple[list[ChannelGroup], 
 
 
 def _places(groups: Sequence[ChannelGroup], balance: Balance) -> np.ndarray:
-    """(blocks, channels of all groups) how often each channel stands in each block; others stay, so they do not count."""
+    """(blocks, channels of all groups) how often each stands in each block; other channels stay and do not count."""
     channels = np.concatenate([group.channels for group in groups])
     count = 1 + max(channels.max(), *(block.max() for block in balance.blocks))
     return np.array([np.bincount(block, minlength=count)[channels] for block in balance.blocks])

@@ -43,8 +43,7 @@ class LatencyChoice:
     @property
     def miss(self) -> float:
         """How far the share is from the budget, as a fraction of the budget."""
-        assert isinstance(self.wanted.value, float | int)
-        return abs(self.share / self.wanted.value - 1)
+        return abs(self.share / self.wanted.number - 1)
 
     @property
     def met(self) -> bool:

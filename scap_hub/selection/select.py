@@ -50,17 +50,15 @@ def select(
     """
     target, limits, scope = Target.of(target), Limits(round_to, floor), checked_scope(scope, scores)
     chooser = Chooser(groups, checked_scores(groups, scores))
-    target.check_names(chooser.groups)
     sizes = {name: group.size for name, group in chooser.groups.items()}
     if target.kind in BUDGETS:
         search = BudgetSearch(chooser, limits, scope, target.cost(chooser.space, latency))
         keep = chooser.keep(search.counts(target))
     elif target.kind == "threshold":
-        above = {name: int((own >= target.value).sum()) for name, own in chooser.scores.items()}
-        keep = chooser.keep_above({name: limits.at_least(sizes[name], above[name]) for name in sizes}, target.value)
+        above = {name: int((own >= target.number).sum()) for name, own in chooser.scores.items()}
+        keep = chooser.keep_above({name: limits.at_least(sizes[name], above[name]) for name in sizes}, target.number)
     else:
-        named = isinstance(target.value, Mapping)
-        fractions = target.value if named else dict.fromkeys(sizes, target.value)
+        fractions = target.fractions(sizes)
         keep = chooser.keep({name: limits.nearest(sizes[name], fractions[name] * sizes[name]) for name in fractions})
     return PruningPlan.from_keep(groups, keep)
 

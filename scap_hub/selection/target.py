@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -100,17 +100,32 @@ class Target:
             return Target(self.kind, {name: fraction**part for name, fraction in self.value.items()})
         return Target(self.kind, self.value**part)
 
-    def check_names(self, names: Mapping[str, Any]) -> None:
-        """Checks that the target names prunable groups only.
+    @property
+    def number(self) -> float:
+        """The value, where it is one number."""
+        assert not isinstance(self.value, Mapping)
+        return self.value
+
+    def fractions(self, names: Collection[str]) -> dict[str, float]:
+        """What a ratio asks of single groups.
+
+        Args:
+            names: Of the prunable groups.
+
+        Returns:
+            The fraction of each group that the target names; of all of them, where it is one number.
 
         Raises:
-            TargetError: It names another; offers the nearest one.
+            TargetError: It names a group that is not among them; offers the nearest one.
         """
-        if isinstance(self.value, Mapping):
-            for name in self.value:
-                if name not in names:
-                    hint = did_you_mean(name, names)
-                    raise TargetError(f"target names {name!r}, which is no prunable channel group{hint}")
+        if not isinstance(self.value, Mapping):
+            return dict.fromkeys(names, self.value)
+        for name in self.value:
+            if name not in names:
+                raise TargetError(
+                    f"target names {name!r}, which is no prunable channel group{did_you_mean(name, names)}"
+                )
+        return dict(self.value)
 
     def cost(self, space: ChannelSpace, latency: LatencyTable | None) -> ModelCost:
         """What a budget counts: multiply-accumulates, parameters, or milliseconds as a table predicts them.
@@ -134,7 +149,7 @@ class Target:
             least: Share of the cost that stays with every prunable group at its floor.
         """
         return TargetError(
-            f"{self.kind}={self.value:g} cannot be reached: with every prunable group at its floor "
+            f"{self.kind}={self.number:g} cannot be reached: with every prunable group at its floor "
             f"{least:.3f} of the {self.kind} stay; ask for at least that, or lower the floor"
         )
 
