@@ -199,7 +199,7 @@ def _criteria(criteria: str | Sequence[str]) -> list[str]:
 
 def _fits(name: str, target: Target) -> bool:
     """Torch-Pruning knows ratios, which are matched to these budgets."""
-    return name not in peers.PEERS or target.kind in peers.BUDGETS
+    return name not in peers.PEERS or target.kind in peers.MATCHED
 
 
 def _shared(recipe: Recipe) -> dict[str, Any]:

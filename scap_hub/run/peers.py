@@ -24,7 +24,7 @@ PEERS: dict[str, dict[str, Any]] = {
     "torch-pruning-bn": {"p": 2},
 }
 """Its group magnitude importance by norm, local or global; "-bn" takes batch-norm statistics anew, as we do."""
-BUDGETS = ("macs", "params")
+MATCHED = ("macs", "params")
 """Kinds of target that its ratio is matched to."""
 _SEARCH_STEPS = 10
 
@@ -50,7 +50,7 @@ def prune_with_peer(
         groups: Its channel groups, which tell the classifier.
         images: Example input, (1, C, H, W).
         name: One of `PEERS`.
-        target: Of a kind in `BUDGETS`.
+        target: Of a kind in `MATCHED`.
         round_to: Channel counts are multiples of this.
     """
     kind, fraction = target.kind, target.number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 from scap_hub.errors import TargetError
@@ -28,9 +29,9 @@ class Limits:
     floor: float = 0.05
 
     def __post_init__(self) -> None:
-        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
+        if isinstance(self.round_to, bool) or not isinstance(self.round_to, numbers.Integral) or self.round_to < 1:
             raise TargetError(f"round_to is {self.round_to!r}; give a whole number, 1 or more")
-        number = isinstance(self.floor, int | float) and not isinstance(self.floor, bool)
+        number = isinstance(self.floor, numbers.Real) and not isinstance(self.floor, bool)
         if not number or not 0 <= self.floor <= 1:
             raise TargetError(f"floor is {self.floor!r}; give a fraction, 0 to 1")
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from scap_hub.errors import TargetError
 from scap_hub.text import did_you_mean
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from scap_hub.channels.partition import ChannelSpace
     from scap_hub.timing.table import LatencyTable
 
@@ -21,7 +22,7 @@ BUDGETS = ("macs", "params", "latency")
 KINDS = (*BUDGETS, "ratio", "threshold")
 EXAMPLES = ", ".join(f"{kind}=0.5" for kind in KINDS)
 
-ModelCost = Callable[[np.ndarray], float]
+ModelCost = Callable[["np.ndarray"], float]
 """Takes a mask over all channels, (ChannelSpace.count,), and gives what the model costs when only those in it stay."""
 
 
@@ -45,16 +46,19 @@ class Target:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise TargetError(f"target kind {self.kind!r} is unknown; take one of {', '.join(KINDS)}")
+        object.__setattr__(self, "value", self._checked())
+
+    def _checked(self) -> float | dict[str, float]:
+        """The value in Python's own numbers."""
         if isinstance(self.value, Mapping) and self.kind == "ratio":
             if not self.value:
                 raise TargetError("the target names no channel group; give {group name: fraction}")
-            for name, fraction in self.value.items():
-                _check_fraction(f"target of {name!r}", fraction)
-        elif self.kind == "threshold":
-            if not _is_number(self.value):
-                raise TargetError(f"target threshold is {self.value!r}; give a number, such as threshold=0.6")
-        else:
-            _check_fraction(f"target {self.kind}", self.value)
+            return {name: _fraction(f"target of {name!r}", fraction) for name, fraction in self.value.items()}
+        if self.kind != "threshold":
+            return _fraction(f"target {self.kind}", self.value)
+        if not _is_number(self.value):
+            raise TargetError(f"target threshold is {self.value!r}; give a number, such as threshold=0.6")
+        return float(self.value)  # type: ignore[arg-type]
 
     @classmethod
     def of(cls, target: Target | str | Mapping[str, float]) -> Target:
@@ -155,9 +159,10 @@ class Target:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_fraction(what: str, value: object) -> None:
+def _fraction(what: str, value: object) -> float:
     if not _is_number(value) or not 0 < value <= 1:  # type: ignore[operator]
         raise TargetError(f"{what} is {value!r}; give the fraction that stays, above 0 and at most 1")
+    return float(value)  # type: ignore[arg-type]
