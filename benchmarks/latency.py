@@ -28,7 +28,7 @@ from accuracy import repeated
 
 import scap_hub
 from scap_hub.run.bench import speeds
-from scap_hub.selection.select import select_latency
+from scap_hub.selection.latency import select_latency
 from scap_hub.timing.clock import device_name, milliseconds
 from scap_hub.training.distributed import accelerator
 from scap_hub.training.evaluate import count

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from scap_hub.errors import PlanError, RecipeError, ScapHubError, VerificationError
 from scap_hub.progress import announce, set_quiet
+from scap_hub.selection.target import EXAMPLES
 
 EXIT_CODES = (
     "Exit code 0: done; 1: a fault of scap_hub; 2: a mistake in what it was given, named in one line; 130: interrupted."
@@ -64,9 +65,7 @@ def prune(
     model: Annotated[str | None, typer.Argument(help="timm name, Hub id or folder; the recipe's if left out.")] = None,
     data: Annotated[str | None, typer.Option(help="Data set: Hub id, folder, or digits.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Shipped name or YAML file; see `scap-hub recipe list`.")] = None,
-    target: Annotated[
-        str | None, typer.Option(help="What stays: macs=0.5, params=0.3, ratio=0.5, threshold=0.6.")
-    ] = None,
+    target: Annotated[str | None, typer.Option(help=f"What stays: {EXAMPLES}.")] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder, absent or empty.")] = None,
     settings: Settings = None,
     quiet: Quiet = False,

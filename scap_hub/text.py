@@ -1,4 +1,4 @@
-"""Parts of error messages."""
+"""Words for error messages."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import difflib
 from collections.abc import Iterable
 
 
-def did_you_mean(name: object, names: Iterable[str]) -> str:
-    """Suggests a name for the end of an error message, such as "; did you mean 'resnet18'?".
+def did_you_mean(name: object, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """The nearest of some names as the end of a sentence, "; did you mean 'resnet18'?"; empty if none is near.
 
     Args:
-        name: What the user wrote.
-        names: All valid names.
-
-    Returns:
-        The suggestion with the nearest valid name, or "" if none is near.
+        name: What was written.
+        names: What could have been meant.
+        cutoff: How alike the nearest must be, 0 to 1.
     """
-    near = difflib.get_close_matches(str(name), list(names), n=1)
+    near = difflib.get_close_matches(str(name), list(names), n=1, cutoff=cutoff)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -83,7 +83,7 @@ def test_accuracy_runs_without_the_datasets_package_and_takes_up_where_it_stoppe
 
 def test_latency_compares_dense_and_pruned(monkeypatch, tmp_path):
     monkeypatch.setattr(latency, "MODELS", ("test_resnet",))
-    for module in (latency, scap_hub.selection.select, scap_hub.timing.table):
+    for module in (latency, scap_hub.selection.latency, scap_hub.timing.table):
         monkeypatch.setattr(module, "milliseconds", Clock())
     rows = latency.main(["--quick", "--only", "test_resnet", "--json", str(tmp_path / "latency.json")])
     assert {row["model"] for row in rows} == {"dense", "half", "half, any counts", "latency"} and len(rows) == 8

@@ -108,7 +108,7 @@ def test_torch_pruning_stands_beside_at_the_same_macs():
     ("arguments", "error", "message"),
     [
         ({"criteria": ["l3"]}, RecipeError, "unknown criterion 'l3'"),
-        ({"targets": ["speed=2"]}, RecipeError, "target 'speed=2' is not one of"),
+        ({"targets": ["speed=2"]}, RecipeError, "target 'speed=2' is not understood"),
         ({"dataset": images(channels=1, size=8, classes=10)}, DataError, "labelled validation images"),
         ({"model": None}, RecipeError, "no model"),
     ],

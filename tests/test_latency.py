@@ -10,7 +10,8 @@ import scap_hub
 from scap_hub.channels import channel_groups
 from scap_hub.channels.oracle import randomize
 from scap_hub.errors import TargetError
-from scap_hub.selection.select import select, select_latency
+from scap_hub.selection.latency import select_latency
+from scap_hub.selection.select import select
 from scap_hub.surgery import apply_plan
 from scap_hub.timing.clock import milliseconds
 from scap_hub.timing.table import latency_table
@@ -100,9 +101,18 @@ def test_a_latency_budget_is_met_on_the_measured_model(fraction, scope):
     scores = random_scores(groups)
     choice = select_latency(net, groups, scores, fraction, X, 1, scope=scope, timer=clock)
     dense, small = clock([(net, X), (apply_plan(net, choice.plan), X)])
+    assert choice.met == (abs(choice.share / fraction - 1) <= 0.01)
     assert small / dense == pytest.approx(choice.share) and abs(choice.share / fraction - 1) < 0.02
     again = select(groups, scores, choice.target, 1, scope=scope, latency=choice.table)
     assert again == choice.plan
+
+
+def test_a_missed_latency_budget_is_said():
+    net = Residual(width=32).eval()
+    groups = channel_groups(net, X)
+    with pytest.warns(UserWarning, match=r"latency=0\.7 is missed: the nearest plan that was found takes 0\.\d+"):
+        choice = select_latency(net, groups, random_scores(groups), 0.7, X, 32, floor=0.0, timer=Clock())
+    assert not choice.met and choice.miss == pytest.approx(abs(choice.share / 0.7 - 1)) and choice.miss > 0.01
 
 
 def test_an_impossible_latency_says_what_is_possible():
@@ -142,13 +152,15 @@ def test_select_asks_for_the_table():
 
 
 def test_prune_meets_a_latency_budget_and_reports_it(monkeypatch):
-    monkeypatch.setattr("scap_hub.selection.select.milliseconds", Clock(rest=0.2))
+    monkeypatch.setattr("scap_hub.selection.latency.milliseconds", Clock(rest=0.2))
     monkeypatch.setattr("scap_hub.timing.table.milliseconds", Clock(rest=0.2))
     report = scap_hub.prune(
         randomize(tiny_net()).float(), "digits", "quick", target="latency=0.7", criterion="l1", schedule_steps=2,
         round_to=1, target_batch_size=2, finetune_epochs=0, model_input_size=(1, 8, 8), data_calibration_images=32,
     ).report  # fmt: skip
     assert [selection.latency for selection in report.selections] == pytest.approx([0.7**0.5, 0.7], rel=0.05)
+    assert all(selection.met == (abs(selection.latency / asked - 1) <= 0.01)
+               for selection, asked in zip(report.selections, [0.7**0.5, 0.7], strict=True))  # fmt: skip
     assert report.after.latency_ms is None and report.after.macs < report.before.macs
 
 

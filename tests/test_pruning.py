@@ -225,7 +225,7 @@ def test_two_ranks_agree_with_one_on_the_plan_and_with_each_other_on_the_weights
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_runs(name, monkeypatch):
-    for module in ("selection.select", "timing.table"):
+    for module in ("selection.latency", "timing.table"):
         monkeypatch.setattr(f"scap_hub.{module}.milliseconds", Clock())
     result = scap_hub.prune(
         tiny_net(), "digits", name, model_input_size=(1, 8, 8),

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scap_hub.errors import RecipeError
-from scap_hub.recipe import Recipe, recipe_schema, shipped_recipes
+from scap_hub.recipe import Recipe, TargetSettings, recipe_schema, shipped_recipes
+from scap_hub.selection.target import KINDS, Target
 
 
 def test_blocks_are_the_contracts():
@@ -16,6 +17,13 @@ def test_blocks_are_the_contracts():
         *("schedule", "finetune", "evaluate", "publish", "seed"),
     ]
     assert Recipe().target.macs == 0.5
+
+
+def test_the_target_block_has_every_kind_of_target():
+    assert set(KINDS) <= set(TargetSettings.model_fields)
+    for kind in KINDS:
+        assert TargetSettings.model_validate({kind: 0.25}).target == Target(kind, 0.25)
+    assert Recipe().target.target == Target.of("macs=0.5")
 
 
 def test_shipped_recipes_say_when_to_use_them():
@@ -119,11 +127,13 @@ def test_forms_of_target(target, kind, value):
         ({"finetune": {"lerning_rate": 1}}, "did you mean 'finetune.learning_rate'?"),
         ({"recipe": {"targt": "macs=0.5"}}, "unknown key 'targt'; did you mean 'target'?"),
         ({"recipe": {"round_to": 8}}, "did you mean 'target.round_to'?"),
-        ({"target": "speed=0.5"}, "target 'speed=0.5' is not one of threshold=FRACTION"),
-        ({"target": "macs=half"}, "target 'macs=half' is not one of"),
+        ({"target": "speed=0.5"}, "target 'speed=0.5' is not understood; write one of macs=0.5, "),
+        ({"target": "macs=half"}, "target 'macs=half' is not understood"),
         ({"target": {"macs": 0.5, "params": 0.5}}, "macs and params contradict each other"),
         ({"target": {"latency": 0.5, "threshold": 0.6}}, "threshold and latency contradict each other"),
         ({"target_scope": "cost"}, "got 'cost'; did you mean 'cost-aware'?"),
+        ({"target": 0.5}, "target 0.5 is not understood; target='macs=0.5' keeps that share"),
+        ({"schedule_steps": True}, "schedule.steps: a number is wanted, not true"),
         ({"target_macs": 1.5}, "target.macs: Input should be less than or equal to 1, got 1.5"),
         ({"recipe": "half-mac"}, "no recipe 'half-mac': neither a file nor one of convnext, "),
         ({"recipe": "half-mac"}, "; did you mean 'half-macs'?"),
@@ -152,6 +162,12 @@ def test_mistakes_name_the_key_and_the_nearest_valid_one(arguments, message):
         ("target:\n  macs: 0.5\n  ratio: 0.5\n", "line 1: target: macs and ratio contradict each other"),
         ("- finetune\n", "the document: Input should be a valid dictionary"),
         ("finetune: {epochs: 3\n", "is not YAML: while parsing a flow mapping"),
+        ("seed: 1\nfinetune:\n  epochs: 3\n  epochs: 4\n", "line 4: 'epochs' stands twice; keep one of them"),
+        ("seed: 1\nseed: 1\n", "line 2: 'seed' stands twice"),
+        ("finetune:\n  epochs: true\n", "line 2: finetune.epochs: a number is wanted, not true"),
+        ("target: {ratio: {stem: yes}}\n", "line 1: target.ratio"),
+        ("seed: 1\ntarget: speed=2\n", "line 2: target: target 'speed=2' is not understood; write one of macs=0.5"),
+        ("target: 0.5\n", "line 1: target: target 0.5 is not understood; target='macs=0.5' keeps"),
         ("x: !!python/object/apply:os.getcwd []\n", "is not YAML: could not determine a constructor"),
     ],
 )

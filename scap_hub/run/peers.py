@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.errors import RecipeError
+from scap_hub.selection.target import Target
 from scap_hub.training.evaluate import count
 
 PEERS: dict[str, dict[str, Any]] = {
@@ -23,6 +24,8 @@ PEERS: dict[str, dict[str, Any]] = {
     "torch-pruning-bn": {"p": 2},
 }
 """Its group magnitude importance by norm, local or global; "-bn" takes batch-norm statistics anew, as we do."""
+MATCHED = ("macs", "params")
+"""Kinds of target that its ratio is matched to."""
 _SEARCH_STEPS = 10
 
 
@@ -38,7 +41,7 @@ def check_available(name: str) -> None:
 
 
 def prune_with_peer(
-    model: nn.Module, groups: list[ChannelGroup], images: Tensor, name: str, budget: tuple[str, float], round_to: int
+    model: nn.Module, groups: list[ChannelGroup], images: Tensor, name: str, target: Target, round_to: int
 ) -> nn.Module:
     """Prunes a copy with the largest ratio that stays within the budget.
 
@@ -47,10 +50,10 @@ def prune_with_peer(
         groups: Its channel groups, which tell the classifier.
         images: Example input, (1, C, H, W).
         name: One of `PEERS`.
-        budget: "macs" or "params", and what stays, as a fraction.
+        target: Of a kind in `MATCHED`.
         round_to: Channel counts are multiples of this.
     """
-    kind, fraction = budget
+    kind, fraction = target.kind, target.number
     size = (images.shape[1], images.shape[2], images.shape[3])
     whole = count(model, size)[kind]
     low, high, best = 0.0, 1.0, None
@@ -62,7 +65,7 @@ def prune_with_peer(
         else:
             low = ratio
     if best is None:
-        raise RuntimeError(f"Torch-Pruning does not reach {kind}={fraction:g}")
+        raise RuntimeError(f"Torch-Pruning does not reach {target}")
     return best.eval()
 
 

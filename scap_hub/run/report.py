@@ -49,11 +49,13 @@ class Selection:
         importance: Share of all importance in the channels that stay, 0 to 1.
         rounding_price: How much larger it were if channel counts were not multiples of `target.round_to`.
         latency: Measured share of the dense model's time; None where the target is another.
+        met: Whether a latency budget is met within 1 %; the other kinds of target always are, or `select` raises.
     """
 
     importance: float
     rounding_price: float
     latency: float | None = None
+    met: bool = True
 
 
 @dataclass

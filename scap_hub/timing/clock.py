@@ -24,17 +24,20 @@ Timer = Callable[[Sequence[Call]], list[float]]
 def milliseconds(calls: Sequence[Call], seconds: float = 0.5, turns: int = 7) -> list[float]:
     """Times of forward passes, in eval mode, where the images are, with the threads torch has.
 
-    The modules take turns, so whatever slows the machine for a while slows all of them alike. In a turn a module runs
-    until its time is over, and where it runs more than once, the first run does not count: it finds caches and memory
-    as another module left them, which makes a small network after a large one up to 1.5 times slower than after itself.
+    The modules take turns, so whatever slows the machine for a while slows all of them alike. In its turn a module runs
+    until its time is over. Where it runs more than once, the first run does not count: it finds caches and memory as
+    another module left them, and a small network is up to 1.5 times slower after a large one than after itself.
 
-    The first module's time is its median; the others' are that, times the median of their ratio to the first in the
-    same turn. On two busy cores such ratios spread by 1 % where ratios of medians spread by 10 %.
+    The first module's time is its median. The time of another is the first one's, times the median of the ratios of the
+    two in each turn. On two busy cores such ratios spread by 1 %, where ratios of medians spread by 10 %.
 
     Args:
-        calls: Modules, each with its input; the one that others are compared with first.
-        seconds: How long each module runs in all its turns, if a single run does not take longer.
-        turns: Of each module, after one that chooses kernels.
+        calls: Modules, each with its input; first the one that the others are compared with.
+        seconds: How long each module runs in all its turns together, if a single run does not take longer.
+        turns: How many turns of each module count; one more before them lets the libraries choose their kernels.
+
+    Returns:
+        Milliseconds of one forward pass of each module.
     """
     times: list[list[float]] = [[] for _ in calls]
     with contextlib.ExitStack() as stack:
@@ -63,10 +66,11 @@ def _turn(module: nn.Module, images: Tensor, seconds: float) -> float:
 
 @contextlib.contextmanager
 def _steady_heap() -> Iterator[None]:
-    """Keeps glibc from giving memory back after a run, which else it does or not as the process's past has it.
+    """Keeps glibc from giving memory back to the system after each run.
 
-    A forward pass of MobileNetV2 takes 30 ms with thousands of page faults, or 20 ms. The limits that are left behind
-    are the highest that glibc would come to by itself.
+    Whether it does depends on what the process did before, and it matters: a forward pass of MobileNetV2 takes 30 ms
+    when its memory is requested anew, with thousands of page faults, and 20 ms when not. Afterwards the limits are set
+    to the highest values that glibc would choose by itself.
     """
     if platform.libc_ver()[0] != "glibc":
         yield

@@ -1,0 +1,80 @@
+"""Recipe files: the shipped ones, reading YAML, and which line says what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scap_hub.errors import RecipeError
+from scap_hub.recipe.keys import NEAR
+from scap_hub.text import did_you_mean
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with scap_hub, by name."""
+    package = Path(__file__).parents[1]
+    # A wheel carries them inside the package; a checkout has them at the top.
+    folder = package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a shipped recipe's name, or the path itself.
+
+    Raises:
+        RecipeError: It is neither.
+    """
+    shipped = shipped_recipes()
+    if recipe in shipped:
+        return shipped[str(recipe)]
+    if not Path(recipe).is_file():
+        hint = did_you_mean(recipe, shipped, cutoff=NEAR)
+        raise RecipeError(f"no recipe {str(recipe)!r}: neither a file nor one of {', '.join(shipped)}{hint}")
+    return Path(recipe)
+
+
+def read_yaml(path: str | Path) -> tuple[Any, str]:
+    """What a YAML file holds, {} where that is nothing, and its text.
+
+    Raises:
+        RecipeError: It cannot be read, is not YAML, or says a key twice.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        return yaml.load(text, Loader=_Loader) or {}, text
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {str(path)!r} cannot be read: {error}") from None
+    except _RepeatedKeyError as error:
+        raise RecipeError(f"{path}, {error}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+
+
+class _RepeatedKeyError(Exception):
+    """A mapping has the same key twice; YAML would let the last one win."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and every key once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise _RepeatedKeyError(f"line {key.start_mark.line + 1}: {key.value!r} stands twice; keep one of them")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def line_of(text: str, path: tuple[str, ...]) -> int | None:
+    """The line of the deepest part of a path of keys that YAML text spells out."""
+    node, line = yaml.compose(text, Loader=yaml.SafeLoader), None
+    for part in path:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        found = next(((key, value) for key, value in pairs if key.value == part), None)
+        if found is None:
+            break
+        line, node = found[0].start_mark.line + 1, found[1]
+    return line
