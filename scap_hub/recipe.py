@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from scap_hub.errors import RecipeError
+from scap_hub.scores import DEFAULT_CRITERION
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -74,7 +75,7 @@ class CriterionSettings(_Block):
 
     model_config = ConfigDict(json_schema_extra=_or_text)
 
-    name: str = "scap-set"
+    name: str = DEFAULT_CRITERION
     """Name of a registered criterion; with a threshold, "scap" is the default, whose importances it is made for."""
     options: dict[str, Any] = {}
     """Keyword options of that criterion."""

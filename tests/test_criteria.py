@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from scap_hub.criteria import L1, Criterion, score
-from scap_hub.criteria.base import NORMALISATIONS
 from scap_hub.criteria.calibration import watch
+from scap_hub.criteria.rows import NORMALISATIONS
 from scap_hub.errors import CalibrationError, ModelError, RecipeError
 from tests.tapped_nets import group, plain, tap
 
@@ -128,7 +128,7 @@ def test_the_model_is_left_as_it_was(fails):
     modes = [module.training for module in model.modules()]
     batches = [torch.randn(4, 3, 8, 8), torch.full((4, 3, 8, 8), float("nan") if fails else 1.0)]
     try:
-        score(model, batches, groups=groups)
+        score(model, batches, "scap", groups=groups)
     except CalibrationError:
         assert fails
     assert modes == [module.training for module in model.modules()]
@@ -142,11 +142,11 @@ def test_bad_activations_name_layer_and_batch(value):
     bad = torch.randn(4, 3, 8, 8)
     bad[2, 1, 3, 4] = value
     with pytest.raises(CalibrationError, match="NaN or Inf in the input of layer '0', batch 1"):
-        score(model, [torch.randn(4, 3, 8, 8), bad], groups=groups)
+        score(model, [torch.randn(4, 3, 8, 8), bad], "scap", groups=groups)
     with torch.no_grad():
         model[1].weight[0] = value
     with pytest.raises(CalibrationError, match="NaN or Inf in the output of layer '0', batch 0"):
-        score(model, [torch.randn(4, 3, 8, 8)], groups=groups)
+        score(model, [torch.randn(4, 3, 8, 8)], "scap", groups=groups)
 
 
 def test_layers_that_cannot_be_watched():

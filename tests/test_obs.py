@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from scap_hub.channels.decoding import staying
 from scap_hub.channels.groups import channel_groups
 from scap_hub.channels.oracle import randomize
 from scap_hub.criteria import OBS, ScapSet, base, score
-from scap_hub.criteria.obs import criterion as module
-from scap_hub.criteria.obs.elimination import Reading, eliminate
-from scap_hub.criteria.patches import patches
+from scap_hub.criteria.obs import blocks
+from scap_hub.criteria.obs.elimination import CompensatedWeight, eliminate
+from scap_hub.criteria.patches import patches, views
 from scap_hub.criteria.scap.outputs import marginal
-from scap_hub.criteria.scap.scap_set import offsets
 from scap_hub.errors import CalibrationError, RecipeError
 from scap_hub.progress import set_quiet
 from scap_hub.selection.select import select
@@ -49,10 +49,10 @@ def test_eliminating_costs_what_least_squares_says(seed, rows, widths):
         @ torch.randn(n, n, generator=generator).double()
     )
     gram, weight = p.T @ p, torch.randn(rows, n, generator=generator, dtype=torch.float64)
-    reading = Reading(weight, gram, owner, ridge=1e-2)
+    compensated = CompensatedWeight(weight, gram, owner, ridge=1e-2)
     energy, total, gone = ((weight @ gram) * weight).sum(), 0.0, []
     while len(gone) < len(widths):
-        costs = reading.costs(len(widths))
+        costs = compensated.costs(len(widths))
         for k in set(range(len(widths))) - set(gone):
             keep = [c for c in range(n) if int(owner[c]) not in (*gone, k)]
             expected, _ = least_squares(weight, gram, keep, 1e-2)
@@ -60,19 +60,19 @@ def test_eliminating_costs_what_least_squares_says(seed, rows, widths):
         best = min(set(range(len(widths))) - set(gone), key=lambda k: float(costs[k]))
         total += costs[best]
         gone.append(best)
-        reading.remove(best)
+        compensated.remove(best)
         keep = [c for c in range(n) if int(owner[c]) not in gone]
-        reading.compact()
+        compensated.compact()
         torch.testing.assert_close(
-            reading.weight, least_squares(weight, gram, keep, 1e-2)[1][:, keep], rtol=1e-6, atol=1e-8
+            compensated.weight, least_squares(weight, gram, keep, 1e-2)[1][:, keep], rtol=1e-6, atol=1e-8
         )
-        assert reading.columns.tolist() == keep
+        assert compensated.columns.tolist() == keep
 
 
 def test_kinds_keep_their_numbers():
     gram, weight = torch.eye(6, dtype=torch.float64), torch.arange(6, dtype=torch.float64)[None] + 1
-    reading = Reading(weight, gram, torch.arange(6), ridge=1e-2)
-    assert eliminate([reading], torch.tensor([0, 0, 0, 1, 1, 1]), [2, 1]) == [0, 3, 4]
+    compensated = CompensatedWeight(weight, gram, torch.arange(6), ridge=1e-2)
+    assert eliminate([compensated], torch.tensor([0, 0, 0, 1, 1, 1]), [2, 1]) == [0, 3, 4]
 
 
 def test_a_duplicate_leaves_and_its_twin_stays():
@@ -96,16 +96,16 @@ def test_a_duplicate_leaves_and_its_twin_stays():
     ],
 )
 def test_patches_times_weight_is_the_layer(layer, x):
-    blocks = patches(layer, x, len(x))
-    weight = layer.weight.flatten(1).unflatten(0, (len(blocks), -1))
-    y = (blocks @ weight.mT).transpose(0, 1).flatten(1)  # (rows, O)
+    parts = patches(layer, x, len(x))
+    weight = layer.weight.flatten(1).unflatten(0, (len(parts), -1))
+    y = (parts @ weight.mT).transpose(0, 1).flatten(1)  # (rows, O)
     expected = layer(x).movedim(-1 if x.shape[-1] == 4 else 1, -1)
     torch.testing.assert_close(y, expected.reshape(y.shape))
-    views = torch.stack([view.flatten(2) for view in offsets(layer, x)], -1)  # (N, C, places, window)
-    columns = views.unflatten(1, (len(blocks), -1)).movedim(1, 0).transpose(2, 3).flatten(3)
-    torch.testing.assert_close(columns.flatten(1, 2), blocks)
+    seen = torch.stack([view.flatten(2) for view in views(layer, x)], -1)  # (N, C, places, window)
+    columns = seen.unflatten(1, (len(parts), -1)).movedim(1, 0).transpose(2, 3).flatten(3)
+    torch.testing.assert_close(columns.flatten(1, 2), parts)
     some = patches(layer, x, len(x), 7)
-    assert some.shape == (len(blocks), 35, blocks.shape[2])
+    assert some.shape == (len(parts), 35, parts.shape[2])
     halves = torch.cat([patches(layer, half, len(half), 7) for half in (x[:2], x[2:])], 1)
     torch.testing.assert_close(some, halves)
 
@@ -215,11 +215,14 @@ def test_marginal_errors_grow_in_the_order_in_which_channels_leave(errors, rando
 def test_every_reader_counts_once():
     net = Wired().double().eval()
     groups = {group.name: group for group in channel_groups(net, IMAGES[0])}
-    found = {name: [(c.path, c.block) for c in module.consumers_of(net, groups[name])] for name in groups}
+    everything = staying(list(groups.values()), {})
+    found = {
+        name: [block.key for block in blocks.consumer_blocks(net, group, everything)] for name, group in groups.items()
+    }
     assert sorted(found["a"]) == [("grouped", 0), ("pointwise", 0)]
     assert sorted(found["b"]) == [("grouped", 0), ("grouped", 1), ("pointwise", 0)]
     assert found["pointwise"] == [("head", 0)]
-    head = module.consumers_of(net, groups["pointwise"])[0]
+    head = blocks.consumer_blocks(net, groups["pointwise"], everything)[0]
     assert [int((head.channel == channel).sum()) for channel in groups["pointwise"].channels] == [16] * 6
     assert head.channel[-1] == -1 and head.columns.size == 97
 
@@ -229,7 +232,7 @@ def test_refinement_leaves_a_smaller_error_than_the_plan():
     net = randomize(Residual(width=16)).double().eval()
     groups = channel_groups(net, IMAGES[0])
     plan = select(groups, score(net, [], "random", groups=groups), "ratio=0.5", round_to=1)
-    from scap_hub.compensation.least_squares import compensate
+    from scap_hub.compensation import compensate
     from scap_hub.surgery import apply_plan
 
     errors = []
@@ -244,9 +247,9 @@ def test_very_wide_layers_are_judged_by_their_heaviest_columns(monkeypatch):
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveMaxPool2d(3), nn.Flatten(), nn.Linear(54, 4)).double()
     groups = channel_groups(net, IMAGES[0])
     full = score(net, IMAGES, "obs", groups=groups)["0"]
-    monkeypatch.setattr(module, "COLUMNS", 24)
-    (consumer,) = module.consumers_of(net, groups[0])
-    assert consumer.columns.size == 25
+    monkeypatch.setattr(blocks, "COLUMNS", 24)
+    (block,) = blocks.consumer_blocks(net, groups[0], staying(groups, {}))
+    assert block.columns.size == 25
     some = score(net, IMAGES, "obs", groups=groups)["0"]
     assert torch.corrcoef(torch.stack([full, some]))[0, 1] > 0
     plan = select(groups, {"0": full}, "ratio=0.5", round_to=1)
@@ -277,7 +280,8 @@ def decided(*shards):
     saved = {}
     for name in ("activation", "taylor", "hrank", "obs", "scap-set"):
         criterion = base.criterion(name)
-        scores = saved[name] = score(net, batches, criterion, groups=groups)
+        scores = score(net, batches, criterion, groups=groups)
+        saved[name] = dict(scores)
         plan = select(groups, scores, "ratio=0.5", round_to=1)
         saved[name, "plan"] = criterion.refine(net, groups, batches, plan).to_json()
     return saved

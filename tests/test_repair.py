@@ -6,7 +6,7 @@ from torch import nn
 
 from scap_hub.channels.groups import channel_groups
 from scap_hub.channels.oracle import randomize
-from scap_hub.compensation.least_squares import compensate, recalibrate
+from scap_hub.compensation import compensate, recalibrate
 from scap_hub.criteria import OBS
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan

@@ -16,7 +16,7 @@ from scipy.stats import rankdata
 from torch import nn
 
 from scap_hub.channels.groups import channel_groups
-from scap_hub.compensation.least_squares import recalibrate
+from scap_hub.compensation import recalibrate
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.criteria.base import known_criteria
 from scap_hub.errors import DataError, RecipeError, ScapHubError

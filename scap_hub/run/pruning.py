@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup, channel_groups
-from scap_hub.compensation.least_squares import compensate, recalibrate
+from scap_hub.compensation import repair
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.criteria.diagnostics import Diagnosis, diagnose
 from scap_hub.errors import CalibrationError, DataError, RecipeError, ScapHubError
@@ -29,6 +29,7 @@ from scap_hub.recipe import DataSettings, Recipe, TargetSettings
 from scap_hub.run.report import GroupReport, Measures, Report, Selection, measure
 from scap_hub.run.result import Result
 from scap_hub.run.score_cache import kept_scores
+from scap_hub.scores import Scores
 from scap_hub.selection.select import kept_importance, select, select_latency
 from scap_hub.surgery import apply_plan
 from scap_hub.timing.clock import milliseconds
@@ -145,12 +146,12 @@ def prune_loaded(
             if recipe.publish.layout == "uniform" and step + 1 == recipe.schedule.steps:
                 plain_config(loaded, small)  # refuses before the training what saving would refuse after it
         with stages("repair"):
-            if recipe.repair.least_squares:
-                compensate(
-                    larger, small, step_plan, calibration, recipe.repair.ridge, batch_norm=recipe.repair.batch_norm
-                )
-            elif recipe.repair.batch_norm:
-                recalibrate(small, calibration)
+            repair(
+                larger, small, step_plan, calibration,
+                least_squares=recipe.repair.least_squares,
+                ridge=recipe.repair.ridge,
+                batch_norm=recipe.repair.batch_norm,
+            )  # fmt: skip
         with stages("fine-tuning"):
             if recipe.finetune.epochs:
                 folder = work and work / f"training-{step}"
@@ -268,7 +269,7 @@ def _select(
     dense: nn.Module,
     small: nn.Module,
     groups: list[ChannelGroup],
-    scores: dict[str, Tensor],
+    scores: Scores,
     recipe: Recipe,
     scope: str,
     step: int,
@@ -315,7 +316,7 @@ def _composed(kept: dict[str, list[int]], plan: PruningPlan) -> dict[str, list[i
 
 def _group_reports(
     groups: list[ChannelGroup],
-    scores: dict[str, Tensor],
+    scores: Scores,
     kept: dict[str, list[int]],
     diagnoses: dict[str, Diagnosis],
 ) -> dict[str, GroupReport]:
