@@ -1,5 +1,6 @@
 """Elimination against plain least squares, and set criteria through every way that channels are read."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -22,19 +23,13 @@ from scap_hub.criteria.scap.outputs import marginal
 from scap_hub.errors import CalibrationError, RecipeError
 from scap_hub.progress import set_quiet
 from scap_hub.selection.select import select
+from tests import scap_set_reference as reference
 from tests.nets import Residual
+from tests.scap_set_reference import least_squares
 
 set_quiet(True)
 torch.set_num_threads(1)
 IMAGES = [torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(2)]
-
-
-def least_squares(weight, gram, keep, ridge):
-    """min over W' on the columns `keep` of tr((W' - W) (G + λ) (W' - W)ᵀ): its value and W'."""
-    regular = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    solved = torch.zeros_like(weight)
-    solved[:, keep] = torch.linalg.solve(regular[keep][:, keep], (weight @ regular)[:, keep].T).T
-    return (((solved - weight) @ regular) * (solved - weight)).sum(), solved
 
 
 @settings(deadline=None, max_examples=25, derandomize=True)
@@ -150,6 +145,54 @@ def test_set_criteria_keep_numbers_and_balance_and_repeat(make, name):
     assert again == refined
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert type(criterion)(sequential=False).refine(net, groups, IMAGES, plan) is plan
+
+
+@pytest.mark.parametrize("blend", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("seed", range(3))
+def test_scap_set_is_the_materialised_one(seed, blend):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1), nn.Flatten(1)).double()
+    x = torch.cat(IMAGES)[:, :, :4, :4]  # of 16 places, all are read
+    options = {"bins": 3, "latent": 2, "blend": blend}
+    groups = [group for group in channel_groups(net, x) if group.name == "0"]
+    scores = score(net, x.split(6), ridge=1e-2, **options, groups=groups)
+
+    conv, y = net[2], net[:2](x).detach()
+    moment, weight = reference.blended_moment(conv, x, y, **options), reference.with_bias(conv)
+    channel_of_column = torch.cat([torch.arange(6).repeat_interleave(9), torch.tensor([-1])])
+    order = reference.order(weight, moment, channel_of_column, 1e-2)
+    dense = reference.patches(conv, y) @ weight.T
+    variance = (dense.unflatten(0, (16, 16)) - dense.unflatten(0, (16, 16)).mean(0)).square().sum()
+    errors = [(0, 0.0)]
+    for gone in (2, 3, 4, 5):  # 0.75, 0.5, 0.25 and 0.1 of 6 channels stay
+        keep = reference.remaining(channel_of_column, order[:gone])
+        small = reference.patches(conv, y) @ least_squares(weight, moment, keep, 1e-2)[1].T
+        errors.append((gone, float((small - dense).square().sum() / variance)))
+    torch.testing.assert_close(scores["0"], marginal(order, errors), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_refinement_goes_on_with_the_compensated_weights(seed):
+    torch.manual_seed(seed)
+    net = nn.Sequential(*(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 10, 3), nn.ReLU(), nn.Conv2d(10, 2, 3))).double()
+    x = torch.cat(IMAGES)[:, :, :8, :8]
+    groups = [group for group in channel_groups(net, x) if group.prunable]
+    plan = select(groups, score(net, [], "random", groups=groups), "ratio=0.5", round_to=1)
+    refined = OBS().refine(net, groups, [x], plan)
+
+    compensated = copy.deepcopy(net)
+    for name, conv in (("0", compensated[2]), ("2", compensated[4])):
+        size = conv.in_channels
+        channel_of_column = torch.cat([torch.arange(size).repeat_interleave(9), torch.tensor([-1])])
+        with torch.no_grad():
+            moment = reference.patch_moment(conv, compensated[: int(name) + 2](x))
+        weight = reference.with_bias(conv)
+        gone = reference.order(weight, moment, channel_of_column, 1e-2)[: size - len(plan.kept(name))]
+        assert refined.kept(name) == sorted(set(range(size)) - set(gone))
+        solved = least_squares(weight, moment, reference.remaining(channel_of_column, gone), 1e-2)[1]
+        with torch.no_grad():
+            conv.weight.copy_(solved[:, :-1].reshape(conv.weight.shape))
+            conv.bias.copy_(solved[:, -1])
 
 
 def test_outputs_tell_which_group_can_be_narrow():

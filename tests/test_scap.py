@@ -133,9 +133,8 @@ def test_producers_of_a_group_are_fused_by_their_mean():
     model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 12, 3, stride=2, padding=1)).double()
     pair = [k // 2 for k in range(12)]  # two rows a channel
     x = torch.randn(8, 3, 10, 10, dtype=torch.float64)
-    fused = score(model, [x], "scap", autoencoder="pca", groups=[group(tap(model, "0"), tap(model, "1", rows=pair))])[
-        "0"
-    ]
+    both = group(tap(model, "0"), tap(model, "1", rows=pair))
+    fused = score(model, [x], "scap", autoencoder="pca", groups=[both])["0"]
     with torch.no_grad():
         y = model[0](x)
         z = model[1](y)
