@@ -236,7 +236,13 @@ def test_fewer_probes_are_fewer_images_in_forward_passes():
     assert seen[1] - seen[0] == (8 - 2) * (1 + 4 + 3)
 
 
-@pytest.mark.parametrize("options", [{"probes": 1}, {"blend": 1.5}, {"blend": -0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"probes": 1}, {"probes": 8.5}, {"blend": 1.5}, {"blend": -0.1}, {"blend": float("nan")}),
+        *({"ridge": -1.0}, {"ridge": float("nan")}, {"ridge": float("inf")}, {"bins": 7.0}, {"latent": 0}),
+    ],
+)
 def test_bad_options_are_refused(options):
     with pytest.raises(RecipeError, match=f"{next(iter(options))} = "):
         ScapSet(**options)
@@ -309,6 +315,14 @@ def test_bad_input():
         score(net, [torch.randn(2, 3, 8, 8), bad], "obs", groups=groups)
     with pytest.raises(RecipeError, match="ridge = 0: give a positive number"):
         OBS(ridge=0)
+    with pytest.raises(RecipeError, match=r"ridge = 1e-300 leaves the second moment .* singular; raise it"):
+        score(net, [torch.ones(2, 3, 8, 8)], "obs", groups=groups, ridge=1e-300)
+    for name in ("obs", "scap-set"):
+        for batches in ([], iter([])):
+            with pytest.raises(CalibrationError, match=r"0 calibration image\(s\); at least 2"):
+                score(net, batches, name, groups=groups)
+        with pytest.raises(CalibrationError, match="no images in a calibration batch of type str"):
+            score(net, ["images"], name, groups=groups)
     flat = score(net, [torch.zeros(4, 3, 8, 8)], "obs", groups=groups)["0"]
     assert flat.isfinite().all()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -45,18 +44,17 @@ def class_in_file(name: str, base: type[T]) -> type[T]:
 def _run(path: Path, name: str) -> ModuleType:
     # The module's name is its path: the same file keeps it, so that its criteria replace their former selves, and
     # messages say where a class comes from.
-    spec = spec_from_file_location(str(path), path)
-    if spec is None or spec.loader is None:
-        raise RecipeError(f"criterion {name!r}: {str(path)!r} is no Python file; its name must end in .py")
-    module = module_from_spec(spec)
-    before = sys.modules.get(spec.name)
-    sys.modules[spec.name] = module  # dataclasses look the module of their class up there
+    module = ModuleType(str(path))
+    module.__file__ = str(path)
+    before = sys.modules.get(module.__name__)
+    sys.modules[module.__name__] = module  # dataclasses look the module of their class up there
     try:
-        spec.loader.exec_module(module)
+        # Compiled here and not imported, because Python's cache misses a change within the same second.
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     except Exception as error:
-        sys.modules.pop(spec.name)
+        del sys.modules[module.__name__]
         if before is not None:
-            sys.modules[spec.name] = before
+            sys.modules[module.__name__] = before
         if isinstance(error, ScapHubError):
             raise
         raise RecipeError(f"criterion {name!r}: {str(path)!r} fails with {type(error).__name__}: {error}") from error
