@@ -183,6 +183,9 @@ def test_a_criterion_in_a_file(tmp_path, monkeypatch, registry):
         assert score(model, [], name, groups=groups, slope=2.0)["0"].tolist() == [0, 2, 4, 6, 8, 10]
     assert criterion("mine.py:Mine", seed=5).seed == 5
     assert score(model, [], "mine.py:L1", groups=groups)["0"].shape == (6,)
+    recipe = Recipe.resolve({"criterion": {"name": "mine.py:Mine", "options": {"slope": 2.0}}})
+    assert criterion(recipe.criterion.name, recipe.criterion.options).slope == 2
+    assert Recipe.resolve(None, criterion="mine.py:Mine").criterion.name == "mine.py:Mine"
     Path("mine.py").write_text(MINE.replace("self.slope *", "3 *"))
     assert score(model, [], "mine.py:Mine", groups=groups)["0"][1] == 3
 

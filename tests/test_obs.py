@@ -327,6 +327,18 @@ def test_bad_input():
     assert flat.isfinite().all()
 
 
+@pytest.mark.parametrize("ridge", [1e-15, 1e-300], ids=["rounding", "nothing"])
+def test_a_ridge_that_leaves_the_moment_singular_is_refused(ridge):
+    rows = torch.randn(3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows[:, 8:] = rows[:, :8]
+    weight, channel_of_column = torch.ones(2, 16, dtype=torch.float64), torch.arange(16)
+    CompensatedWeight(weight, rows.T @ rows, channel_of_column, 1e-2)
+    with pytest.raises(RecipeError, match=r"ridge = .* leaves .* singular"):
+        CompensatedWeight(weight, rows.T @ rows, channel_of_column, ridge)
+    with pytest.raises(CalibrationError, match="NaN or Inf in the second moment"):
+        CompensatedWeight(weight, torch.full((16, 16), torch.inf, dtype=torch.float64), channel_of_column, 1e-2)
+
+
 def decided(*shards):
     """Scores and refined plans of each criterion, on this process's share of the same 23 images."""
     torch.manual_seed(0)
