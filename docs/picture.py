@@ -6,8 +6,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 
 import scap_hub
-from scap_hub.criteria import Scap
-from scap_hub.criteria.rivals.magnitude import l1_norm
+from scap_hub.criteria.rivals.magnitude import filter_norm
 from scap_hub.run.demo import INPUT_SIZE, train_dense
 
 LAYER = "layer2.0.conv1"
@@ -20,9 +19,8 @@ def main() -> None:
     data = scap_hub.training.data.load_data("digits", result.loaded.preprocessing, result.recipe.data)
     groups = scap_hub.channel_groups(dense, next(iter(data.calibration))[0][:1])
     group = next(group for group in groups if group.name == LAYER)
-    criterion = Scap()
-    criterion.score(dense, [group], [batch[0] for batch in data.calibration])
-    fidelity, magnitude = criterion.fidelity[LAYER].numpy(), l1_norm(dense, group.taps[0]).numpy()
+    scores = scap_hub.score(dense, data.calibration, "scap", groups=[group])
+    fidelity, magnitude = scores.fidelity[LAYER].numpy(), filter_norm(dense, group.taps[0], 1).numpy()
     stays = [channel in set(result.report.groups[LAYER].kept) for channel in range(group.size)]
 
     mpl.rcParams.update({"svg.hashsalt": "scap", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"})

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+DEFAULT_CRITERION = "scap-set"
+"""Name of the criterion that scores where none is named."""
+
 
 @dataclass(frozen=True, eq=False)
 class Scores(Mapping[str, Tensor]):

@@ -1,5 +1,6 @@
 """Elimination against plain least squares, and set criteria through every way that channels are read."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -11,30 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from scap_hub.channels import channel_groups
+from scap_hub.channels.decoding import staying
+from scap_hub.channels.groups import channel_groups
 from scap_hub.channels.oracle import randomize
-from scap_hub.criteria import OBS, ScapSet, base, score
-from scap_hub.criteria.obs import criterion as module
-from scap_hub.criteria.obs.elimination import Reading, eliminate
-from scap_hub.criteria.patches import patches
+from scap_hub.criteria import OBS, ScapSet, base, refine, score
+from scap_hub.criteria.obs import blocks
+from scap_hub.criteria.obs.elimination import CompensatedWeight, eliminate
+from scap_hub.criteria.patches import patches, views
 from scap_hub.criteria.scap.outputs import marginal
-from scap_hub.criteria.scap.scap_set import offsets
 from scap_hub.errors import CalibrationError, RecipeError
 from scap_hub.progress import set_quiet
 from scap_hub.selection.select import select
+from tests import scap_set_reference as reference
 from tests.nets import Residual
+from tests.scap_set_reference import least_squares
 
 set_quiet(True)
 torch.set_num_threads(1)
 IMAGES = [torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(2)]
-
-
-def least_squares(weight, gram, keep, ridge):
-    """min over W' on the columns `keep` of tr((W' - W) (G + λ) (W' - W)ᵀ): its value and W'."""
-    regular = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    solved = torch.zeros_like(weight)
-    solved[:, keep] = torch.linalg.solve(regular[keep][:, keep], (weight @ regular)[:, keep].T).T
-    return (((solved - weight) @ regular) * (solved - weight)).sum(), solved
 
 
 @settings(deadline=None, max_examples=25, derandomize=True)
@@ -49,10 +44,10 @@ def test_eliminating_costs_what_least_squares_says(seed, rows, widths):
         @ torch.randn(n, n, generator=generator).double()
     )
     gram, weight = p.T @ p, torch.randn(rows, n, generator=generator, dtype=torch.float64)
-    reading = Reading(weight, gram, owner, ridge=1e-2)
+    compensated = CompensatedWeight(weight, gram, owner, ridge=1e-2)
     energy, total, gone = ((weight @ gram) * weight).sum(), 0.0, []
     while len(gone) < len(widths):
-        costs = reading.costs(len(widths))
+        costs = compensated.costs(len(widths))
         for k in set(range(len(widths))) - set(gone):
             keep = [c for c in range(n) if int(owner[c]) not in (*gone, k)]
             expected, _ = least_squares(weight, gram, keep, 1e-2)
@@ -60,19 +55,19 @@ def test_eliminating_costs_what_least_squares_says(seed, rows, widths):
         best = min(set(range(len(widths))) - set(gone), key=lambda k: float(costs[k]))
         total += costs[best]
         gone.append(best)
-        reading.remove(best)
+        compensated.remove(best)
         keep = [c for c in range(n) if int(owner[c]) not in gone]
-        reading.compact()
+        compensated.compact()
         torch.testing.assert_close(
-            reading.weight, least_squares(weight, gram, keep, 1e-2)[1][:, keep], rtol=1e-6, atol=1e-8
+            compensated.weight, least_squares(weight, gram, keep, 1e-2)[1][:, keep], rtol=1e-6, atol=1e-8
         )
-        assert reading.columns.tolist() == keep
+        assert compensated.columns.tolist() == keep
 
 
 def test_kinds_keep_their_numbers():
     gram, weight = torch.eye(6, dtype=torch.float64), torch.arange(6, dtype=torch.float64)[None] + 1
-    reading = Reading(weight, gram, torch.arange(6), ridge=1e-2)
-    assert eliminate([reading], torch.tensor([0, 0, 0, 1, 1, 1]), [2, 1]) == [0, 3, 4]
+    compensated = CompensatedWeight(weight, gram, torch.arange(6), ridge=1e-2)
+    assert eliminate([compensated], torch.tensor([0, 0, 0, 1, 1, 1]), [2, 1]) == [0, 3, 4]
 
 
 def test_a_duplicate_leaves_and_its_twin_stays():
@@ -96,16 +91,16 @@ def test_a_duplicate_leaves_and_its_twin_stays():
     ],
 )
 def test_patches_times_weight_is_the_layer(layer, x):
-    blocks = patches(layer, x, len(x))
-    weight = layer.weight.flatten(1).unflatten(0, (len(blocks), -1))
-    y = (blocks @ weight.mT).transpose(0, 1).flatten(1)  # (rows, O)
+    parts = patches(layer, x, len(x))
+    weight = layer.weight.flatten(1).unflatten(0, (len(parts), -1))
+    y = (parts @ weight.mT).transpose(0, 1).flatten(1)  # (rows, O)
     expected = layer(x).movedim(-1 if x.shape[-1] == 4 else 1, -1)
     torch.testing.assert_close(y, expected.reshape(y.shape))
-    views = torch.stack([view.flatten(2) for view in offsets(layer, x)], -1)  # (N, C, places, window)
-    columns = views.unflatten(1, (len(blocks), -1)).movedim(1, 0).transpose(2, 3).flatten(3)
-    torch.testing.assert_close(columns.flatten(1, 2), blocks)
+    seen = torch.stack([view.flatten(2) for view in views(layer, x)], -1)  # (N, C, places, window)
+    columns = seen.unflatten(1, (len(parts), -1)).movedim(1, 0).transpose(2, 3).flatten(3)
+    torch.testing.assert_close(columns.flatten(1, 2), parts)
     some = patches(layer, x, len(x), 7)
-    assert some.shape == (len(blocks), 35, blocks.shape[2])
+    assert some.shape == (len(parts), 35, parts.shape[2])
     halves = torch.cat([patches(layer, half, len(half), 7) for half in (x[:2], x[2:])], 1)
     torch.testing.assert_close(some, halves)
 
@@ -152,6 +147,55 @@ def test_set_criteria_keep_numbers_and_balance_and_repeat(make, name):
     assert type(criterion)(sequential=False).refine(net, groups, IMAGES, plan) is plan
 
 
+@pytest.mark.parametrize("blend", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("seed", range(3))
+def test_scap_set_is_the_materialised_one(seed, blend):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1), nn.Flatten(1)).double()
+    x = torch.cat(IMAGES)[:, :, :4, :4]  # of 16 places, all are read
+    options = {"bins": 3, "latent": 2, "blend": blend}
+    groups = [group for group in channel_groups(net, x) if group.name == "0"]
+    scores = score(net, x.split(6), ridge=1e-2, **options, groups=groups)
+
+    conv, y = net[2], net[:2](x).detach()
+    moment, weight = reference.blended_moment(conv, x, y, **options), reference.with_bias(conv)
+    channel_of_column = torch.cat([torch.arange(6).repeat_interleave(9), torch.tensor([-1])])
+    order = reference.order(weight, moment, channel_of_column, 1e-2)
+    dense = reference.patches(conv, y) @ weight.T
+    variance = (dense.unflatten(0, (16, 16)) - dense.unflatten(0, (16, 16)).mean(0)).square().sum()
+    errors = [(0, 0.0)]
+    for gone in (2, 3, 4, 5):  # 0.75, 0.5, 0.25 and 0.1 of 6 channels stay
+        keep = reference.remaining(channel_of_column, order[:gone])
+        small = reference.patches(conv, y) @ least_squares(weight, moment, keep, 1e-2)[1].T
+        errors.append((gone, float((small - dense).square().sum() / variance)))
+    torch.testing.assert_close(scores["0"], marginal(order, errors), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_refinement_goes_on_with_the_compensated_weights(seed):
+    torch.manual_seed(seed)
+    net = nn.Sequential(*(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 10, 3), nn.ReLU(), nn.Conv2d(10, 2, 3))).double()
+    x = torch.cat(IMAGES)[:, :, :8, :8]
+    groups = [group for group in channel_groups(net, x) if group.prunable]
+    plan = select(groups, score(net, [], "random", groups=groups), "ratio=0.5", round_to=1)
+    refined = refine(net, [x], plan, "obs", groups=groups)
+    assert refine(net, [x], plan, "obs", groups=groups, sequential=False) is plan
+
+    compensated = copy.deepcopy(net)
+    for name, conv in (("0", compensated[2]), ("2", compensated[4])):
+        size = conv.in_channels
+        channel_of_column = torch.cat([torch.arange(size).repeat_interleave(9), torch.tensor([-1])])
+        with torch.no_grad():
+            moment = reference.patch_moment(conv, compensated[: int(name) + 2](x))
+        weight = reference.with_bias(conv)
+        gone = reference.order(weight, moment, channel_of_column, 1e-2)[: size - len(plan.kept(name))]
+        assert refined.kept(name) == sorted(set(range(size)) - set(gone))
+        solved = least_squares(weight, moment, reference.remaining(channel_of_column, gone), 1e-2)[1]
+        with torch.no_grad():
+            conv.weight.copy_(solved[:, :-1].reshape(conv.weight.shape))
+            conv.bias.copy_(solved[:, -1])
+
+
 def test_outputs_tell_which_group_can_be_narrow():
     """Two equal branches, of which one hardly reaches the output: ranks cut both alike, output errors only that one."""
 
@@ -193,7 +237,13 @@ def test_fewer_probes_are_fewer_images_in_forward_passes():
     assert seen[1] - seen[0] == (8 - 2) * (1 + 4 + 3)
 
 
-@pytest.mark.parametrize("options", [{"probes": 1}, {"blend": 1.5}, {"blend": -0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"probes": 1}, {"probes": 8.5}, {"blend": 1.5}, {"blend": -0.1}, {"blend": float("nan")}),
+        *({"ridge": -1.0}, {"ridge": float("nan")}, {"ridge": float("inf")}, {"bins": 7.0}, {"latent": 0}),
+    ],
+)
 def test_bad_options_are_refused(options):
     with pytest.raises(RecipeError, match=f"{next(iter(options))} = "):
         ScapSet(**options)
@@ -215,11 +265,14 @@ def test_marginal_errors_grow_in_the_order_in_which_channels_leave(errors, rando
 def test_every_reader_counts_once():
     net = Wired().double().eval()
     groups = {group.name: group for group in channel_groups(net, IMAGES[0])}
-    found = {name: [(c.path, c.block) for c in module.consumers_of(net, groups[name])] for name in groups}
+    everything = staying(list(groups.values()), {})
+    found = {
+        name: [block.key for block in blocks.consumer_blocks(net, group, everything)] for name, group in groups.items()
+    }
     assert sorted(found["a"]) == [("grouped", 0), ("pointwise", 0)]
     assert sorted(found["b"]) == [("grouped", 0), ("grouped", 1), ("pointwise", 0)]
     assert found["pointwise"] == [("head", 0)]
-    head = module.consumers_of(net, groups["pointwise"])[0]
+    head = blocks.consumer_blocks(net, groups["pointwise"], everything)[0]
     assert [int((head.channel == channel).sum()) for channel in groups["pointwise"].channels] == [16] * 6
     assert head.channel[-1] == -1 and head.columns.size == 97
 
@@ -229,7 +282,7 @@ def test_refinement_leaves_a_smaller_error_than_the_plan():
     net = randomize(Residual(width=16)).double().eval()
     groups = channel_groups(net, IMAGES[0])
     plan = select(groups, score(net, [], "random", groups=groups), "ratio=0.5", round_to=1)
-    from scap_hub.compensation.least_squares import compensate
+    from scap_hub.compensation import compensate
     from scap_hub.surgery import apply_plan
 
     errors = []
@@ -244,9 +297,9 @@ def test_very_wide_layers_are_judged_by_their_heaviest_columns(monkeypatch):
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveMaxPool2d(3), nn.Flatten(), nn.Linear(54, 4)).double()
     groups = channel_groups(net, IMAGES[0])
     full = score(net, IMAGES, "obs", groups=groups)["0"]
-    monkeypatch.setattr(module, "COLUMNS", 24)
-    (consumer,) = module.consumers_of(net, groups[0])
-    assert consumer.columns.size == 25
+    monkeypatch.setattr(blocks, "COLUMNS", 24)
+    (block,) = blocks.consumer_blocks(net, groups[0], staying(groups, {}))
+    assert block.columns.size == 25
     some = score(net, IMAGES, "obs", groups=groups)["0"]
     assert torch.corrcoef(torch.stack([full, some]))[0, 1] > 0
     plan = select(groups, {"0": full}, "ratio=0.5", round_to=1)
@@ -263,8 +316,28 @@ def test_bad_input():
         score(net, [torch.randn(2, 3, 8, 8), bad], "obs", groups=groups)
     with pytest.raises(RecipeError, match="ridge = 0: give a positive number"):
         OBS(ridge=0)
+    with pytest.raises(RecipeError, match=r"ridge = 1e-300 leaves the second moment .* singular; raise it"):
+        score(net, [torch.ones(2, 3, 8, 8)], "obs", groups=groups, ridge=1e-300)
+    for name in ("obs", "scap-set"):
+        for batches in ([], iter([])):
+            with pytest.raises(CalibrationError, match=r"0 calibration image\(s\); at least 2"):
+                score(net, batches, name, groups=groups)
+        with pytest.raises(CalibrationError, match="no images in a calibration batch of type str"):
+            score(net, ["images"], name, groups=groups)
     flat = score(net, [torch.zeros(4, 3, 8, 8)], "obs", groups=groups)["0"]
     assert flat.isfinite().all()
+
+
+@pytest.mark.parametrize("ridge", [1e-15, 1e-300], ids=["rounding", "nothing"])
+def test_a_ridge_that_leaves_the_moment_singular_is_refused(ridge):
+    rows = torch.randn(3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows[:, 8:] = rows[:, :8]
+    weight, channel_of_column = torch.ones(2, 16, dtype=torch.float64), torch.arange(16)
+    CompensatedWeight(weight, rows.T @ rows, channel_of_column, 1e-2)
+    with pytest.raises(RecipeError, match=r"ridge = .* leaves .* singular"):
+        CompensatedWeight(weight, rows.T @ rows, channel_of_column, ridge)
+    with pytest.raises(CalibrationError, match="NaN or Inf in the second moment"):
+        CompensatedWeight(weight, torch.full((16, 16), torch.inf, dtype=torch.float64), channel_of_column, 1e-2)
 
 
 def decided(*shards):
@@ -277,7 +350,8 @@ def decided(*shards):
     saved = {}
     for name in ("activation", "taylor", "hrank", "obs", "scap-set"):
         criterion = base.criterion(name)
-        scores = saved[name] = score(net, batches, criterion, groups=groups)
+        scores = score(net, batches, criterion, groups=groups)
+        saved[name] = dict(scores)
         plan = select(groups, scores, "ratio=0.5", round_to=1)
         saved[name, "plan"] = criterion.refine(net, groups, batches, plan).to_json()
     return saved

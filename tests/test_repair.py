@@ -6,8 +6,9 @@ from torch import nn
 
 from scap_hub.channels import channel_groups
 from scap_hub.channels.oracle import randomize
-from scap_hub.compensation.least_squares import compensate, recalibrate
+from scap_hub.compensation import compensate, recalibrate, repair
 from scap_hub.criteria import OBS
+from scap_hub.errors import CalibrationError, RecipeError
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
 from tests.nets import Residual, random_plan
@@ -204,6 +205,49 @@ def test_batch_norms_are_taken_anew_on_the_way(seed):
     ), "and are left alone otherwise"
     recalibrate(late, IMAGES)
     assert relative(small, net) < relative(late, net)
+
+
+def test_repair_is_both_steps_or_either():
+    net, plan, small = halved()
+    expected = apply_plan(net, plan)
+    errors = compensate(net, expected, plan, IMAGES, 0.1, batch_norm=True)
+    assert repair(net, small, plan, IMAGES, ridge=0.1) == errors
+    assert_same_state(small, expected)
+    norms, recalibrated = apply_plan(net, plan), apply_plan(net, plan)
+    assert repair(net, norms, plan, IMAGES, least_squares=False) == {}
+    recalibrate(recalibrated, IMAGES)
+    assert_same_state(norms, recalibrated)
+    nothing = apply_plan(net, plan)
+    assert repair(net, nothing, plan, IMAGES, least_squares=False, batch_norm=False) == {}
+    assert_same_state(nothing, apply_plan(net, plan))
+
+
+def assert_same_state(one, other):
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("least_squares", [True, False])
+def test_images_that_repair_nothing_are_refused(least_squares):
+    net, plan, small = halved()
+    before = copy.deepcopy(small)
+    bad = torch.full((4, 3, 12, 12), torch.nan)
+    for batches, message in (
+        ([], "0 calibration image"),
+        ([IMAGES[0][:0]], "holds no image"),
+        ([{"label": 1}], "no images in a calibration batch"),
+        ([IMAGES[0], bad], "NaN or Inf in what (layer|batch norm) .* is given"),
+    ):
+        with pytest.raises(CalibrationError, match=message):
+            repair(net, small, plan, batches, least_squares=least_squares)
+        assert_same_state(small, before)
+        assert not any(module.training for module in small.modules())
+
+
+@pytest.mark.parametrize("ridge", [-1.0, float("nan"), float("inf")])
+def test_a_ridge_out_of_range_is_refused(ridge):
+    net, plan, small = halved()
+    with pytest.raises(RecipeError, match=r"ridge = .*give a number that is not negative"):
+        repair(net, small, plan, IMAGES, ridge=ridge)
 
 
 def test_large_images_are_repaired_from_as_many_as_fit(monkeypatch):

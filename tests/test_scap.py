@@ -15,8 +15,8 @@ from scap_hub.channels.groups import Tap
 from scap_hub.criteria import Scap, score
 from scap_hub.criteria.scap import autoencoder, sweep
 from scap_hub.criteria.scap.field import normalise
-from scap_hub.criteria.scap.shelf import Shelf
 from scap_hub.criteria.scap.spectra import spectrum
+from scap_hub.criteria.scap.store import SpectraStore
 from scap_hub.errors import CalibrationError, ModelError, RecipeError
 from tests import scap_reference
 from tests.tapped_nets import group, plain, tap
@@ -29,12 +29,14 @@ def assert_agrees(layer, x, y, dim=1, post=(torch.relu,), grid=None, **options):
     """One layer, scored alone, agrees with the reference; `y` are its channels, channels first."""
     one = tap(layer, "", dim=dim, post=post)
     scap = Scap(autoencoder="pca", **options)
-    scores = scap.score(layer, [group(one)], [x[:2], x[2:]])[""]
+    scores = scap.score(layer, [group(one)], [x[:2], x[2:]])
     x = x.movedim(-1, 1) if layer.weight.ndim == 2 else x
     while x.ndim < 4:
         x, y = x[..., None], y[..., None]
-    torch.testing.assert_close(scap.fidelity[""], scap_reference.fidelity(x, y, **options), rtol=1e-5, atol=1e-9)
-    torch.testing.assert_close(scores, scap_reference.importance(x, y, layer.weight, **options), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(scores.fidelity[""], scap_reference.fidelity(x, y, **options), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        scores[""], scap_reference.importance(x, y, layer.weight, **options), rtol=1e-5, atol=1e-9
+    )
 
 
 @quick
@@ -109,9 +111,7 @@ def test_nonlinear_features_restore_more_than_pca():
     images = torch.randn(32, 3, 16, 16)
     fidelities = []
     for kind in ("pca", "residual"):
-        scap = Scap(autoencoder=kind, latent=4)
-        scap.score(model, groups, [images])
-        fidelities.append(scap.fidelity)
+        fidelities.append(Scap(autoencoder=kind, latent=4).score(model, groups, [images]).fidelity)
     for layer in ("0", "3"):
         assert fidelities[1][layer].mean() > fidelities[0][layer].mean() + 1e-3
 
@@ -123,9 +123,9 @@ def test_a_duplicate_is_more_redundant_than_an_independent_channel(kind):
     with torch.no_grad():
         layer.weight[1:6] = layer.weight[0] * torch.linspace(0.5, 2, 5)[:, None, None, None]
     scap = Scap(autoencoder=kind, latent=4, weight=1.0)
-    scores = scap.score(layer, [group(tap(layer, "", post=(torch.relu,)))], [torch.randn(16, 3, 12, 12)])[""]
-    assert scores[:6].max() < scores[6:].min()
-    assert scap.fidelity[""][:6].min() > scap.fidelity[""][6:].max()
+    scores = scap.score(layer, [group(tap(layer, "", post=(torch.relu,)))], [torch.randn(16, 3, 12, 12)])
+    assert scores[""][:6].max() < scores[""][6:].min()
+    assert scores.fidelity[""][:6].min() > scores.fidelity[""][6:].max()
 
 
 def test_producers_of_a_group_are_fused_by_their_mean():
@@ -133,7 +133,8 @@ def test_producers_of_a_group_are_fused_by_their_mean():
     model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 12, 3, stride=2, padding=1)).double()
     pair = [k // 2 for k in range(12)]  # two rows a channel
     x = torch.randn(8, 3, 10, 10, dtype=torch.float64)
-    fused = score(model, [x], autoencoder="pca", groups=[group(tap(model, "0"), tap(model, "1", rows=pair))])["0"]
+    both = group(tap(model, "0"), tap(model, "1", rows=pair))
+    fused = score(model, [x], "scap", autoencoder="pca", groups=[both])["0"]
     with torch.no_grad():
         y = model[0](x)
         z = model[1](y)
@@ -151,9 +152,9 @@ def test_rows_outside_the_group_do_not_count():
     with torch.no_grad():
         y = layer(x)[:, 4:]
     half = group(tap(layer, "", rows=[-1] * 4 + [0, 1, 2, 3]))
-    scap = Scap(autoencoder="pca")
-    torch.testing.assert_close(scap.score(layer, [half], [x])[""], scap_reference.importance(x, y, layer.weight[4:]))
-    assert scap.fidelity[""].isnan().tolist() == [True] * 4 + [False] * 4
+    scores = Scap(autoencoder="pca").score(layer, [half], [x])
+    torch.testing.assert_close(scores[""], scap_reference.importance(x, y, layer.weight[4:]))
+    assert scores.fidelity[""].isnan().tolist() == [True] * 4 + [False] * 4
 
 
 def test_patch_tokens_take_the_grid_of_their_convolution():
@@ -172,7 +173,7 @@ def test_patch_tokens_take_the_grid_of_their_convolution():
     x = torch.randn(8, 3, 16, 24, dtype=torch.float64)
     with torch.no_grad():
         y = model(x)[:, 1:].movedim(-1, 1).unflatten(2, (4, 6))
-    scores = score(model, [x], autoencoder="pca", groups=[group(tap(model, "proj", "norm", dim=-1))])
+    scores = score(model, [x], "scap", autoencoder="pca", groups=[group(tap(model, "proj", "norm", dim=-1))])
     torch.testing.assert_close(scores["proj"], scap_reference.importance(x, y, model.proj.weight))
 
 
@@ -190,7 +191,7 @@ def test_windows_folded_into_the_batch_become_an_axis():
     x = torch.randn(6, 5, 8, dtype=torch.float64)
     with torch.no_grad():
         y = model(x).reshape(6, 2, 4, 6).movedim(-1, 1)
-    scores = score(model, [x], autoencoder="pca", groups=[group(tap(model, "linear", dim=-1))])["linear"]
+    scores = score(model, [x], "scap", autoencoder="pca", groups=[group(tap(model, "linear", dim=-1))])["linear"]
     torch.testing.assert_close(scores, scap_reference.importance(x.unflatten(2, (2, 4)), y, model.linear.weight))
 
 
@@ -202,9 +203,9 @@ def test_dead_channels_and_constant_inputs_have_defined_scores():
         layer.weight[4] = 0
     one = [group(tap(layer, "", post=(torch.relu,)))]
     scap = Scap(weight=1.0, latent=2)
-    scores = scap.score(layer, one, [torch.randn(8, 3, 9, 9)])[""]
-    assert scap.fidelity[""][[2, 4]].tolist() == [1, 1]
-    assert scores[[2, 4]].max() < scores[[0, 1, 3, 5]].min()
+    scores = scap.score(layer, one, [torch.randn(8, 3, 9, 9)])
+    assert scores.fidelity[""][[2, 4]].tolist() == [1, 1]
+    assert scores[""][[2, 4]].max() < scores[""][[0, 1, 3, 5]].min()
     flat = scap.score(layer, one, [torch.ones(8, 3, 9, 9)])[""]
     assert flat.tolist() == [0.5] * 6
 
@@ -214,18 +215,19 @@ def test_a_latent_beyond_the_rank_restores_everything(kind):
     torch.manual_seed(0)
     layer = nn.Linear(3, 6).double()
     scap = Scap(autoencoder=kind, latent=64, weight=1.0)
-    assert scap.score(layer, [group(tap(layer, "", dim=-1))], [torch.randn(8, 3).double()])[""].tolist() == [0.5] * 6
-    torch.testing.assert_close(scap.fidelity[""], torch.ones(6).double())
+    scores = scap.score(layer, [group(tap(layer, "", dim=-1))], [torch.randn(8, 3).double()])
+    assert scores[""].tolist() == [0.5] * 6
+    torch.testing.assert_close(scores.fidelity[""], torch.ones(6).double())
 
 
 @pytest.mark.parametrize("kind", ["pca", "residual"])
 def test_scores_do_not_depend_on_batch_size_order_sweeps_or_run(kind, monkeypatch):
     model, groups = plain(width=(16, 24))
     images = torch.randn(24, 3, 16, 16)
-    expected = score(model, [images], groups=groups, autoencoder=kind, latent=4)
+    expected = score(model, [images], "scap", groups=groups, autoencoder=kind, latent=4)
 
     def assert_same(batches, groups=groups):
-        scores = score(model, batches, groups=groups, autoencoder=kind, latent=4)
+        scores = score(model, batches, "scap", groups=groups, autoencoder=kind, latent=4)
         for name, values in expected.items():
             torch.testing.assert_close(scores[name], values, rtol=0, atol=1e-6)
 
@@ -240,27 +242,29 @@ def test_scores_do_not_depend_on_batch_size_order_sweeps_or_run(kind, monkeypatc
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_told_with_what_to_do():
     with pytest.raises(CalibrationError, match=r"No space left.*TMPDIR"):
-        Shelf(Path("/dev/full")).put(0, torch.ones(2, 3, 4))
+        SpectraStore(Path("/dev/full")).write(0, torch.ones(2, 3, 4))
 
 
 def test_an_input_that_is_the_output_before_it_is_kept_once(monkeypatch):
     model, groups = plain(width=(16, 24))
     images = torch.randn(24, 3, 16, 16)
     shared = []
-    monkeypatch.setattr(Shelf, "share", lambda self, *how, own=Shelf.share: shared.append(how) or own(self, *how))
-    together = score(model, images.split(7), groups=groups)
+    monkeypatch.setattr(
+        SpectraStore, "share", lambda self, *how, own=SpectraStore.share: shared.append(how) or own(self, *how)
+    )
+    together = score(model, images.split(7), "scap", groups=groups)
     assert len(shared) == 4  # the second layer's input, in each batch
     for one in groups:
-        torch.testing.assert_close(score(model, images.split(7), groups=[one])[one.name], together[one.name])
+        torch.testing.assert_close(score(model, images.split(7), "scap", groups=[one])[one.name], together[one.name])
     assert len(shared) == 4
 
 
 def test_spectra_leave_no_files(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     model, groups = plain(width=(16, 24))
-    score(model, [torch.randn(8, 3, 16, 16)], groups=groups)
+    score(model, [torch.randn(8, 3, 16, 16)], "scap", groups=groups)
     with pytest.raises(CalibrationError, match="NaN"):
-        score(model, [torch.full((8, 3, 16, 16), torch.nan)], groups=groups)
+        score(model, [torch.full((8, 3, 16, 16), torch.nan)], "scap", groups=groups)
     assert not list(tmp_path.iterdir())
 
 
@@ -269,9 +273,7 @@ def test_the_seed_of_the_features_matters_only_a_little():
     images = torch.randn(24, 3, 16, 16)
     fidelities = []
     for seed in (0, 1):
-        scap = Scap(seed=seed, latent=4)
-        scap.score(model, groups, [images])
-        fidelities.append(scap.fidelity["3"])
+        fidelities.append(Scap(seed=seed, latent=4).score(model, groups, [images]).fidelity["3"])
     assert not torch.equal(*fidelities)
     assert torch.corrcoef(torch.stack(fidelities))[0, 1] > 0.8
 
@@ -279,10 +281,9 @@ def test_the_seed_of_the_features_matters_only_a_little():
 def test_bfloat16_models_are_scored_in_float32():
     model, groups = plain()
     images = torch.randn(12, 3, 16, 16)
-    single = Scap(autoencoder="pca", latent=4)
-    single.score(model, groups, [images])
-    half = Scap(autoencoder="pca", latent=4)
-    half.score(model.bfloat16(), groups, [images])
+    scap = Scap(autoencoder="pca", latent=4)
+    single = scap.score(model, groups, [images])
+    half = scap.score(model.bfloat16(), groups, [images])
     for layer, values in single.fidelity.items():
         torch.testing.assert_close(half.fidelity[layer], values, rtol=0, atol=1e-2)
 
@@ -301,22 +302,22 @@ def test_bfloat16_models_are_scored_in_float32():
 def test_wrong_options_are_refused(options, message):
     model, groups = plain()
     with pytest.raises(RecipeError, match=message):
-        score(model, [torch.randn(4, 3, 8, 8)], groups=groups, **options)
+        score(model, [torch.randn(4, 3, 8, 8)], "scap", groups=groups, **options)
 
 
 def test_a_grid_that_no_tokens_fit_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Flatten(2), nn.LayerNorm(24))
     with pytest.raises(ModelError, match="5 tokens do not fit a grid"):
         odd = Tap("0", "0.weight", torch.arange(4).numpy(), "2", (lambda y: y[..., :5],), 1)
-        score(model, [torch.randn(4, 3, 16, 24)], groups=[group(odd)])
+        score(model, [torch.randn(4, 3, 16, 24)], "scap", groups=[group(odd)])
 
 
 def test_too_few_images_over_all_batches():
     model, groups = plain()
     with pytest.raises(CalibrationError, match="1 calibration image"):
-        score(model, [torch.randn(1, 3, 8, 8)], groups=groups)
+        score(model, [torch.randn(1, 3, 8, 8)], "scap", groups=groups)
     with pytest.raises(CalibrationError, match="0 calibration image"):
-        score(model, [], groups=groups)
+        score(model, [], "scap", groups=groups)
 
 
 SCRIPT = """
@@ -335,9 +336,9 @@ uneven = ([images[:8], images[8:15]], [images[15:]])[state.process_index]
 saved = {}
 for kind in ("pca", "residual"):
     for shard, name in ((uneven, "uneven"), (empty, "empty")):
-        saved[kind, name] = score(model, shard, groups=groups, autoencoder=kind, latent=4)
+        saved[kind, name] = dict(score(model, shard, "scap", groups=groups, autoencoder=kind, latent=4))
 try:
-    score(model, [images[:1]][state.process_index :], groups=groups)
+    score(model, [images[:1]][state.process_index :], "scap", groups=groups)
 except CalibrationError as error:
     saved["error"] = str(error)
 torch.save(saved, f"{sys.argv[2]}/{state.process_index}.pt")
@@ -359,6 +360,6 @@ def test_two_processes_give_the_scores_of_one(tmp_path):
         saved = torch.load(tmp_path / f"{process}.pt")
         assert saved.pop("error").startswith("1 calibration image")
         for (kind, _), scores in saved.items():
-            expected = score(model, [images], groups=groups, autoencoder=kind, latent=4)
+            expected = score(model, [images], "scap", groups=groups, autoencoder=kind, latent=4)
             for name, values in expected.items():
                 torch.testing.assert_close(scores[name], values, rtol=0, atol=1e-6)

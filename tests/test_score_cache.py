@@ -5,9 +5,12 @@ import torch
 
 import scap_hub
 from scap_hub import criteria
+from scap_hub.criteria.base import criterion
 from scap_hub.errors import TargetError
+from scap_hub.run.score_cache import kept_scores
 from tests.nets import Residual, tiny_net
 from tests.test_comparison import QUICK as COMPARED
+from tests.test_criteria import MINE
 from tests.test_pruning import QUICK, images
 
 
@@ -47,6 +50,43 @@ def test_an_interrupted_run_finds_its_scores_again(tmp_path, scored, monkeypatch
     assert resumed.plan == whole.plan and resumed.report.groups == whole.report.groups
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
     assert not list((tmp_path / "cut").glob(".*")), "nothing is left beside the output"
+
+
+def test_a_resumed_run_reports_the_same_diagnostics(tmp_path, scored, monkeypatch):
+    whole = prune(tmp_path / "whole", criterion_diagnostics=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("scap_hub.run.pruning.finetune", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path / "cut", criterion_diagnostics=True)
+    scored.clear()
+    resumed = prune(tmp_path / "cut", criterion_diagnostics=True)
+    assert scored == ["l1", "scap", "scap"], "only the diagnostics score: L1 norms, and halves of the images"
+    assert resumed.report.groups == whole.report.groups
+    assert all(len(group.diagnosis.fidelity) == 5 for group in resumed.report.groups.values())
+
+
+def test_kept_scores_are_the_same_value(tmp_path):
+    model = Residual(width=16).eval()
+    batches = [torch.randn(8, 3, 32, 32)]
+    groups = [group for group in scap_hub.channel_groups(model, batches[0]) if group.prunable]
+    for kind in (criteria.Scap, criteria.ScapSet):
+        first, second = (kept_scores(tmp_path, model, batches, kind(), groups) for _ in range(2))
+        assert list(first) == list(second) and first.scope == second.scope == kind.scope
+        assert first.fidelity.keys() == second.fidelity.keys()
+        for one, other in ((first, second), (first.fidelity, second.fidelity)):
+            assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_scores_of_a_changed_file_are_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(criteria.base, "_CRITERIA", dict(criteria.base._CRITERIA))
+    model = Residual(width=16).eval()
+    groups = [group for group in scap_hub.channel_groups(model, torch.randn(1, 3, 32, 32)) if group.prunable]
+    path = tmp_path / "mine.py"
+    found = []
+    for factor in ("1.0", "20.0"):
+        path.write_text(MINE.replace("self.slope *", f"{factor} *"))
+        found.append(kept_scores(tmp_path, model, [], criterion(f"{path}:Mine"), groups)["stem"])
+    assert torch.equal(20 * found[0], found[1])
 
 
 @pytest.mark.parametrize(

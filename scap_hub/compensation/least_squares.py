@@ -1,12 +1,13 @@
-"""After surgery, before training: say the removed channels in terms of those that stay.
+"""Least squares: say the removed channels in terms of those that stay.
 
-Each layer that reads pruned channels is re-solved by ridge least squares, so that from what it reads now it computes
-what it computed in the dense model, and batch-norm statistics are taken anew. Neither needs labels.
+Each layer that reads pruned channels is re-solved, so that from what it reads now it computes what it computed in the
+dense model.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from functools import partial
 from math import ceil
@@ -14,14 +15,16 @@ from typing import Any
 
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import reduce
 from torch import Tensor, nn
 
-from scap_hub.criteria.calibration import images_of, input_of
-from scap_hub.criteria.patches import Reader, patches, results
+from scap_hub.compensation.batch_norm import fresh_statistics
+from scap_hub.compensation.processes import one_process, sum_over_processes
+from scap_hub.criteria.calibration import images_of, input_of, total_images
+from scap_hub.criteria.patches import PatchLayer, outputs_at_patches, patches
+from scap_hub.errors import CalibrationError, RecipeError
 from scap_hub.graph.record import evaluating
+from scap_hub.placement import fed
 from scap_hub.plan import PruningPlan
-from scap_hub.private import BatchNorm
 from scap_hub.progress import track
 
 _PATCHES = 8  # for each weight of an output channel, over all images
@@ -57,9 +60,17 @@ def compensate(
 
     Returns:
         For each repaired layer the relative squared output error on the patches, before and after.
+
+    Raises:
+        CalibrationError: No images, or images that give NaN or Inf.
+        RecipeError: The ridge is negative, or not finite.
     """
-    paths = list(_readers(dense, plan))
-    images = _fed(dense, torch.cat([images_of(batch) for batch in batches]))
+    if not 0 <= ridge < math.inf:
+        raise RecipeError(f"ridge = {ridge}: give a number that is not negative, such as 0.01")
+    paths = list(_lost_inputs(dense, plan))
+    shares = [images_of(batch) for batch in batches]
+    total_images(sum(map(len, shares)), least=1)
+    images = fed(dense, torch.cat(shares))
     images = images[: max(1, _BYTES // _largest(dense, paths, images[:1]))]
     places = {path: _places(small.get_submodule(path), len(images)) for path in paths}
     wanted = _outputs(dense, plan, places, images)
@@ -68,12 +79,12 @@ def compensate(
     def solve(path: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if path in wanted:  # a layer that runs several times is solved when it runs first
             rows = patches(layer, input_of(args, kwargs), len(images), places[path])
-            errors[path] = _resolve(layer, rows, wanted.pop(path), ridge)
+            errors[path] = _resolve(path, layer, rows, wanted.pop(path), ridge)
             bar.update()
 
     with track(paths, "repair") as bar, evaluating(small), torch.no_grad(), contextlib.ExitStack() as stack:
         if batch_norm:
-            stack.enter_context(_anew(small, 1))
+            stack.enter_context(fresh_statistics(small, 1))
         for path in paths:
             layer = small.get_submodule(path)
             stack.callback(layer.register_forward_pre_hook(partial(solve, path), with_kwargs=True).remove)
@@ -81,40 +92,7 @@ def compensate(
     return errors
 
 
-def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Takes the running statistics of every batch norm anew, as plain averages over the batches and all processes."""
-    batches = list(batches)
-    with evaluating(model), torch.no_grad(), _anew(model, len(batches)):
-        for batch in track(batches, "batch-norm statistics"):
-            model(_fed(model, images_of(batch)))
-
-
-@contextlib.contextmanager
-def _anew(model: nn.Module, batches: int) -> Iterator[None]:
-    """Batch norms of a model in eval mode take their running statistics from what they are given meanwhile."""
-    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average
-        norm.train()
-    yield
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
-        for statistic in (norm.running_mean, norm.running_var):
-            assert statistic is not None  # it tracks running statistics
-            statistic.copy_(_mean_over_processes(statistic, batches))
-
-
-def _mean_over_processes(value: Tensor, weight: int) -> Tensor:
-    if PartialState().num_processes == 1:
-        return value
-    total = _sum_over_processes(torch.cat([value * weight, value.new_tensor([weight])]))
-    return total[:-1] / total[-1]
-
-
-def _readers(dense: nn.Module, plan: PruningPlan) -> Iterator[str]:
+def _lost_inputs(dense: nn.Module, plan: PruningPlan) -> Iterator[str]:
     """Layers whose weight loses inputs (dimension 1).
 
     A subclass with a forward pass of its own (weight standardisation, other padding) applies another weight than it
@@ -144,10 +122,10 @@ def _outputs(dense: nn.Module, plan: PruningPlan, places: dict[str, int], images
     """What each layer computes for the channels that stay, (blocks, patches, O / blocks)."""
     found: dict[str, Tensor] = {}
 
-    def read(path: str, layer: Reader, x: Tensor, y: Tensor) -> None:
+    def read(path: str, layer: PatchLayer, x: Tensor, y: Tensor) -> None:
         if path not in found:
             keep = plan.tensors[f"{path}.weight"].keep
-            rows = results(layer, y, len(images), places[path])
+            rows = outputs_at_patches(layer, y, len(images), places[path])
             rows = rows[:, plan.indices(keep[0])] if 0 in keep else rows
             found[path] = rows.unflatten(1, (getattr(layer, "groups", 1), -1)).transpose(0, 1)
 
@@ -170,7 +148,7 @@ def _watched(dense: nn.Module, paths: Iterable[str], read: Any) -> Iterator[None
         yield
 
 
-def _resolve(layer: Any, rows: Tensor, wanted: Tensor, ridge: float) -> tuple[float, float]:
+def _resolve(path: str, layer: Any, rows: Tensor, wanted: Tensor, ridge: float) -> tuple[float, float]:
     """Changes a layer's weight so that it computes the wanted outputs, (blocks, patches, O), from these patches."""
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     weight = layer.weight.detach().to(rows.dtype).flatten(1)
@@ -178,10 +156,12 @@ def _resolve(layer: Any, rows: Tensor, wanted: Tensor, ridge: float) -> tuple[fl
         rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=2)
         weight = torch.cat([weight, layer.bias.detach().to(rows.dtype)[:, None]], dim=1)
     blocks = [
-        _solved(own, y.to(rows.dtype), block, ridge)
-        for own, y, block in zip(rows, wanted, weight.chunk(len(rows)), strict=True)
+        _solved(inputs, y.to(rows.dtype), block, ridge)
+        for inputs, y, block in zip(rows, wanted, weight.chunk(len(rows)), strict=True)
     ]
     weight = torch.cat([solved for solved, _ in blocks])
+    if not weight.isfinite().all():
+        raise CalibrationError(f"NaN or Inf in what layer {path!r} is given; check the images and the weights")
     if layer.bias is not None:
         layer.bias.copy_(weight[:, -1])
         weight = weight[:, :-1]
@@ -198,13 +178,13 @@ def _solved(rows: Tensor, wanted: Tensor, weight: Tensor, ridge: float) -> tuple
     """
     residual = wanted - rows @ weight.T
     errors = torch.stack([residual.square().sum(), wanted.square().sum()]).double()
-    if PartialState().num_processes == 1 and len(rows) < rows.shape[1]:
+    if one_process() and len(rows) < rows.shape[1]:
         rows, residual = rows.double(), residual.double()
         change = _regular(rows @ rows.T, residual, ridge, rows.square().sum(0).mean()).T @ rows
         after = (residual - rows @ change.T).square().sum()
     else:
-        gram, cross = (_sum_over_processes(rows.T @ other).double() for other in (rows, residual))
-        errors = _sum_over_processes(errors)
+        gram, cross = (sum_over_processes(rows.T @ other).double() for other in (rows, residual))
+        errors = sum_over_processes(errors)
         change = _regular(gram, cross, ridge, gram.diagonal().mean()).T
         after = errors[0] - 2 * (cross.T * change).sum() + ((change @ gram) * change).sum()
     return weight.double() + change, torch.stack([errors[0], after, errors[1]])
@@ -213,13 +193,9 @@ def _solved(rows: Tensor, wanted: Tensor, weight: Tensor, ridge: float) -> tuple
 def _regular(gram: Tensor, right: Tensor, ridge: float, energy: Tensor) -> Tensor:
     """Solves with the diagonal raised by the ridge times the inputs' mean energy, which may be zero."""
     scale = max(ridge, _RIDGE) * energy.clamp(min=1e-12)
-    return torch.linalg.solve(gram + scale * torch.eye(len(gram)).to(gram), right)
-
-
-def _sum_over_processes(value: Tensor) -> Tensor:
-    return value if PartialState().num_processes == 1 else reduce(value, reduction="sum")
-
-
-def _fed(model: nn.Module, images: Tensor) -> Tensor:
-    parameter = next(model.parameters())
-    return images.to(parameter.device, parameter.dtype)
+    try:
+        return torch.linalg.solve(gram + scale * torch.eye(len(gram)).to(gram), right)
+    except torch.linalg.LinAlgError as error:
+        raise RecipeError(
+            f"ridge = {ridge:g} leaves a layer's normal equations singular; raise it, such as to 0.01"
+        ) from error

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.criteria import base
-from scap_hub.criteria.base import Criterion, RowCriterion
+from scap_hub.criteria.base import Criterion
 from scap_hub.criteria.obs.criterion import OBS
 from scap_hub.criteria.rivals.activation import Activation
 from scap_hub.criteria.rivals.bn_scale import BNScale
@@ -18,8 +19,12 @@ from scap_hub.criteria.rivals.hrank import HRank
 from scap_hub.criteria.rivals.magnitude import L1, L2
 from scap_hub.criteria.rivals.random import Random
 from scap_hub.criteria.rivals.taylor import Taylor
-from scap_hub.criteria.scap import Scap, ScapSet
-from scap_hub.errors import RecipeError
+from scap_hub.criteria.rows import RowCriterion
+from scap_hub.criteria.scap.criterion import Scap
+from scap_hub.criteria.scap.scap_set import ScapSet
+from scap_hub.errors import CalibrationError, RecipeError
+from scap_hub.plan import PruningPlan
+from scap_hub.scores import DEFAULT_CRITERION, Scores
 
 __all__ = [
     "FPGM",
@@ -35,6 +40,7 @@ __all__ = [
     "Scap",
     "ScapSet",
     "Taylor",
+    "refine",
     "score",
 ]
 
@@ -42,31 +48,92 @@ __all__ = [
 def score(
     model: nn.Module,
     batches: Iterable[Any],
-    criterion: str | Criterion = "scap",
+    criterion: str | Criterion = DEFAULT_CRITERION,
     *,
     groups: Sequence[ChannelGroup],
     **options: Any,
-) -> dict[str, Tensor]:
+) -> Scores:
     """Scores the channels of a model's prunable groups; the higher the importance, the rather it is kept.
 
     Args:
         model: The dense model; unchanged on return.
         batches: Calibration batches: image tensors (N, C, H, W), tuples that start with one, or dicts with
-            "pixel_values". Where several processes run, each gives its own shard and gets the scores of all.
-        criterion: Name of a registered criterion, or a `Criterion`.
+            "pixel_values". Where several processes run, each gives its own share and gets the scores of all.
+        criterion: Name of a registered criterion, "path.py:MyCriterion" for one in a file, or a `Criterion`.
         groups: The model's channel groups. Those that cannot be pruned, or not be watched (the forward pass uses their
             layers' weights without calling the layers), are passed over, and `select` keeps them whole.
         **options: Of the criterion, where it is given by name.
 
     Returns:
-        {group.name: (group.size,) importances}, float64 on the CPU.
+        {group.name: (group.size,) importances}, float64 on the CPU, with the scope in which they are compared and, for
+        `scap`, the fidelities.
 
     Raises:
-        RecipeError: Unknown criterion, or an option it does not have or accept.
-        CalibrationError: Images that cannot be scored.
+        RecipeError: Unknown criterion, an option that it does not have or accept, or scores that do not fit the groups.
+        CalibrationError: Images that cannot be scored, or scores that are not finite.
+        ModelError: A layer that cannot be watched.
     """
+    criterion = _ready(criterion, options)
+    groups = [group for group in groups if group.prunable and group.watched]
+    found = criterion.score(model, groups, batches)
+    if not isinstance(found, Scores):
+        found = Scores(found, criterion.scope)
+    importance = _checked(found, type(criterion).__name__, groups)
+    return Scores(importance, found.scope, found.fidelity)
+
+
+def refine(
+    model: nn.Module,
+    batches: Iterable[Any],
+    plan: PruningPlan,
+    criterion: str | Criterion = DEFAULT_CRITERION,
+    *,
+    groups: Sequence[ChannelGroup],
+    **options: Any,
+) -> PruningPlan:
+    """Chooses anew which channels stay, at the numbers that a plan gives every group, as `prune` does after `select`.
+
+    Criteria that judge channels one by one give the plan back as it is.
+
+    Args:
+        model: The dense model; unchanged on return.
+        batches: As for `score`.
+        plan: What `select` made of the scores.
+        criterion: As for `score`.
+        groups: The model's channel groups.
+        **options: As for `score`.
+
+    Raises:
+        RecipeError, CalibrationError, ModelError: As for `score`.
+    """
+    return _ready(criterion, options).refine(model, groups, batches, plan)
+
+
+def _ready(criterion: str | Criterion, options: dict[str, Any]) -> Criterion:
     if isinstance(criterion, str):
-        criterion = base.criterion(criterion, options)
-    elif options:
+        return base.criterion(criterion, options)
+    if options:
         raise RecipeError(f"options {', '.join(options)} beside a ready criterion; set them when you build it")
-    return criterion.score(model, [group for group in groups if group.prunable and group.watched], batches)
+    return criterion
+
+
+def _checked(scores: Scores, kind: str, groups: Sequence[ChannelGroup]) -> dict[str, Tensor]:
+    """Importances in float64 on the CPU, in the order of the groups; a group may have none."""
+    if unknown := scores.keys() - {group.name for group in groups}:
+        raise RecipeError(f"{kind} scores {sorted(unknown)[0]!r}, which is none of the groups that it was given")
+    importance = {}
+    for group in groups:
+        if group.name not in scores:
+            continue
+        values = torch.as_tensor(scores[group.name]).detach().to("cpu", torch.float64)
+        if values.shape != (group.size,):
+            raise RecipeError(
+                f"{kind} gives scores of shape {tuple(values.shape)} for group {group.name!r}; "
+                f"give one for each of its {group.size} channels"
+            )
+        if not values.isfinite().all():
+            raise CalibrationError(
+                f"{kind} gives NaN or Inf for group {group.name!r}; check the model's weights and the images"
+            )
+        importance[group.name] = values
+    return importance

@@ -1,21 +1,25 @@
-"""Watching a model: the input and the output of chosen layers, batch by batch, without keeping either."""
+"""Watching a model on calibration images: the input and the output of chosen layers, without keeping either."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from scap_hub.channels.groups import Tap
+from scap_hub.channels.taps import Tap
+from scap_hub.criteria.layouts import channels_first
 from scap_hub.errors import CalibrationError, ModelError
+from scap_hub.graph.record import evaluating
+from scap_hub.placement import fed, placement
 from scap_hub.progress import track
 
 
-class Reached(Exception):
+class AllSeen(Exception):
     """Raised in a hook that has seen the last layer of interest: the rest of the forward pass is not needed."""
 
 
@@ -32,7 +36,7 @@ def images_of(batch: Any) -> Tensor:
     """The images in a batch: the tensor itself, the first item of a tuple or list, or `batch["pixel_values"]`.
 
     Raises:
-        CalibrationError: The batch holds no image tensor in any of these places.
+        CalibrationError: The batch holds no image tensor in any of these places, or one of no images.
     """
     images = batch
     if isinstance(batch, (tuple, list)) and batch:
@@ -44,16 +48,43 @@ def images_of(batch: Any) -> Tensor:
             f"no images in a calibration batch of type {type(batch).__name__}; "
             "give a tensor, a tuple that starts with one, or a dict with 'pixel_values'"
         )
+    if not len(images):
+        raise CalibrationError(f"a calibration batch of shape {tuple(images.shape)} holds no image; leave it out")
     return images
 
 
-def sized(batches: Iterable[Any]) -> Collection[Any]:
+def rereadable(batches: Iterable[Any]) -> Collection[Any]:
     """The batches, as something that has a length and can be read more than once."""
     try:
         len(batches)  # type: ignore[arg-type]
     except TypeError:
         return [images_of(batch) for batch in batches]
     return batches  # type: ignore[return-value]
+
+
+def total_images(here: int, least: int = 2) -> int:
+    """Number of images over all processes.
+
+    Args:
+        here: Images of this process.
+        least: How many are needed.
+
+    Raises:
+        CalibrationError: Fewer than needed.
+    """
+    total = sum(gather_object([here]))
+    if total < least:
+        raise CalibrationError(f"{total} calibration image(s); at least {least} are needed, 128 or more are advised")
+    return total
+
+
+def count_images(batches: Iterable[Any]) -> int:
+    """Number of images in the batches of all processes.
+
+    Raises:
+        CalibrationError: Fewer than 2, or a batch without images.
+    """
+    return total_images(sum(len(images_of(batch)) for batch in batches))
 
 
 def watch(
@@ -87,88 +118,89 @@ def watch(
         CalibrationError: NaN or Inf in a watched tensor, or fewer than 2 images over all processes.
         ModelError: A tap that does not run, or whose output does not fit its weight.
     """
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
-    inputs: dict[int, A] = {}
-    outputs: dict[int, B] = {}
-    finite: list[tuple[str, Tensor]] = []  # in the order of execution, so that the first culprit is named
-    count = 0  # images in the current batch
-    watched = None  # tensors that a forward pass shows, once one has run to its end
-
-    def input_hook(i: int, tap: Tap, dim: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = input_of(args, kwargs)
-            finite.append((f"input of layer {tap.module!r}", x.sum(dtype=torch.float32).isfinite()))
-            inputs[i] = read_input(tap, channels_first(x, dim, count, tap.module))
-            outputs.pop(i, None)
-
-        return hook
-
-    def output_hook(i: int, tap: Tap, rows: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-            if i not in inputs or i in outputs:
-                return
-            y = result if isinstance(result, Tensor) else result[0]
-            for function in tap.post:
-                # A clone, because an activation may work in place and the model still needs its tensor.
-                y = function(y.clone())
-            finite.append((f"output of layer {tap.module!r}", y.sum(dtype=torch.float32).isfinite()))
-            y = channels_first(y, tap.dim, count, tap.output)
-            if y.shape[1] != rows:
-                raise ModelError(
-                    f"{tap.output!r} gives {y.shape[1]} channels, but layer {tap.module!r} has {rows}; "
-                    "protect this layer, or watch it elsewhere"
-                )
-            outputs[i] = read_output(tap, inputs[i], y)
-            if len(finite) == watched:
-                raise Reached
-
-        return hook
-
-    modes = [(module, module.training) for module in model.modules()]
-    handles = []
+    forward = _WatchedForward(model, taps, read_input, read_output)
     seen = 0
-    try:
-        model.eval()
-        for i, tap in enumerate(taps):
-            weight = model.get_parameter(tap.weight)
-            before = input_hook(i, tap, -1 if weight.ndim == 2 else 1)
-            handles.append(model.get_submodule(tap.module).register_forward_pre_hook(before, with_kwargs=True))
-            after = output_hook(i, tap, len(tap.channel_of_row))
-            handles.append(model.get_submodule(tap.output).register_forward_hook(after))
+    with evaluating(model), forward.hooks():
         for number, batch in enumerate(track(batches, description)):
-            images = images_of(batch).to(parameter.device, parameter.dtype)
-            count = len(images)
-            seen += count
-            with torch.no_grad(), contextlib.suppress(Reached):
-                model(images)
-            watched = len(finite)
-            if finite and not torch.stack([flag for _, flag in finite]).all():
-                place = next(name for name, flag in finite if not flag)
-                raise CalibrationError(f"NaN or Inf in the {place}, batch {number}; check the images and the weights")
-            for i, tap in enumerate(taps):
-                if i not in outputs:
-                    raise ModelError(f"layer {tap.module!r} or its output {tap.output!r} does not run; protect it")
-            yield [outputs[i] for i in range(len(taps))]
-            for store in (inputs, outputs, finite):
-                store.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
-    enough(seen)
+            images = fed(model, images_of(batch))
+            seen += len(images)
+            yield forward(images, number)
+    total_images(seen)
 
 
-def enough(seen: int) -> int:
-    """Number of images over all processes.
+class _WatchedForward(Generic[A, B]):
+    """Forward passes that end as soon as every tap has been read."""
 
-    Raises:
-        CalibrationError: Fewer than 2.
-    """
-    total = sum(gather_object([seen]))
-    if total < 2:
-        raise CalibrationError(f"{total} calibration image(s); at least 2 are needed, 128 or more are advised")
-    return total
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Sequence[Tap],
+        read_input: Callable[[Tap, Tensor], A],
+        read_output: Callable[[Tap, A, Tensor], B],
+    ) -> None:
+        self._model, self._taps = model, taps
+        self._read_input, self._read_output = read_input, read_output
+        self._images = 0  # of the current batch
+        self._inputs: dict[int, A] = {}  # by number of the tap
+        self._outputs: dict[int, B] = {}
+        self._finite: list[tuple[str, Tensor]] = []  # in the order of execution, so that the first culprit is named
+        self._readings: int | None = None  # how many a forward pass makes, known once one has run to its end
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Hooks on the taps' modules, removed at the end."""
+        with contextlib.ExitStack() as stack:
+            for i, tap in enumerate(self._taps):
+                layer, output = (self._model.get_submodule(path) for path in (tap.module, tap.output))
+                before, after = partial(self._before_layer, i), partial(self._after_output, i)
+                stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(output.register_forward_hook(after).remove)
+            yield
+
+    def __call__(self, images: Tensor, number: int) -> list[B]:
+        """What is read of each tap, on one batch and with its number."""
+        self._images = len(images)
+        for store in (self._inputs, self._outputs, self._finite):
+            store.clear()
+        with torch.no_grad(), contextlib.suppress(AllSeen):
+            self._model(images)
+        self._readings = len(self._finite)
+        if self._finite and not torch.stack([flag for _, flag in self._finite]).all():
+            place = next(name for name, flag in self._finite if not flag)
+            raise CalibrationError(f"NaN or Inf in the {place}, batch {number}; check the images and the weights")
+        for i, tap in enumerate(self._taps):
+            if i not in self._outputs:
+                raise ModelError(f"layer {tap.module!r} or its output {tap.output!r} does not run; protect it")
+        return [self._outputs[i] for i in range(len(self._taps))]
+
+    def _before_layer(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tap, x = self._taps[i], input_of(args, kwargs)
+        self._note_finite(f"input of layer {tap.module!r}", x)
+        dim = -1 if self._model.get_parameter(tap.weight).ndim == 2 else 1
+        self._inputs[i] = self._read_input(tap, channels_first(x, dim, self._images, tap.module))
+        self._outputs.pop(i, None)
+
+    def _after_output(self, i: int, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        if i not in self._inputs or i in self._outputs:
+            return
+        tap, y = self._taps[i], result if isinstance(result, Tensor) else result[0]
+        for function in tap.post:
+            # A clone, because an activation may work in place and the model still needs its tensor.
+            y = function(y.clone())
+        self._note_finite(f"output of layer {tap.module!r}", y)
+        y = channels_first(y, tap.dim, self._images, tap.output)
+        rows = len(tap.channel_of_row)
+        if y.shape[1] != rows:
+            raise ModelError(
+                f"{tap.output!r} gives {y.shape[1]} channels, but layer {tap.module!r} has {rows}; "
+                "protect this layer, or watch it elsewhere"
+            )
+        self._outputs[i] = self._read_output(tap, self._inputs[i], y)
+        if len(self._finite) == self._readings:
+            raise AllSeen
+
+    def _note_finite(self, place: str, values: Tensor) -> None:
+        self._finite.append((place, values.sum(dtype=torch.float32).isfinite()))
 
 
 def image_means(
@@ -190,8 +222,7 @@ def image_means(
     """
     if not taps:
         return []
-    device = next(model.parameters()).device
-    sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in taps]
+    sums = [torch.zeros((), dtype=torch.float64, device=placement(model).device) for _ in taps]
     seen = 0
     for batch in watch(model, taps, batches, lambda tap, x: x.shape[2:], lambda tap, grid, y: read(grid, y)):
         seen += len(batch[0]) if batch else 0
@@ -205,15 +236,6 @@ def mean_over_processes(sums: Sequence[Tensor], count: int) -> list[Tensor]:
     Raises:
         CalibrationError: Fewer than 2 images over all processes.
     """
-    shards = gather_object([[total.cpu() for total in sums]])
-    images = enough(count)
-    return [sum(parts) / images for parts in zip(*shards, strict=True)]
-
-
-def channels_first(maps: Tensor, dim: int, images: int, layer: str) -> Tensor:
-    """(N, C, *axes) from a tensor with its channels at `dim`; windows folded into the batch become an axis."""
-    if maps.shape[0] != images:
-        if maps.shape[0] % images:
-            raise ModelError(f"{layer!r} sees {maps.shape[0]} items for {images} images; protect this layer")
-        maps, dim = maps.unflatten(0, (images, -1)), dim + 1 if dim > 0 else dim
-    return maps.movedim(dim, 1)
+    shares = gather_object([[total.cpu() for total in sums]])
+    images = total_images(count)
+    return [sum(parts) / images for parts in zip(*shares, strict=True)]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,11 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup
-from scap_hub.criteria.base import Criterion, fuse
-from scap_hub.criteria.calibration import enough, image_means, images_of
+from scap_hub.criteria.base import Criterion
+from scap_hub.criteria.calibration import count_images, image_means, images_of
 from scap_hub.criteria.rivals.magnitude import L1
+from scap_hub.criteria.rows import fuse
+from scap_hub.scores import Scores
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _CONSTANT = 1e-6  # variance relative to the mean square below which a channel says nothing
@@ -45,7 +46,7 @@ def diagnose(
     groups: Sequence[ChannelGroup],
     batches: Collection[Any],
     criterion: Criterion,
-    scores: dict[str, Tensor],
+    scores: Scores,
 ) -> dict[str, Diagnosis]:
     """Diagnoses scores; takes one more scoring, on the halves, and one forward pass.
 
@@ -53,24 +54,21 @@ def diagnose(
         model: What was scored.
         groups: Its groups; those without scores are passed over.
         batches: The calibration batches that were scored.
-        criterion: What scored it, just before.
+        criterion: What scored it.
         scores: What it gave.
     """
     groups = [group for group in groups if group.name in scores]
     moments = iter(image_means(model, [tap for group in groups for tap in group.taps], batches, _moments))
     magnitude = L1().score(model, groups, [])
-    fidelity: dict[str, Tensor] = dict(getattr(criterion, "fidelity", {}))
-    halves = _halves(model, groups, batches, copy.copy(criterion))
+    halves = _halves(model, groups, batches, criterion)
     diagnoses = {}
     for group in groups:
         means, squares = zip(*(next(moments).chunk(2) for _ in group.taps), strict=True)
         variance = fuse(group, [(s - m**2).clamp(min=0) for m, s in zip(means, squares, strict=True)], _as_is)
         square = fuse(group, squares, _as_is)
-        rows = [fidelity[tap.module][torch.as_tensor(tap.channel_of_row) >= 0] for tap in group.taps if fidelity]
-        quantiles = torch.cat(rows).quantile(torch.tensor(_QUANTILES, dtype=torch.float64)) if rows else None
         name = group.name
         diagnoses[name] = Diagnosis(
-            fidelity=None if quantiles is None else tuple(quantiles.tolist()),
+            fidelity=_quantiles(group, scores.fidelity) if scores.fidelity else None,
             energy=tuple((variance / variance.sum().clamp(min=torch.finfo(variance.dtype).tiny)).tolist()),
             dead=tuple((variance <= _CONSTANT * square).nonzero()[:, 0].tolist()),
             l1_correlation=_correlation(scores[name], magnitude[name]),
@@ -81,13 +79,18 @@ def diagnose(
 
 def _halves(
     model: nn.Module, groups: Sequence[ChannelGroup], batches: Collection[Any], criterion: Criterion
-) -> list[dict[str, Tensor]]:
+) -> list[Mapping[str, Tensor]]:
     """Rankings from every other calibration image, and from the rest."""
-    images = [images_of(batch) for batch in batches]
-    if enough(sum(len(some) for some in images)) < _IMAGES:
+    if count_images(batches) < _IMAGES:
         return []
-    shards = [[some[half::2] for some in images if len(some) > half] for half in (0, 1)]
-    return [criterion.ranking(model, groups, shard) for shard in shards]
+    images = [images_of(batch) for batch in batches]
+    halves = [[batch[half::2] for batch in images if len(batch) > half] for half in (0, 1)]
+    return [criterion.ranking(model, groups, half) for half in halves]
+
+
+def _quantiles(group: ChannelGroup, fidelity: Mapping[str, Tensor]) -> tuple[float, ...]:
+    rows = [fidelity[tap.module][torch.as_tensor(tap.channel_of_row) >= 0] for tap in group.taps]
+    return tuple(torch.cat(rows).quantile(torch.tensor(_QUANTILES, dtype=torch.float64)).tolist())
 
 
 def _moments(grid: Sequence[int], y: Tensor) -> Tensor:

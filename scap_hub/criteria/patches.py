@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 
 from scap_hub.private import ConvNd
 
-Reader = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
-"""Layers that have patches."""
+PatchLayer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+"""Layers whose output is their weight times patches of their input."""
 
 _GOLDEN = 0.6180339887498949
 
 
-def patches(layer: Reader, x: Tensor, images: int, places: int | None = None) -> Tensor:
+def patches(layer: PatchLayer, x: Tensor, images: int, places: int | None = None) -> Tensor:
     """Input patches at evenly spread places, the same ones in every image, so that batches do not matter.
 
     Args:
@@ -31,7 +32,7 @@ def patches(layer: Reader, x: Tensor, images: int, places: int | None = None) ->
         (blocks, images * places, unknowns): as many blocks as the convolution has groups; the unknowns are in the order
         of the weight's own, (in / groups, *kernel).
     """
-    images, places = _units(layer, x, images, places)
+    images, places = _per_image(layer, x, images, places)
     if isinstance(layer, nn.Linear):
         rows = x.reshape(images, -1, x.shape[-1])
         return rows[:, _spread(rows.shape[1], places, x)].reshape(1, -1, x.shape[-1])
@@ -47,8 +48,8 @@ def patches(layer: Reader, x: Tensor, images: int, places: int | None = None) ->
     return rows.flatten(1).unflatten(1, (layer.groups, -1)).transpose(0, 1)
 
 
-def results(layer: Reader, y: Tensor, images: int, places: int | None = None) -> Tensor:
-    """What a layer makes of its patches: its outputs at the places that `patches` reads.
+def outputs_at_patches(layer: PatchLayer, y: Tensor, images: int, places: int | None = None) -> Tensor:
+    """A layer's outputs at the places where `patches` reads its input.
 
     Args:
         layer: The layer.
@@ -59,7 +60,7 @@ def results(layer: Reader, y: Tensor, images: int, places: int | None = None) ->
     Returns:
         (images * places, O).
     """
-    images, places = _units(layer, y, images, places)
+    images, places = _per_image(layer, y, images, places)
     if isinstance(layer, nn.Linear):
         rows = y.reshape(images, -1, y.shape[-1])
     else:
@@ -67,8 +68,11 @@ def results(layer: Reader, y: Tensor, images: int, places: int | None = None) ->
     return rows[:, _spread(rows.shape[1], places, y)].flatten(0, 1)
 
 
-def _units(layer: Reader, x: Tensor, images: int, places: int | None) -> tuple[int, int | None]:
-    """Into how many parts an input falls, and how many places of each to read: images, or, of one without, one."""
+def _per_image(layer: PatchLayer, x: Tensor, images: int, places: int | None) -> tuple[int, int | None]:
+    """How many images an input comes from, and how many places to read of each.
+
+    An input that does not come from the images, such as a table of positions, counts as one image with all the places.
+    """
     items = x[..., 0].numel() if isinstance(layer, nn.Linear) else len(x)
     return (images, places) if items % images == 0 else (1, places and places * images)
 
@@ -92,3 +96,34 @@ def _spread(size: int, places: int | None, x: Tensor) -> Tensor:
     if places is None or places >= size:
         return torch.arange(size, device=x.device)
     return (torch.arange(places, dtype=torch.float64, device=x.device) * _GOLDEN % 1 * size).long()
+
+
+def views(layer: PatchLayer, x: Tensor) -> list[Tensor]:
+    """The part of a layer's input that each place of its kernel sees.
+
+    Args:
+        layer: The layer.
+        x: Its input, (N, C, *axes); (N, ..., C) for a linear layer.
+
+    Returns:
+        (N, C, *grid) for each place of the kernel, in the order of the weight's own.
+    """
+    if isinstance(layer, nn.Linear):
+        return [x.movedim(-1, 1)]
+    x = padded(layer, x)
+    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
+    grid = [
+        (size - gap * (width - 1) - 1) // step + 1
+        for size, width, step, gap in zip(x.shape[2:], kernel, stride, dilation, strict=True)
+    ]
+    places = itertools.product(*(range(width) for width in kernel))
+    return [x[_window(place, dilation, stride, grid)] for place in places]
+
+
+def _window(place: Sequence[int], dilation: Sequence[int], stride: Sequence[int], grid: Sequence[int]) -> Any:
+    """Indices of the input that one place of the kernel sees."""
+    axes = [
+        slice(start * gap, start * gap + (count - 1) * step + 1, step)
+        for start, gap, step, count in zip(place, dilation, stride, grid, strict=True)
+    ]
+    return (slice(None), slice(None), *axes)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from scap_hub.errors import TargetError
+from scap_hub.scores import DEFAULT_CRITERION
 from scap_hub.selection.target import KINDS, Target
 
 
@@ -104,7 +105,7 @@ class CriterionSettings(Block):
 
     model_config = ConfigDict(json_schema_extra=_or_text)
 
-    name: str = "scap-set"
+    name: str = DEFAULT_CRITERION
     """Name of a registered criterion; with a threshold, "scap" is the default, whose importances it is made for."""
     options: dict[str, Any] = {}
     """Keyword options of that criterion."""

@@ -15,8 +15,8 @@ from accelerate.utils import set_seed
 from scipy.stats import rankdata
 from torch import nn
 
-from scap_hub.channels import channel_groups
-from scap_hub.compensation.least_squares import recalibrate
+from scap_hub.channels.groups import channel_groups
+from scap_hub.compensation import recalibrate
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.criteria.base import known_criteria
 from scap_hub.errors import DataError, RecipeError, ScapHubError
@@ -25,7 +25,6 @@ from scap_hub.recipe import Recipe
 from scap_hub.run import peers
 from scap_hub.run.pruning import data_for, example, load_dense, prune_loaded, shard_calibration
 from scap_hub.run.report import Measures, measure
-from scap_hub.selection.target import Target
 from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator, from_main
 from scap_hub.training.evaluate import evaluate
@@ -168,7 +167,7 @@ def compare(
         found.dense = _dense(loaded, data)
     before = Measures(found.dense["macs"], found.dense["params"], 0, found.dense["test"])
     done = {(cell["seed"], cell["target"], cell["criterion"]) for cell in found.cells if "error" not in cell}
-    left = [key for key in recipes if key not in done and _fits(key[2], recipes[key].target.target)]
+    left = [key for key in recipes if key not in done and _fits(key[2], key[1])]
     seeded = {base.seed: data}
     with tempfile.TemporaryDirectory() as scores:
         for key in track(left, "comparison"):
@@ -197,9 +196,9 @@ def _criteria(criteria: str | Sequence[str]) -> list[str]:
     return names
 
 
-def _fits(name: str, target: Target) -> bool:
+def _fits(name: str, target: str) -> bool:
     """Torch-Pruning knows ratios, which are matched to these budgets."""
-    return name not in peers.PEERS or target.kind in peers.MATCHED
+    return name not in peers.PEERS or target.partition("=")[0] in ("macs", "params")
 
 
 def _shared(recipe: Recipe) -> dict[str, Any]:
@@ -257,12 +256,14 @@ def _ours(loaded: LoadedModel, data: Data, recipe: Recipe, before: Measures, sco
 def _peer(loaded: LoadedModel, data: Data, recipe: Recipe, before: Measures, name: str) -> Cell:
     """Torch-Pruning's choice, then the same training; repaired only where its name says so."""
     small, history = loaded.module, []
-    target = recipe.target.target.share(1 / recipe.schedule.steps)
+    kind, fraction = recipe.target.budget
+    assert isinstance(fraction, float)
     for _ in range(recipe.schedule.steps):
         images = example(small, loaded)
         groups = channel_groups(small, images)
+        step = (kind, fraction ** (1 / recipe.schedule.steps))
         try:
-            small = peers.prune_with_peer(small, groups, images, name, target, recipe.target.round_to)
+            small = peers.prune_with_peer(small, groups, images, name, step, recipe.target.round_to)
         except Exception as error:
             # Whatever another library raises is a result here: it does not prune this model.
             return {"error": f"{type(error).__name__}: {error}"}

@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup, channel_groups
-from scap_hub.compensation.least_squares import compensate, recalibrate
+from scap_hub.compensation import repair
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.criteria.diagnostics import Diagnosis, diagnose
 from scap_hub.errors import CalibrationError, DataError, RecipeError, ScapHubError
@@ -25,12 +25,12 @@ from scap_hub.hub.checkpoint import check_output
 from scap_hub.hub.uniform import plain_config
 from scap_hub.plan import PruningPlan
 from scap_hub.progress import announce, track
-from scap_hub.recipe import DataSettings, Recipe
+from scap_hub.recipe import DataSettings, Recipe, TargetSettings
 from scap_hub.run.report import GroupReport, Measures, Report, Selection, measure
 from scap_hub.run.result import Result
 from scap_hub.run.score_cache import kept_scores
-from scap_hub.selection.latency import select_latency
-from scap_hub.selection.select import kept_importance, select
+from scap_hub.scores import Scores
+from scap_hub.selection.select import kept_importance, select, select_latency
 from scap_hub.surgery import apply_plan
 from scap_hub.timing.clock import milliseconds
 from scap_hub.training.data import Data, load_data
@@ -146,12 +146,12 @@ def prune_loaded(
             if recipe.publish.layout == "uniform" and step + 1 == recipe.schedule.steps:
                 plain_config(loaded, small)  # refuses before the training what saving would refuse after it
         with stages("repair"):
-            if recipe.repair.least_squares:
-                compensate(
-                    larger, small, step_plan, calibration, recipe.repair.ridge, batch_norm=recipe.repair.batch_norm
-                )
-            elif recipe.repair.batch_norm:
-                recalibrate(small, calibration)
+            repair(
+                larger, small, step_plan, calibration,
+                least_squares=recipe.repair.least_squares,
+                ridge=recipe.repair.ridge,
+                batch_norm=recipe.repair.batch_norm,
+            )  # fmt: skip
         with stages("fine-tuning"):
             if recipe.finetune.epochs:
                 folder = work and work / f"training-{step}"
@@ -269,7 +269,7 @@ def _select(
     dense: nn.Module,
     small: nn.Module,
     groups: list[ChannelGroup],
-    scores: dict[str, Tensor],
+    scores: Scores,
     recipe: Recipe,
     scope: str,
     step: int,
@@ -277,21 +277,32 @@ def _select(
 ) -> tuple[PruningPlan, Selection]:
     """The plan of one step, and what it came to."""
     settings, steps = recipe.target, recipe.schedule.steps
+    target: str | dict[str, float]
     table = share = None
-    met = True
-    if settings.target.kind == "latency":
+    if settings.latency is not None:
         # Of the dense model's time, so that what one step misses the next makes good.
+        fraction = settings.latency ** ((step + 1) / steps)
         choice = select_latency(
-            small, groups, scores, settings.target.share((step + 1) / steps).number, images, settings.round_to,
+            small, groups, scores, fraction, images, settings.round_to,
             floor=settings.floor, scope=scope, reference=dense,
         )  # fmt: skip
-        plan, share, target, table, met = choice.plan, choice.share, choice.target, choice.table, choice.met
+        plan, share, target, table = choice.plan, choice.share, choice.target, choice.table
     else:
-        target = settings.target.share(1 / steps)
+        target = _step_target(settings, steps)
         plan = select(groups, scores, target, settings.round_to, floor=settings.floor, scope=scope)
     importance = kept_importance(plan, scores)
     free = select(groups, scores, target, 1, floor=settings.floor, scope=scope, latency=table)
-    return plan, Selection(importance, max(0.0, kept_importance(free, scores) - importance), share, met)
+    return plan, Selection(importance, max(0.0, kept_importance(free, scores) - importance), share)
+
+
+def _step_target(settings: TargetSettings, steps: int) -> str | dict[str, float]:
+    """What stays in each of equal steps: their product is the target."""
+    kind, value = settings.budget
+    if kind == "threshold":
+        return f"threshold={value}"
+    if isinstance(value, Mapping):
+        return {name: fraction ** (1 / steps) for name, fraction in value.items()}
+    return f"{kind}={value ** (1 / steps)}"
 
 
 def _composed(kept: dict[str, list[int]], plan: PruningPlan) -> dict[str, list[int]]:
@@ -305,7 +316,7 @@ def _composed(kept: dict[str, list[int]], plan: PruningPlan) -> dict[str, list[i
 
 def _group_reports(
     groups: list[ChannelGroup],
-    scores: dict[str, Tensor],
+    scores: Scores,
     kept: dict[str, list[int]],
     diagnoses: dict[str, Diagnosis],
 ) -> dict[str, GroupReport]:

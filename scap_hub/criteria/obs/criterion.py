@@ -2,58 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 
+from scap_hub.channels.decoding import balance_classes, staying
 from scap_hub.channels.groups import ChannelGroup
-from scap_hub.channels.labels import support
-from scap_hub.criteria.base import Criterion, fuse, rank
-from scap_hub.criteria.calibration import Reached, enough, images_of, input_of, sized
-from scap_hub.criteria.obs.elimination import Reading, eliminate
-from scap_hub.criteria.patches import Reader, patches
+from scap_hub.criteria.base import Criterion
+from scap_hub.criteria.calibration import count_images, rereadable
+from scap_hub.criteria.obs.blocks import (
+    BlockKey,
+    Compensated,
+    ConsumerBlock,
+    consumer_blocks,
+    weight_of,
+    write_compensated,
+)
+from scap_hub.criteria.obs.elimination import CompensatedWeight, eliminate
+from scap_hub.criteria.obs.inputs import read_inputs
+from scap_hub.criteria.obs.moments import PatchMoments
 from scap_hub.criteria.rivals.magnitude import filter_norm
-from scap_hub.errors import CalibrationError, RecipeError
-from scap_hub.graph.record import evaluating
+from scap_hub.criteria.rows import fuse, rank
+from scap_hub.errors import RecipeError
 from scap_hub.plan import PruningPlan
 from scap_hub.progress import track
+from scap_hub.scores import Scores
 
-PATCHES = 4  # for each column of a layer's weight, over all images
-PLACES = 16  # of each image, at least
-COLUMNS = 4608  # of a layer; of more, each channel keeps those with the largest weights
-
-
-@dataclass(frozen=True)
-class Consumer:
-    """The rows of one layer that read the same columns: all of them, or one group of a convolution.
-
-    Attributes:
-        path: Of the layer.
-        block: Number of the group.
-        channel: (m,) the channel, numbered as in the group's `space`, of each column of the weight, (O / groups, m); -1
-            for the bias, which stands last where there is one.
-        columns: (n,) the columns that are looked at.
-    """
-
-    path: str
-    block: int
-    channel: np.ndarray
-    columns: np.ndarray
-
-
-Readings = list[tuple[Consumer, Reading]]
-Judge = Callable[[ChannelGroup, Readings], Tensor]
-"""What turns a group and the layers that read it into importances, (size,)."""
+GroupImportance = Callable[[ChannelGroup, Compensated], Tensor]
+"""Gives a group's importances, (size,), from the blocks that read it, whose weights it uses up."""
 
 
 @dataclass(kw_only=True)
@@ -73,37 +54,22 @@ class OBS(Criterion):
     sequential: bool = True
 
     def __post_init__(self) -> None:
-        if self.ridge <= 0:
+        if not 0 < self.ridge < math.inf:
             raise RecipeError(f"ridge = {self.ridge}: give a positive number, such as 0.01")
 
-    def score(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> dict[str, Tensor]:
+    def score(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> Scores:
         """See `Criterion.score`; a group that no convolution or linear layer reads is ranked by its L1 norms.
 
         Raises:
             CalibrationError: NaN or Inf in a layer's input, or fewer than 2 images over all processes.
+            RecipeError: The ridge is too small for the second moment of a layer's patches.
         """
-        batches = sized(batches)
-        return self._judged(model, groups, batches, self._judge(model, batches))
+        batches = rereadable(batches)
+        return self._scores(model, groups, batches, self._group_importance)
 
-    def ranking(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> dict[str, Tensor]:
+    def ranking(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> Scores:
         """See `Criterion.ranking`."""
-        return self._judged(model, groups, sized(batches), _ranks)
-
-    def _judged(
-        self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Collection[Any], judge: Judge
-    ) -> dict[str, Tensor]:
-        consumers = {group.name: consumers_of(model, group) for group in groups}
-        grams = self._grams(model, groups, [c for group in groups for c in consumers[group.name]], batches)
-        scores = {}
-        for group in track(groups, "elimination"):
-            if readings := self._readings(model, group, consumers[group.name], grams):
-                scores[group.name] = judge(group, readings)
-        typical = torch.cat(list(scores.values())).median() if scores else 0.5
-        for group in groups:
-            if group.name not in scores:
-                norms = fuse(group, [filter_norm(model, tap, 1) for tap in group.taps], rank)
-                scores[group.name] = norms * typical / 0.5  # which is the mean of ranks
-        return scores
+        return self._scores(model, groups, rereadable(batches), lambda *_: elimination_ranks)
 
     def refine(
         self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any], plan: PruningPlan
@@ -111,243 +77,82 @@ class OBS(Criterion):
         """See `Criterion.refine`. Channels that balances tell apart keep their numbers, so the plan stays balanced."""
         if not self.sequential:
             return plan
-        batches = sized(batches)
-        work = copy.deepcopy(model)
-        keep = {name: plan.kept(name) for name in plan.groups}
-        stays: np.ndarray | None = None
-        for group in track([group for group in groups if group.name in keep], "elimination"):
-            assert group.space is not None
-            stays = np.ones(group.space.count, dtype=bool) if stays is None else stays
-            consumers = consumers_of(work, group, stays)
-            readings = self._readings(work, group, consumers, self._grams(work, [group], consumers, batches))
-            if readings:
-                kind = kinds(group)
-                quota = torch.bincount(kind[keep[group.name]], minlength=int(kind.max()) + 1).tolist()
-                gone = eliminate([reading for _, reading in readings], kind, quota)
-                keep[group.name] = sorted(set(range(group.size)) - set(gone))
-            stays[np.delete(group.channels, keep[group.name])] = False
-            for consumer, reading in readings:
-                write(work, consumer, reading, stays)
-        return PruningPlan.from_keep(groups, keep)
+        batches = rereadable(batches)
+        compensated_model = copy.deepcopy(model)
+        keep: dict[str, list[int]] = {}
+        for group in track([group for group in groups if group.name in plan.groups], "elimination"):
+            blocks = consumer_blocks(compensated_model, group, staying(groups, keep))
+            moments = self._moments(compensated_model, [group], blocks, batches)
+            compensated = self._compensated(compensated_model, group, blocks, moments)
+            planned = plan.kept(group.name)
+            keep[group.name] = _spared(group, compensated, planned) if compensated else planned
+            write_compensated(compensated_model, compensated, staying(groups, keep))
+        return PruningPlan.from_keep(groups, {name: plan.kept(name) for name in plan.groups} | keep)
 
-    def _judge(self, model: nn.Module, batches: Collection[Any]) -> Judge:
-        """What turns a group and its readings into importances."""
-        return _ranks
+    def _group_importance(self, model: nn.Module, batches: Collection[Any]) -> GroupImportance:
+        """What `score` values the channels of each group by."""
+        return elimination_ranks
 
-    def _grams(
-        self, model: nn.Module, groups: Sequence[ChannelGroup], consumers: Sequence[Consumer], batches: Collection[Any]
-    ) -> dict[tuple[str, int], Tensor]:
-        """What stands for the second moment of each consumer's patches, (n, n) float64, the same on all processes."""
-        moments = PatchMoments(consumers, enough(sum(len(images_of(batch)) for batch in batches)))
-        read_inputs(model, moments.consumers, batches, moments.add)
-        return moments.means()
-
-    def _readings(
+    def _scores(
         self,
         model: nn.Module,
-        group: ChannelGroup,
-        consumers: Sequence[Consumer],
-        grams: dict[tuple[str, int], Tensor],
-    ) -> Readings:
-        assert group.space is not None
-        place = np.full(group.space.count + 1, -1)
-        place[group.channels] = np.arange(group.size)
-        return [
-            (
-                consumer,
-                Reading(
-                    weight_of(model, consumer, torch.from_numpy(consumer.columns)),
-                    grams[consumer.path, consumer.block],
-                    torch.from_numpy(place[consumer.channel[consumer.columns]]),
-                    self.ridge,
-                ),
-            )
-            for consumer in consumers
-            if (consumer.path, consumer.block) in grams
-        ]
+        groups: Sequence[ChannelGroup],
+        batches: Collection[Any],
+        group_importance: Callable[[nn.Module, Collection[Any]], GroupImportance],
+    ) -> Scores:
+        if not groups:
+            return Scores({}, self.scope)
+        count_images(batches)
+        importance_of = group_importance(model, batches)
+        everything = staying(groups, {})
+        blocks = {group.name: consumer_blocks(model, group, everything) for group in groups}
+        moments = self._moments(model, groups, [block for some in blocks.values() for block in some], batches)
+        importance = {}
+        for group in track(groups, "elimination"):
+            if compensated := self._compensated(model, group, blocks[group.name], moments):
+                importance[group.name] = importance_of(group, compensated)
+        typical = torch.cat(list(importance.values())).median() if importance else 0.5
+        for group in groups:
+            if group.name not in importance:
+                ranks = fuse(group, [filter_norm(model, tap, 1) for tap in group.taps], rank)
+                importance[group.name] = ranks * typical / 0.5  # which is the mean of ranks
+        return Scores(importance, self.scope)
+
+    def _moments(
+        self,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        blocks: Sequence[ConsumerBlock],
+        batches: Collection[Any],
+    ) -> dict[BlockKey, Tensor]:
+        """What stands for the second moment of each block's patches, (n, n) float64, the same on all processes."""
+        moments = PatchMoments(blocks, count_images(batches))
+        read_inputs(model, moments.paths, batches, moments.add)
+        return moments.means()
+
+    def _compensated(
+        self, model: nn.Module, group: ChannelGroup, blocks: Sequence[ConsumerBlock], moments: dict[BlockKey, Tensor]
+    ) -> Compensated:
+        """The blocks that ran, with weights from which no channel has left yet."""
+        compensated = []
+        for block in blocks:
+            if block.key in moments:
+                weight = weight_of(model, block)[:, torch.from_numpy(block.columns)]
+                channels = block.group_channels(group)
+                compensated.append((block, CompensatedWeight(weight, moments[block.key], channels, self.ridge)))
+        return compensated
 
 
-def _ranks(group: ChannelGroup, readings: Readings) -> Tensor:
-    order = eliminate([reading for _, reading in readings], torch.zeros(group.size, dtype=torch.long), [0])
+def elimination_ranks(group: ChannelGroup, compensated: Compensated) -> Tensor:
+    """Ranks of the channels in the order in which they leave, as quantiles in (0, 1)."""
+    one_class = torch.zeros(group.size, dtype=torch.long)
+    order = eliminate([weight for _, weight in compensated], one_class, [0])
     return (torch.tensor(order).argsort().double() + 0.5) / group.size
 
 
-def kinds(group: ChannelGroup) -> Tensor:
-    """(size,) channels of the same kind are in the same blocks of every balance, so one may leave for the other."""
-    assert group.space is not None
-    rows = [
-        np.bincount(block, minlength=group.space.count)[group.channels]
-        for balance in group.constraint or ()
-        for block in balance.blocks
-    ]
-    if not rows:
-        return torch.zeros(group.size, dtype=torch.long)
-    return torch.from_numpy(np.unique(np.stack(rows), axis=1, return_inverse=True)[1].reshape(-1))
-
-
-def consumers_of(model: nn.Module, group: ChannelGroup, stays: np.ndarray | None = None) -> list[Consumer]:
-    """The convolutions and linear layers that read a group, block by block, with their columns that stay."""
-    assert group.space is not None
-    own = np.zeros(group.space.count, dtype=bool)
-    own[group.channels] = True
-    consumers = []
-    for path in group.consumers:
-        layer, ids = model.get_submodule(path), group.space.tensors.get(f"{path}.weight")
-        if ids is None or not isinstance(layer, Reader):
-            continue
-        groups = getattr(layer, "groups", 1)
-        rows, width = layer.weight.shape[:2]
-        window = layer.weight[0, 0].numel()
-        for line in ids.layers:
-            if 1 not in support(line):
-                continue  # depthwise: the columns are the rows, and leave with them
-            blocks = np.broadcast_to(line.reshape(*line.shape[:2]), (rows, width))[:: rows // groups]
-            for block, channels in enumerate(blocks):
-                bias = np.full(int(layer.bias is not None), -1)
-                channel = np.concatenate([channels.repeat(window), bias])
-                columns = np.flatnonzero(channel >= 0 if stays is None else (channel >= 0) & stays[channel])
-                if not own[channel[columns]].any():
-                    continue
-                if columns.size > COLUMNS:
-                    columns = _heaviest(layer, block, columns, channel)
-                consumers.append(Consumer(path, block, channel, np.append(columns, np.flatnonzero(channel < 0))))
-    return consumers
-
-
-def _heaviest(layer: Reader, block: int, columns: np.ndarray, channel: np.ndarray) -> np.ndarray:
-    """Of each channel's columns, those with the largest weights, so that there are about `COLUMNS` in all."""
-    weight = layer.weight.detach().flatten(1).double().chunk(getattr(layer, "groups", 1))[block]
-    energy = weight.square().sum(0).cpu().numpy()[columns]
-    order = np.lexsort((-energy, channel[columns]))
-    ordered = channel[columns][order]
-    start = np.searchsorted(ordered, ordered)
-    share = max(1, COLUMNS // np.unique(ordered).size)
-    return np.sort(columns[order[np.arange(order.size) - start < share]])
-
-
-def weight_of(model: nn.Module, consumer: Consumer, columns: Any) -> Tensor:
-    """Columns of the block's weight with the bias behind it, (O / groups, n) float64."""
-    layer: Any = model.get_submodule(consumer.path)
-    weight = layer.weight.detach().double().flatten(1)
-    if layer.bias is not None:
-        weight = torch.cat([weight, layer.bias.detach().double()[:, None]], 1)
-    return weight.chunk(getattr(layer, "groups", 1))[consumer.block][:, columns]
-
-
-def write(model: nn.Module, consumer: Consumer, reading: Reading, stays: np.ndarray) -> None:
-    """Puts the compensated weights into the model, and zero where channels left."""
-    reading.compact()
-    layer: Any = model.get_submodule(consumer.path)
-    rows = len(layer.weight) // getattr(layer, "groups", 1)
-    own = slice(consumer.block * rows, (consumer.block + 1) * rows)
-    with torch.no_grad():
-        weight = weight_of(model, consumer, slice(None))
-        weight[:, torch.from_numpy((consumer.channel >= 0) & ~stays[consumer.channel])] = 0
-        weight[:, torch.from_numpy(consumer.columns)[reading.columns.cpu()]] = reading.weight
-        if layer.bias is not None:
-            layer.bias[own] = weight[:, -1].to(layer.bias)
-            weight = weight[:, :-1]
-        layer.weight[own] = weight.reshape(layer.weight[own].shape).to(layer.weight)
-
-
-class PatchMoments:
-    """Second moments of the patches of some consumers, p pᵀ with a 1 behind p where the layer has a bias."""
-
-    def __init__(self, consumers: Sequence[Consumer], images: int) -> None:
-        """Starts empty.
-
-        Args:
-            consumers: Whose patches.
-            images: How many images will be seen, over all processes.
-        """
-        self.consumers = by_path(consumers)
-        self.images = images
-        self.sums: dict[tuple[str, int], Tensor] = {}
-        self.count: dict[str, int] = {}
-
-    def add(self, path: str, layer: Reader, x: Tensor, images: int) -> None:
-        """Adds the input of a layer."""
-        widest = max(consumer.columns.size for consumer in self.consumers[path])
-        rows = patches(layer, x, images, max(PLACES, ceil(PATCHES * widest / self.images)))
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        if layer.bias is not None:
-            rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
-        for consumer in self.consumers[path]:
-            own = rows[consumer.block][:, torch.from_numpy(consumer.columns).to(rows.device)]
-            accumulate(self.sums, (path, consumer.block), own.T @ own)
-        self.count[path] = self.count.get(path, 0) + rows.shape[1]
-
-    def means(self) -> dict[tuple[str, int], Tensor]:
-        """{(path, block): (n, n) float64} over all processes; layers that did not run have none."""
-        counts: Counter[str] = Counter()
-        for part in gather_object([self.count]):
-            counts.update(part)
-        sums = over_processes(self.sums, self.consumers)
-        return {key: value / counts[key[0]] for key, value in sums.items() if counts[key[0]]}
-
-
-def by_path(consumers: Sequence[Consumer]) -> dict[str, list[Consumer]]:
-    """Distinct consumers by layer."""
-    paths: dict[str, list[Consumer]] = {}
-    for consumer in {(c.path, c.block): c for c in consumers}.values():
-        paths.setdefault(consumer.path, []).append(consumer)
-    return paths
-
-
-def accumulate(sums: dict[Any, Tensor], key: Any, value: Tensor) -> None:
-    """Adds to a float64 sum."""
-    sums[key] = sums[key] + value if key in sums else value.double()
-
-
-def over_processes(sums: dict[tuple[str, int], Tensor], consumers: Mapping[str, list[Consumer]]) -> dict[Any, Tensor]:
-    """Sums over all processes, of which some may have seen no images."""
-    if PartialState().num_processes == 1:
-        return sums
-    totals = {}
-    for own in consumers.values():
-        for c in own:
-            empty = torch.zeros(c.columns.size, c.columns.size, dtype=torch.float64, device=PartialState().device)
-            totals[c.path, c.block] = reduce(sums.get((c.path, c.block), empty), reduction="sum")
-    return totals
-
-
-def read_inputs(
-    model: nn.Module,
-    paths: Collection[str],
-    batches: Collection[Any],
-    read: Callable[[str, Reader, Tensor, int], None],
-) -> None:
-    """Calls `read(path, layer, input, images)` for each layer and batch, in eval mode; the rest is not computed.
-
-    Raises:
-        CalibrationError: NaN or Inf in a layer's input.
-    """
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
-    images = number = 0
-    running: set[str] = set()
-
-    def hook(path: str) -> Callable[..., None]:
-        def before(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = input_of(args, kwargs)
-            if not x.sum(dtype=torch.float32).isfinite():
-                raise CalibrationError(
-                    f"NaN or Inf in the input of layer {path!r}, batch {number}; check the images and the weights"
-                )
-            read(path, layer, x, images)
-            running.discard(path)
-            if not running:
-                raise Reached
-
-        return before
-
-    handles = [model.get_submodule(path).register_forward_pre_hook(hook(path), with_kwargs=True) for path in paths]
-    try:
-        with evaluating(model), torch.no_grad():
-            for number, batch in enumerate(track(batches, "patches")):  # noqa: B007, the hooks name the batch
-                pixels = images_of(batch).to(parameter.device, parameter.dtype)
-                images, running = len(pixels), set(paths)
-                with contextlib.suppress(Reached):
-                    model(pixels)
-    finally:
-        for handle in handles:
-            handle.remove()
+def _spared(group: ChannelGroup, compensated: Compensated, planned: Sequence[int]) -> list[int]:
+    """The channels that are left after elimination to the planned numbers of each class."""
+    class_of = torch.from_numpy(balance_classes(group))
+    numbers = torch.bincount(class_of[list(planned)], minlength=int(class_of.max()) + 1).tolist()
+    gone = eliminate([weight for _, weight in compensated], class_of, numbers)
+    return sorted(set(range(group.size)) - set(gone))

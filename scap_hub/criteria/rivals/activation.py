@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from scap_hub.channels.groups import Tap
-from scap_hub.criteria.base import RowCriterion
+from scap_hub.channels.taps import Tap
 from scap_hub.criteria.calibration import image_means
+from scap_hub.criteria.rows import RowCriterion
 
 
 @dataclass(kw_only=True)

@@ -9,10 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from scap_hub.channels.decoding import rows_of
 from scap_hub.channels.groups import ChannelGroup
-from scap_hub.criteria.base import NORMALISATIONS, Criterion, known
+from scap_hub.criteria.base import Criterion, one_of
+from scap_hub.criteria.rows import NORMALISATIONS, channel_means
 from scap_hub.errors import ModelError
 from scap_hub.private import NormBase
+from scap_hub.scores import Scores
 
 _NORMS = (NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
@@ -31,40 +34,34 @@ class BNScale(Criterion):
     normalisation: str = "mean"
 
     def __post_init__(self) -> None:
-        known("normalisation", self.normalisation, NORMALISATIONS)
+        one_of("normalisation", self.normalisation, NORMALISATIONS)
 
-    def score(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> dict[str, Tensor]:
+    def score(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> Scores:
         """See `Criterion.score`; the batches are not read.
 
         Raises:
             ModelError: No group passes a norm with a scale.
         """
-        scores = {group.name: self._scales(model, group) for group in groups}
-        scaled = {name: values for name, values in scores.items() if values is not None}
-        if groups and not scaled:
+        scales = {group.name: self._scales(model, group) for group in groups}
+        importance = {name: values for name, values in scales.items() if values is not None}
+        if groups and not importance:
             raise ModelError("criterion 'bn_scale': no channel passes a norm with a scale; use another, such as 'l2'")
-        return scaled
+        return Scores(importance, self.scope)
 
     def _scales(self, model: nn.Module, group: ChannelGroup) -> Tensor | None:
-        assert group.space is not None
         total = torch.zeros(group.size, dtype=torch.float64)
         norms = torch.zeros(group.size, dtype=torch.float64)
-        place = torch.full((group.space.count,), -1)
-        place[torch.from_numpy(group.channels)] = torch.arange(group.size)
         for tensor in dict.fromkeys(name for name, _ in group.members):
             path, _, leaf = tensor.rpartition(".")
             if leaf != "weight" or not isinstance(model.get_submodule(path), _NORMS):
                 continue
-            ids = group.space.tensors[tensor].layers[0].reshape(-1)
             gamma = model.get_parameter(tensor).detach().double().abs().cpu()
-            own = place[torch.from_numpy(ids)]
-            held = own >= 0
-            present, index, count = own[held].unique(return_inverse=True, return_counts=True)
-            sums = torch.zeros(len(present), dtype=torch.float64).index_add_(0, index, gamma[held])
-            total[present] += NORMALISATIONS[self.normalisation](sums / count)
-            norms[present] += 1
-        # A channel that passes no norm, beside others that do, counts as an average one.
-        known_ones = norms > 0
-        if not known_ones.any():
+            channels, means = channel_means(gamma, torch.from_numpy(rows_of(group, tensor)))
+            total[channels] += NORMALISATIONS[self.normalisation](means)
+            norms[channels] += 1
+        scaled = norms > 0
+        if not scaled.any():
             return None
-        return torch.where(known_ones, total / norms.clamp(min=1), (total / norms.clamp(min=1))[known_ones].mean())
+        # A channel that passes no norm, beside others that do, counts as an average one.
+        mean = total / norms.clamp(min=1)
+        return torch.where(scaled, mean, mean[scaled].mean())

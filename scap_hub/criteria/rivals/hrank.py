@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from scap_hub.channels.groups import Tap
-from scap_hub.criteria.base import RowCriterion
+from scap_hub.channels.taps import Tap
 from scap_hub.criteria.calibration import image_means
-from scap_hub.criteria.scap.spectra import onto
+from scap_hub.criteria.layouts import on_grid
+from scap_hub.criteria.rows import RowCriterion
 
 
 @dataclass(kw_only=True)
@@ -27,7 +27,7 @@ class HRank(RowCriterion):
 
 
 def _ranks(grid: Sequence[int], y: Tensor) -> Tensor:
-    maps = onto(y, grid).float().nan_to_num()  # `watch` refuses what is not finite, and names it
+    maps = on_grid(y, grid).float().nan_to_num()  # `watch` refuses what is not finite, and names it
     # A vector becomes a column; windows, (N, O, windows, places), are the rows of one map.
     maps = maps.reshape(*maps.shape[:2], -1, maps.shape[-1] if maps.ndim > 3 else 1)
     return torch.linalg.matrix_rank(maps)

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from scap_hub.channels.groups import Tap
-from scap_hub.criteria.base import RowCriterion
+from scap_hub.channels.taps import Tap
+from scap_hub.criteria.rows import RowCriterion
 
 
 def filter_norm(model: nn.Module, tap: Tap, order: int) -> Tensor:

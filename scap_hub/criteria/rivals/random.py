@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.criteria.base import Criterion
+from scap_hub.scores import Scores
 
 
 def generator(seed: int, name: str) -> torch.Generator:
@@ -30,9 +31,10 @@ class Random(Criterion):
     name: ClassVar[str] = "random"
     seed: int = 0
 
-    def score(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> dict[str, Tensor]:
+    def score(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> Scores:
         """See `Criterion.score`; neither the model nor the batches are read."""
-        return {
+        draws = {
             group.name: torch.rand(group.size, generator=generator(self.seed, group.name), dtype=torch.float64)
             for group in groups
         }
+        return Scores(draws, self.scope)

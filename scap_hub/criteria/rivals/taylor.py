@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scap_hub.channels.groups import Tap
-from scap_hub.criteria.base import RowCriterion
-from scap_hub.criteria.calibration import channels_first, images_of, mean_over_processes
+from scap_hub.channels.taps import Tap
+from scap_hub.criteria.calibration import images_of, mean_over_processes
+from scap_hub.criteria.layouts import channels_first
+from scap_hub.criteria.rows import RowCriterion
 from scap_hub.errors import CalibrationError
 from scap_hub.graph.record import evaluating
+from scap_hub.placement import fed, placement
 from scap_hub.progress import track
 
 
@@ -34,8 +36,8 @@ class Taylor(RowCriterion):
         Raises:
             CalibrationError: Fewer than 2 images over all processes, or a loss that is not finite.
         """
-        parameter = next(p for p in model.parameters() if p.is_floating_point())
-        sums = [torch.zeros(len(tap.channel_of_row), dtype=torch.float64, device=parameter.device) for tap in taps]
+        device = placement(model).device
+        sums = [torch.zeros(len(tap.channel_of_row), dtype=torch.float64, device=device) for tap in taps]
         count = images_seen = 0
 
         def hook(i: int, tap: Tap) -> Callable[..., None]:
@@ -55,7 +57,7 @@ class Taylor(RowCriterion):
         try:
             with evaluating(model), torch.enable_grad():
                 for number, batch in enumerate(track(batches, "gradients")):
-                    images = images_of(batch).to(parameter.device, parameter.dtype).requires_grad_()
+                    images = fed(model, images_of(batch)).detach().requires_grad_()
                     count = len(images)
                     images_seen += count
                     output = model(images)

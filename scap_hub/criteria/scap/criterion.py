@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from scap_hub.channels.groups import ChannelGroup, Tap
-from scap_hub.criteria.base import NORMALISATIONS, Criterion, fuse, known
+from scap_hub.channels.groups import ChannelGroup
+from scap_hub.channels.taps import Tap
+from scap_hub.criteria.base import Criterion, one_of, share, whole_number
 from scap_hub.criteria.rivals.magnitude import filter_norm
 from scap_hub.criteria.rivals.random import generator
+from scap_hub.criteria.rows import NORMALISATIONS, fuse
 from scap_hub.criteria.scap import autoencoder
 from scap_hub.criteria.scap.field import Field
 from scap_hub.criteria.scap.sweep import fields
 from scap_hub.errors import RecipeError
+from scap_hub.scores import Scores
 
 Kind = Literal["residual", "pca"]
 
@@ -28,10 +31,10 @@ def check_size(bins: int, latent: int) -> None:
     Raises:
         RecipeError: One is out of range.
     """
-    if bins < 1 or bins % 2 == 0:
+    whole_number("bins", bins, 1)
+    if bins % 2 == 0:
         raise RecipeError(f"bins = {bins}: give an odd number, so that frequencies f and -f are kept together")
-    if latent < 1:
-        raise RecipeError(f"latent = {latent}: give at least 1")
+    whole_number("latent", latent, 1)
 
 
 @dataclass(kw_only=True)
@@ -49,7 +52,6 @@ class Scap(Criterion):
         normalisation: "rank", "minmax" or "mean", over the layer's channels.
         balance: Whether input and channel enter the field with equal energy.
         seed: Of the nonlinear features.
-        fidelity: After `score`, fidelity by layer, (O,); NaN for output rows that no given group holds.
     """
 
     name: ClassVar[str] = "scap"
@@ -60,32 +62,31 @@ class Scap(Criterion):
     normalisation: str = "rank"
     balance: bool = True
     seed: int = 0
-    fidelity: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        known("autoencoder", self.autoencoder, get_args(Kind))
-        known("normalisation", self.normalisation, NORMALISATIONS)
+        one_of("autoencoder", self.autoencoder, get_args(Kind))
+        one_of("normalisation", self.normalisation, NORMALISATIONS)
         check_size(self.bins, self.latent)
-        if not 0 <= self.weight <= 1:
-            raise RecipeError(f"weight = {self.weight}: give the share of fidelity, from 0 to 1")
+        share("weight", self.weight, "fidelity")
 
-    def score(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> dict[str, Tensor]:
-        """See `Criterion.score`.
+    def score(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> Scores:
+        """See `Criterion.score`; the scores hold the fidelities.
 
         Raises:
             CalibrationError: NaN or Inf activations, or fewer than 2 images over all processes.
             ModelError: A layer that cannot be watched.
         """
-        self.fidelity = {}
         taps = [tap for group in groups for tap in group.taps]
+        fidelity: dict[str, Tensor] = {}
         for tap, values in fields(model, taps, batches, self.bins, self.balance, self._fidelity):
-            rows = self.fidelity.setdefault(tap.module, torch.full((len(tap.channel_of_row),), math.nan).double())
+            rows = fidelity.setdefault(tap.module, torch.full((len(tap.channel_of_row),), math.nan).double())
             rows[torch.as_tensor(tap.channel_of_row) >= 0] = values
-        return {group.name: self._importance(model, group) for group in groups}
+        importance = {group.name: self._importance(model, group, fidelity) for group in groups}
+        return Scores(importance, self.scope, fidelity)
 
-    def _importance(self, model: nn.Module, group: ChannelGroup) -> Tensor:
+    def _importance(self, model: nn.Module, group: ChannelGroup, fidelity: Mapping[str, Tensor]) -> Tensor:
         comparable = NORMALISATIONS[self.normalisation]
-        infidelity = fuse(group, [1 - self.fidelity[tap.module] for tap in group.taps], comparable)
+        infidelity = fuse(group, [1 - fidelity[tap.module] for tap in group.taps], comparable)
         magnitude = fuse(group, [filter_norm(model, tap, 1) for tap in group.taps], comparable)
         return self.weight * infidelity + (1 - self.weight) * magnitude
 

@@ -75,7 +75,22 @@ def normalise(x: Tensor, y: Tensor, balance: bool) -> Field:
     """
     precision = 256 * torch.finfo(x.dtype).eps
     # Scores are ranks, which amplify rounding; float64 from here on makes them independent of the order of images.
-    # The input is the largest tensor: its Gram matrix over the images is summed up part by part.
+    gram, energy_x = _centred_gram(x, precision)
+    y, energy_y = _centred(y, precision)
+    tiny = torch.finfo(y.dtype).tiny
+    gram *= (energy_x > 0) / (energy_x.clamp(min=tiny) if balance else 1)
+    # A channel meets each of the C input channels: √C, or unit energy for the part of all of them.
+    y *= ((energy_y > 0) * (1 / energy_y.clamp(min=tiny).sqrt() if balance else x.shape[1] ** 0.5))[:, None]
+    length = (gram.diagonal()[:, None] + torch.linalg.vector_norm(y, dim=-1).square()).sqrt()  # ν
+    scale = torch.where((energy_y > 0) & (length > precision * length.max()), 1 / length, 0)
+    return Field(_coordinates(gram), y, scale)
+
+
+def _centred_gram(x: Tensor, precision: float) -> tuple[Tensor, Tensor]:
+    """Gram matrix of the centred input over the images, (N, N), and its energy, 0 if it does not vary.
+
+    The input is the largest tensor, so the matrix is summed up part by part.
+    """
     gram, constant = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device), 0.0
     for part in x.flatten(1).split(COLUMNS, 1):
         part = part.double()
@@ -83,21 +98,25 @@ def normalise(x: Tensor, y: Tensor, balance: bool) -> Field:
         part -= mean
         gram += part @ part.T
         constant += len(x) * mean.square().sum()
-    energy_x = gram.trace()
-    energy_x = torch.where(energy_x > precision**2 * (energy_x + constant), energy_x, 0)
+    return gram, _varying(gram.trace(), constant, precision)
 
+
+def _centred(y: Tensor, precision: float) -> tuple[Tensor, Tensor]:
+    """The centred channels, (N, K, P) float64, and their energies, (K,), 0 for those that do not vary."""
     y = y.to(torch.float64, copy=True)
     mean = y.mean(0)
     y -= mean
-    energy_y = torch.linalg.vector_norm(y, dim=(0, 2)).square()
-    energy_y = torch.where(energy_y > precision**2 * (energy_y + len(y) * mean.square().sum(1)), energy_y, 0)
+    energy = torch.linalg.vector_norm(y, dim=(0, 2)).square()
+    return y, _varying(energy, len(y) * mean.square().sum(1), precision)
 
-    tiny = torch.finfo(y.dtype).tiny
-    gram *= (energy_x > 0) / (energy_x.clamp(min=tiny) if balance else 1)
-    y *= ((energy_y > 0) * (1 / energy_y.clamp(min=tiny).sqrt() if balance else x.shape[1] ** 0.5))[:, None]  # √C
-    length = (gram.diagonal()[:, None] + torch.linalg.vector_norm(y, dim=-1).square()).sqrt()
-    scale = torch.where((energy_y > 0) & (length > precision * length.max()), 1 / length, 0)
 
+def _varying(energy: Tensor, constant: Tensor | float, precision: float) -> Tensor:
+    """Energies around the mean, 0 where they are no more than the rounding of the mean's own energy."""
+    return torch.where(energy > precision**2 * (energy + constant), energy, 0)
+
+
+def _coordinates(gram: Tensor) -> Tensor:
+    """Vectors with these inner products, in an orthonormal basis of what they span: (N, M), M <= N."""
     value, vector = torch.linalg.eigh(gram)
     span = value > len(gram) * torch.finfo(value.dtype).eps * value[-1]
-    return Field(vector[:, span] * value[span].sqrt(), y, scale)
+    return vector[:, span] * value[span].sqrt()

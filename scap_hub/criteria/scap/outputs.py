@@ -12,19 +12,21 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from scap_hub.channels.decoding import staying
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.criteria.calibration import images_of
-from scap_hub.criteria.obs.criterion import Readings, write
+from scap_hub.criteria.obs.blocks import Compensated, write_compensated
 from scap_hub.criteria.obs.elimination import eliminate
 from scap_hub.criteria.scap.spectra import spectrum
 from scap_hub.graph.record import evaluating
+from scap_hub.placement import fed
 from scap_hub.private import tree_leaves
 
 WIDTHS = (0.75, 0.5, 0.25, 0.1)
 
 
 class Outputs:
-    """A model's outputs on some of the calibration images; maps are taken by their low-pass spectra."""
+    """A model's outputs on some of the calibration images; of outputs that are maps, the low-pass spectra."""
 
     def __init__(self, model: nn.Module, batches: Collection[Any], bins: int, probes: int) -> None:
         """Runs the model.
@@ -35,71 +37,71 @@ class Outputs:
             bins: Frequencies kept on each axis of an output that is a map.
             probes: How many of the images, over all processes.
         """
-        self.bins = bins
-        self._work = copy.deepcopy(model)
+        self._bins = bins
+        self._model = copy.deepcopy(model)
         self._images = _probes(batches, probes)
         self._dense = list(self._run())
-        sums = [
-            [(len(z), z.sum(0).double().cpu(), z.square().sum().double().cpu()) for z in leaves]
-            for leaves in self._dense
-        ]
-        shards = [leaves for part in gather_object([sums]) for leaves in part]
-        self._variances = []
-        for leaf in zip(*shards, strict=True):
-            count, total, square = (sum(values) for values in zip(*leaf, strict=True))
-            self._variances.append(float(square - total.square().sum() / count))
+        self._variances = _variances(self._dense)
 
-    def curve(self, group: ChannelGroup, readings: Readings) -> tuple[list[int], list[tuple[int, float]]]:
+    def curve(self, group: ChannelGroup, compensated: Compensated) -> tuple[list[int], list[tuple[int, float]]]:
         """Eliminates a group, and looks at the outputs whenever its width is one of `WIDTHS`.
 
         Args:
             group: All of its channels leave in the end.
-            readings: The layers that read it; used up.
+            compensated: The blocks that read it, with all of its channels; used up.
 
         Returns:
             The channels in the order in which they leave; and how many have left, with the error of the outputs: their
             squared distance from the dense model's, relative to the variance over the images, mean over the outputs.
         """
-        assert group.space is not None
-        kind, views = torch.zeros(group.size, dtype=torch.long), [reading for _, reading in readings]
-        held = {consumer.path: self._work.get_submodule(consumer.path) for consumer, _ in readings}
-        before = {path: copy.deepcopy(layer.state_dict()) for path, layer in held.items()}
-        stays = np.ones(group.space.count, dtype=bool)
+        one_class, weights = torch.zeros(group.size, dtype=torch.long), [weight for _, weight in compensated]
+        layers = [self._model.get_submodule(path) for path in {block.path for block, _ in compensated}]
+        dense = [copy.deepcopy(layer.state_dict()) for layer in layers]
         gone: list[int] = []
         errors = [(0, 0.0)]
         for width in dict.fromkeys(max(1, round(share * group.size)) for share in WIDTHS):
             if width == group.size:
                 continue
-            gone = eliminate(views, kind, [width], gone)
-            stays[group.channels[gone]] = False
-            for consumer, reading in readings:
-                write(self._work, consumer, reading, stays)
+            gone = eliminate(weights, one_class, [width], gone)
+            left = sorted(set(range(group.size)) - set(gone))
+            write_compensated(self._model, compensated, staying([group], {group.name: left}))
             errors.append((len(gone), self._error()))
-            for path, layer in held.items():
-                layer.load_state_dict(before[path])
-        return eliminate(views, kind, [0], gone), errors
+            for layer, state in zip(layers, dense, strict=True):
+                layer.load_state_dict(state)
+        return eliminate(weights, one_class, [0], gone), errors
 
     def _error(self) -> float:
+        """Squared distance from the dense outputs, relative to their variance, mean over the outputs."""
         found = [
             [float((z - dense).square().sum()) for z, dense in zip(leaves, kept, strict=True)]
             for leaves, kept in zip(self._run(), self._dense, strict=True)
         ]
         leaves = [leaves for part in gather_object([found]) for leaves in part]
         totals = [sum(values) for values in zip(*leaves, strict=True)]
-        shares = [total / max(own, 1e-30) for total, own in zip(totals, self._variances, strict=True)]
+        shares = [total / max(variance, 1e-30) for total, variance in zip(totals, self._variances, strict=True)]
         return sum(shares) / max(len(shares), 1)
 
     def _run(self) -> Iterator[list[Tensor]]:
         """For each batch, every output as (N, q)."""
-        parameter = next(p for p in self._work.parameters() if p.is_floating_point())
-        with evaluating(self._work), torch.no_grad():
+        with evaluating(self._model), torch.no_grad():
             for images in self._images:
-                leaves = tree_leaves(self._work(images.to(parameter.device, parameter.dtype)))
+                leaves = tree_leaves(self._model(fed(self._model, images)))
                 yield [
-                    (spectrum(leaf, leaf.shape[2:], self.bins) if leaf.ndim > 2 else leaf.float()).flatten(1)
+                    (spectrum(leaf, leaf.shape[2:], self._bins) if leaf.ndim > 2 else leaf.float()).flatten(1)
                     for leaf in leaves
                     if isinstance(leaf, Tensor) and leaf.is_floating_point() and len(leaf) == len(images)
                 ]
+
+
+def _variances(outputs: Sequence[Sequence[Tensor]]) -> list[float]:
+    """Of each output, its variance over the images of all processes, times their number, summed over its elements."""
+    sums = [[(len(z), z.sum(0).double().cpu(), z.square().sum().double().cpu()) for z in leaves] for leaves in outputs]
+    batches = [leaves for part in gather_object([sums]) for leaves in part]
+    variances = []
+    for leaf in zip(*batches, strict=True):
+        count, total, square = (sum(values) for values in zip(*leaf, strict=True))
+        variances.append(float(square - total.square().sum() / count))
+    return variances
 
 
 def marginal(order: Sequence[int], errors: Sequence[tuple[int, float]]) -> Tensor:
@@ -135,8 +137,8 @@ def _probes(batches: Collection[Any], count: int) -> list[Tensor]:
     everyone = sorted(value for part in gather_object([brightness]) for batch in part for value in batch)
     spread = np.linspace(0, len(everyone) - 1, min(count, len(everyone))).round().astype(int)
     chosen = {everyone[index] for index in spread}
-    kept = [
-        batch[torch.tensor([value in chosen for value in own], device=batch.device)]
-        for batch, own in zip(images, brightness, strict=True)
+    probes = [
+        batch[torch.tensor([value in chosen for value in values], device=batch.device)]
+        for batch, values in zip(images, brightness, strict=True)
     ]
-    return [batch for batch in kept if len(batch)]
+    return [batch for batch in probes if len(batch)]

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scap_hub.errors import ModelError
-
 
 def hartley(size: int, bins: int, source: int) -> Tensor:
     """Orthonormal Hartley rows of the lowest frequencies of a signal that is resized before it is transformed.
@@ -66,23 +64,3 @@ def spectrum(maps: Tensor, grid: Sequence[int], bins: int) -> Tensor:
     for rows in reversed(transforms):
         maps = rows @ maps.reshape(-1, rows.shape[1]).T
     return maps.reshape(-1, images, channels).permute(1, 2, 0)
-
-
-def onto(maps: Tensor, grid: Sequence[int]) -> Tensor:
-    """Maps with as many axes as the grid: tokens (N, C, T) take the grid's proportions and back.
-
-    Tokens in front of the image's own (class, registers) are dropped.
-
-    Raises:
-        ModelError: Too few tokens for any grid of these proportions.
-    """
-    if maps.ndim - 2 == len(grid):
-        return maps
-    maps = maps.reshape(*maps.shape[:2], -1)
-    ratio = (maps.shape[2] / math.prod(grid)) ** (1 / max(len(grid), 1))
-    shape = [max(round(size * ratio), 1) for size in grid]
-    if math.prod(shape) > maps.shape[2]:
-        raise ModelError(
-            f"{maps.shape[2]} tokens do not fit a grid of {tuple(grid)}; protect the layer that makes them"
-        )
-    return maps[:, :, maps.shape[2] - math.prod(shape) :].reshape(*maps.shape[:2], *shape)

@@ -1,4 +1,4 @@
-"""A tensor that grows image by image, in a file."""
+"""A tensor that grows image by image, in a file: spectra of one layer on all calibration images."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Chunk = tuple[Path, int, tuple[int, ...], np.dtype]
 """Where rows are: file, offset in bytes, shape, type."""
 
 
-class Shelf:
+class SpectraStore:
     """Rows of equal shape, one an image."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._chunks: dict[int, Chunk] = {}
 
-    def put(self, first: int, rows: Tensor) -> None:
+    def write(self, first: int, rows: Tensor) -> None:
         """Adds rows, or replaces them.
 
         Args:
@@ -44,11 +44,11 @@ class Shelf:
                 "TMPDIR to a folder with more space, or take fewer calibration images"
             ) from error
 
-    def share(self, first: int, other: Shelf) -> None:
-        """Takes over the rows that another shelf has got from number `first` on."""
+    def share(self, first: int, other: SpectraStore) -> None:
+        """Takes over the rows that another store has got from number `first` on."""
         self._chunks[first] = other._chunks[first]
 
-    def get(self) -> Tensor | None:
+    def read(self) -> Tensor | None:
         """All rows, (N, *shape), on the CPU, read as they are used; None if there are none."""
         if not self._chunks:
             return None
