@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from scap_hub.channels.described import Features, features_of, widths
 from scap_hub.channels.labels import Ids, support
 from scap_hub.channels.modules import Layer
 from scap_hub.channels.operators import Trace
@@ -31,6 +30,8 @@ from scap_hub.graph.node import Node, each
 from scap_hub.graph.record import Recorder, running, untouched
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import RESHAPE, apply_plan, set_attributes
+from scap_hub.zoo.described import Features
+from scap_hub.zoo.registry import zoo_of
 
 _ENTERS = "what enters"
 _MULTIPLES = tuple(map(Fraction, ("1", "2", "3", "4", "1/2", "1/3", "1/4")))
@@ -207,10 +208,11 @@ def new_widths(forward: Forward, plan: PruningPlan, keep: np.ndarray) -> dict[st
 
     A class of modules whose forward pass reads such a number, and means something else by it, keeps its own.
     """
+    zoo = zoo_of(forward.model)
     if forward.features is None:
-        forward.features = features_of(forward.model, forward.inputs)
+        forward.features = zoo.features(forward.model, forward.inputs)
     trial = _Trial(forward, plan, keep)
-    values = widths(forward.model, forward.features, features_of(trial.small, forward.inputs))
+    values = zoo.widths(forward.model, forward.features, zoo.features(trial.small, forward.inputs))
     for path, known in plan.attributes.items():
         values[path] = {name: value for name, value in values.get(path, {}).items() if name not in known}
     while (failed := trial(values).failed) is not None:

@@ -23,10 +23,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from scap_hub.errors import CheckpointError, PublishError
-from scap_hub.hub import modeling_scap
 from scap_hub.hub.card import HERE, PICTURE, merged_card
-from scap_hub.hub.checkpoint import CODE, CONFIG, IMAGE_PROCESSOR, INDEX, PLAN, RECIPE, WEIGHTS, weight_files
-from scap_hub.zoo.base import one_line
+from scap_hub.hub.checkpoint import CONFIG, IMAGE_PROCESSOR, INDEX, PLAN, RECIPE, WEIGHTS, weight_files
+from scap_hub.zoo import modeling_scap
+from scap_hub.zoo.base import CODE, one_line
 
 CARD = "README.md"
 # Beside the weights; whatever else lies in the folder is nobody's business, and pickle is never among these.

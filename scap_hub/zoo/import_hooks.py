@@ -44,7 +44,7 @@ _LESSONS: dict[str, Callable[[ModuleType], None]] = {
 
 
 def _code() -> Any:
-    return importlib.import_module("scap_hub.hub.modeling_scap")
+    return importlib.import_module("scap_hub.zoo.modeling_scap")
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
