@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from scap_hub.errors import ModelError
 from scap_hub.zoo.described import Features, Shape, Widths, block_widths, observed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -158,7 +159,7 @@ class Zoo(Protocol):
         Raises:
             ModelError: No such weights, no network for them, or a model that cannot be what is wanted.
         """
-        raise NotImplementedError(f"the zoo {self.name!r} knows no names")
+        raise ModelError(f"{name!r}: the zoo {self.name!r} has no models by name")
 
     def from_folder(self, folder: Path, config: dict[str, Any], source: str, wanted: Wanted) -> LoadedModel:
         """Loads a dense model from a folder whose config.json it knows; `source` is what the user asked for.
@@ -166,7 +167,7 @@ class Zoo(Protocol):
         Raises:
             ModelError: As `from_name`.
         """
-        raise NotImplementedError(f"the zoo {self.name!r} knows no folders")
+        raise ModelError(f"{source!r}: the zoo {self.name!r} loads no folders")
 
     def from_module(self, module: nn.Module, source: str, input_size: tuple[int, int, int] | None) -> LoadedModel:
         """Describes a module that it knows.
