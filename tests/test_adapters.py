@@ -1,5 +1,6 @@
 """Loading models by name, from folders, and as modules."""
 
+import importlib
 import json
 import time
 
@@ -24,6 +25,7 @@ from transformers import (
 from scap_hub.errors import ModelError
 from scap_hub.zoo import load_model, logits, rebuild, zoo_named
 from scap_hub.zoo.base import first_difference
+from scap_hub.zoo.timm import private
 
 
 def tiny_resnet(**options):
@@ -305,3 +307,14 @@ def test_bad_folders(config, message, tmp_path):
 def test_bad_configs_do_not_rebuild(library, config, message):
     with pytest.raises(ModelError, match=message):
         rebuild(zoo_named(library), config)
+
+
+def test_what_we_use_of_timm_beyond_its_public_api():
+    """A release that takes one of these away breaks here by name."""
+    made = timm.create_model("test_resnet", num_classes=3, act_layer="silu")
+    private.note_model_args(made, {"act_layer": "silu"})
+    assert private.get_model_args(made)["act_layer"] == "silu", f"timm {timm.__version__}"
+    assert private.resolve_input_data_config(made, {})["input_size"] == made.pretrained_cfg["input_size"]
+    # The file that travels with the weights asks for these itself, as it can import nothing of ours.
+    for module, name in (("_hub", "download_from_hf"), ("_features", "FeatureGetterNet")):
+        assert hasattr(importlib.import_module(f"timm.models.{module}"), name), f"timm {timm.__version__}"
