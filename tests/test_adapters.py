@@ -309,6 +309,11 @@ def test_bad_configs_do_not_rebuild(library, config, message):
         rebuild(zoo_named(library), config)
 
 
+def test_features_without_a_classifier_are_refused_in_our_words():
+    with pytest.raises(ModelError, match="FeatureListNet has no classifier"):
+        load_model(timm.create_model("test_resnet", features_only=True))
+
+
 def test_what_we_use_of_timm_beyond_its_public_api():
     """A release that takes one of these away breaks here by name."""
     made = timm.create_model("test_resnet", num_classes=3, act_layer="silu")

@@ -14,7 +14,6 @@ is changed before that.
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -23,9 +22,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from scap_hub.zoo import modeling_scap
+
 
 def _extend_timm(_: ModuleType) -> None:
-    _modeling_scap().register()
+    modeling_scap.register()
 
 
 def _extend_transformers(modeling_utils: Any) -> None:
@@ -34,7 +35,7 @@ def _extend_transformers(modeling_utils: Any) -> None:
     @functools.wraps(post_init)
     def post_init_and_shrink(self: Any) -> None:
         post_init(self)
-        _modeling_scap().shrink_pretrained(self)
+        modeling_scap.shrink_pretrained(self)
 
     modeling_utils.PreTrainedModel.post_init = post_init_and_shrink
 
@@ -75,8 +76,3 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
         spec.loader.exec_module = execute_and_extend  # type: ignore[method-assign]
         return spec
-
-
-def _modeling_scap() -> Any:
-    # Late: it imports nothing slow, but is needed only for those who use one of the libraries.
-    return importlib.import_module("scap_hub.zoo.modeling_scap")

@@ -155,7 +155,13 @@ def _input_arguments(cfg: dict[str, Any], input_size: tuple[int, int, int] | Non
 def _num_classes(module: Any) -> int:
     """Width of the classifier in place, which may not be the one that timm built."""
     head = module.get_classifier() if hasattr(module, "get_classifier") else None
-    return getattr(head, "out_features", None) or getattr(head, "out_channels", None) or module.num_classes
+    width = getattr(head, "out_features", None) or getattr(head, "out_channels", None)
+    if width is None and not hasattr(module, "num_classes"):
+        raise ModelError(
+            f"{type(module).__name__} has no classifier: give the model that it was made from, or prune it by steps, "
+            "from scap_hub.channel_groups to scap_hub.apply_plan"
+        )
+    return width or module.num_classes
 
 
 def _config(module: Any, num_classes: int, input_size: tuple[int, int, int]) -> dict[str, Any]:

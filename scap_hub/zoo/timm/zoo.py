@@ -43,8 +43,10 @@ class TimmZoo(Zoo):
 
     def knows_module(self, module: nn.Module) -> bool:
         """Whether timm built the module; what it loaded as a pruned model counts as its owner's."""
-        architecture = (getattr(module, "pretrained_cfg", None) or {}).get("architecture")
-        return "timm" in sys.modules and architecture not in (None, ARCHITECTURE)
+        cfg = getattr(module, "pretrained_cfg", None)
+        if "timm" not in sys.modules or not isinstance(cfg, dict):
+            return False
+        return cfg.get("architecture") not in (None, ARCHITECTURE)
 
     def from_name(self, name: str, wanted: Wanted) -> LoadedModel:
         """A model of timm's registry, with its tag's weights."""
