@@ -20,6 +20,8 @@ _INTERPOLATION = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, a
 def from_folder(zoo: Zoo, folder: Path, source: str, wanted: Wanted) -> LoadedModel:
     """Builds an image classifier from a folder with a transformers config.json; remote code is refused.
 
+    Classification only: a model for another task loads through another auto class.
+
     Raises:
         ModelError: Not an image classifier that the installed transformers knows, or weights that do not fit.
     """

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from scap_hub.placement import placement
 from scap_hub.zoo.auto import auto_door, auto_map
 from scap_hub.zoo.base import Door, LoadedModel, Uniform, Wanted, Zoo
 from scap_hub.zoo.described import Shape, Widths
@@ -58,7 +59,7 @@ class TransformersZoo(Zoo):
         model: nn.Module,
     ) -> dict[str, Any]:
         """Transformers hands all of its config on, so the cut lies in our entry."""
-        config = {**config, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+        config = {**config, "dtype": str(placement(model).dtype).removeprefix("torch.")}
         if loaded.labels:
             config["id2label"] = dict(enumerate(loaded.labels))
             config["label2id"] = {label: index for index, label in enumerate(loaded.labels)}
