@@ -47,8 +47,8 @@ class ToyZoo(Zoo):
     def knows_name(self, name):
         return name.startswith("brick-")
 
-    def suggestion(self, name):
-        return "; did you mean 'brick-16'?" if name.startswith("brick") else ""
+    def nearest(self, name):
+        return ["brick-16"] if name.startswith("brick") else []
 
     def knows_config(self, config):
         return "brick" in config
@@ -136,7 +136,7 @@ def test_its_modules_and_folders_are_recognised(toy, tmp_path):
     module.head.out_features = 5
     with pytest.warns(UserWarning, match="not what toy builds"):
         assert not load_model(module).zoo.rebuilds
-    with pytest.raises(ModelError, match="unknown model 'brick'; did you mean 'brick-16'"):
+    with pytest.raises(ModelError, match="unknown model 'brick': did you mean 'brick-16'"):
         load_model("brick")
     assert load_model(timm.create_model("test_resnet")).zoo.name == "timm"
 

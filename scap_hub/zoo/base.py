@@ -139,9 +139,9 @@ class Zoo(Protocol):
         """Whether this is the name of a model, not a folder or a Hub id."""
         return False
 
-    def suggestion(self, name: str) -> str:
-        """The model name nearest to an unknown one, as the end of a sentence; empty if none is near."""
-        return ""
+    def nearest(self, name: str) -> list[str]:
+        """The names of models that an unknown one may have meant, the nearest first."""
+        return []
 
     def knows_config(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json is in this zoo's layout."""

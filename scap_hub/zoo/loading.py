@@ -14,7 +14,7 @@ from torch import nn
 
 from scap_hub.errors import ModelError
 from scap_hub.zoo.base import LoadedModel, Wanted, Zoo, first_difference
-from scap_hub.zoo.registry import PLAIN, pruned_entry, suggestion, zoo_of, zoo_of_config, zoo_with_name
+from scap_hub.zoo.registry import PLAIN, nearest, pruned_entry, zoo_of, zoo_of_config, zoo_with_name
 
 
 def load_model(
@@ -97,7 +97,9 @@ def _from_name(name: str, wanted: Wanted) -> LoadedModel:
         if prefix == "local-dir":
             raise ModelError(f"no folder {place!r}")
         if place == name and "/" not in name:
-            raise ModelError(f"unknown model {name!r}{suggestion(name)} (a Hub id has the form 'owner/name')")
+            near = " or ".join(map(repr, nearest(name)))
+            hint = f"did you mean {near}?" if near else "see timm.list_models();"
+            raise ModelError(f"unknown model {name!r}: {hint} A Hub id has the form 'owner/name'.")
         base_model, _, revision = place.partition("@")
         folder = fetch_dense(base_model, wanted.pretrained, revision or None)
     config = _read_config(folder, name)

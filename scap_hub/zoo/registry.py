@@ -63,9 +63,9 @@ def zoo_of(module: nn.Module) -> Zoo:
     return next(zoo for zoo in _ZOOS if zoo.knows_module(module))
 
 
-def suggestion(name: str) -> str:
-    """The model name nearest to an unknown one, as the end of a sentence; empty if none is near."""
-    return next((found for zoo in _ZOOS if (found := zoo.suggestion(name))), "")
+def nearest(name: str) -> list[str]:
+    """The names of models that an unknown one may have meant, the nearest first; empty if none is near."""
+    return next((found for zoo in _ZOOS if (found := zoo.nearest(name))), [])
 
 
 def pruned_entry(config: dict[str, Any]) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ def is_name(name: str) -> bool:
     return timm.is_model(split_model_name_tag(name)[0])
 
 
-def suggestion(name: str) -> str:
-    """The architecture nearest to an unknown name, as the end of a sentence; empty if none is near."""
-    return did_you_mean(split_model_name_tag(name)[0], timm.list_models() + timm.list_modules())
+def nearest(name: str) -> list[str]:
+    """Up to three architectures that an unknown name may have meant, the nearest first."""
+    known = timm.list_models() + timm.list_modules()
+    return list(dict.fromkeys(difflib.get_close_matches(split_model_name_tag(name)[0], known, n=3)))
 
 
 def from_name(zoo: Zoo, name: str, wanted: Wanted) -> LoadedModel:
@@ -70,7 +72,7 @@ def from_folder(zoo: Zoo, folder: Path, config: dict[str, Any], source: str, wan
     if not is_name(architecture):
         raise ModelError(
             f"config.json of {source!r} names the unknown model {architecture!r}"
-            f"{suggestion(architecture) or ': upgrade timm'}"
+            f"{did_you_mean(architecture, nearest(architecture)) or ': upgrade timm'}"
         )
     module = _create(
         f"local-dir:{folder}",

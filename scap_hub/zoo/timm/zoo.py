@@ -31,11 +31,11 @@ class TimmZoo(Zoo):
 
         return build.is_name(name)
 
-    def suggestion(self, name: str) -> str:
-        """The nearest architecture."""
+    def nearest(self, name: str) -> list[str]:
+        """The nearest architectures."""
         from scap_hub.zoo.timm import build
 
-        return build.suggestion(name)
+        return build.nearest(name)
 
     def knows_config(self, config: Mapping[str, Any]) -> bool:
         """Whether it has timm's way to name an architecture, and not transformers'."""
