@@ -30,10 +30,16 @@ QUICK = ("resnet18", "mobilenetv2_100", "convnext_atto", "regnety_002")
 
 def build(library: str, name: str) -> Any:
     """An untrained model."""
-    if library == "timm":
-        import timm
+    return {"timm": _timm_model, "transformers": _transformers_model}[library](name)
 
-        return timm.create_model(name)
+
+def _timm_model(name: str) -> Any:
+    import timm
+
+    return timm.create_model(name)
+
+
+def _transformers_model(name: str) -> Any:
     import transformers
 
     call = ast.parse(name, mode="eval").body

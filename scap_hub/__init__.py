@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from scap_hub.hub import registry
+from scap_hub.zoo import import_hooks
 
 if TYPE_CHECKING:
     from scap_hub.channels import ChannelGroup, channel_groups, verify
@@ -81,4 +81,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
 
 
-registry.install()
+import_hooks.install()

@@ -1,5 +1,6 @@
 """Loading models by name, from folders, and as modules."""
 
+import importlib
 import json
 import time
 
@@ -22,8 +23,9 @@ from transformers import (
 )
 
 from scap_hub.errors import ModelError
-from scap_hub.zoo import load_model, logits, rebuild
+from scap_hub.zoo import load_model, logits, rebuild, zoo_named
 from scap_hub.zoo.base import first_difference
+from scap_hub.zoo.timm import private
 
 
 def tiny_resnet(**options):
@@ -44,9 +46,9 @@ TRANSFORMERS = {
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "convnext_atto"])
 def test_timm_name_gives_a_model_that_its_config_rebuilds(name):
     loaded = load_model(name, pretrained=False, num_classes=7)
-    assert (loaded.library, loaded.name, loaded.num_classes) == ("timm", name, 7)
+    assert (loaded.zoo.name, loaded.name, loaded.num_classes) == ("timm", name, 7)
     assert not loaded.module.training
-    copy = rebuild("timm", json.loads(json.dumps(loaded.config)))
+    copy = rebuild(zoo_named("timm"), json.loads(json.dumps(loaded.config)))
     copy.load_state_dict(loaded.module.state_dict())
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -67,7 +69,7 @@ def test_input_size_shapes_the_timm_model(name, size):
     assert loaded.preprocessing.input_size == size
     assert len(loaded.preprocessing.mean) == 1
     assert loaded.module(torch.zeros(1, *size)).shape == (1, 3)
-    assert rebuild("timm", loaded.config)(torch.zeros(1, *size)).shape == (1, 3)
+    assert rebuild(zoo_named("timm"), loaded.config)(torch.zeros(1, *size)).shape == (1, 3)
 
 
 def test_timm_folder_with_weights_and_labels(tmp_path):
@@ -76,7 +78,7 @@ def test_timm_folder_with_weights_and_labels(tmp_path):
     images = torch.randn(1, 3, 32, 32)
     for source in (str(tmp_path), tmp_path, f"local-dir:{tmp_path}"):
         loaded = load_model(source)
-        assert (loaded.library, loaded.name, loaded.labels) == ("timm", "test_resnet", ["a", "b", "c"])
+        assert (loaded.zoo.name, loaded.name, loaded.labels) == ("timm", "test_resnet", ["a", "b", "c"])
         with torch.no_grad():
             assert torch.equal(loaded.module(images), module(images))
     assert load_model(tmp_path, num_classes=5).module(images).shape == (1, 5)
@@ -91,9 +93,9 @@ def test_transformers_folder_and_module(kind, tmp_path):
     images = torch.randn(1, 3, 64, 64)
     for source in (tmp_path, module):
         loaded = load_model(source)
-        assert (loaded.library, loaded.name) == ("transformers", type(module).__name__)
+        assert (loaded.zoo.name, loaded.name) == ("transformers", type(module).__name__)
         assert loaded.num_classes == module.config.num_labels
-        copy = rebuild("transformers", json.loads(json.dumps(loaded.config))).eval()
+        copy = rebuild(zoo_named("transformers"), json.loads(json.dumps(loaded.config))).eval()
         copy.load_state_dict(loaded.module.state_dict())
         with torch.no_grad():
             # Not the loaded module itself: transformers maps the file, and unaligned weights round differently.
@@ -138,14 +140,14 @@ def test_transformers_preprocessing_is_the_image_processor_s(processor, size, cr
 
 def test_timm_modules_are_recognised():
     built = timm.create_model("test_resnet", num_classes=4, act_layer="silu")
-    assert load_model(built).library == "timm"
+    assert load_model(built).zoo.name == "timm"
     direct = timm.models.resnet18(num_classes=4)  # an entrypoint, not create_model
-    assert load_model(direct).library == "timm"
+    assert load_model(direct).zoo.name == "timm"
     new_head = timm.create_model("test_resnet")
     new_head.fc = nn.Linear(new_head.num_features, 6)
     loaded = load_model(new_head)
-    assert (loaded.library, loaded.num_classes) == ("timm", 6)
-    assert first_difference(rebuild("timm", loaded.config), new_head) is None
+    assert (loaded.zoo.name, loaded.num_classes) == ("timm", 6)
+    assert first_difference(rebuild(zoo_named("timm"), loaded.config), new_head) is None
 
 
 @pytest.mark.parametrize(
@@ -161,14 +163,14 @@ def test_changed_timm_module_is_the_user_s_own(change, layer):
     change(module)
     with pytest.warns(UserWarning, match=f"'{layer}.*model=<the dense model>"):
         loaded = load_model(module, input_size=(3, 64, 64))
-    assert (loaded.library, loaded.num_classes) == ("module", 6)
+    assert (loaded.zoo.name, loaded.num_classes) == ("module", 6)
     with pytest.raises(ModelError, match=f"{layer}.*model=dense"):
-        rebuild(loaded.library, loaded.config)
+        rebuild(loaded.zoo, loaded.config)
 
 
 def test_argument_that_json_cannot_hold_is_the_user_s_own():
     with pytest.warns(UserWarning, match="SiLU|silu"):
-        assert load_model(timm.create_model("test_resnet", act_layer=nn.SiLU)).library == "module"
+        assert load_model(timm.create_model("test_resnet", act_layer=nn.SiLU)).zoo.name == "module"
 
 
 def test_changed_transformers_module_is_the_user_s_own():
@@ -176,13 +178,13 @@ def test_changed_transformers_module_is_the_user_s_own():
     module.classifier[1] = nn.Linear(16, 9)
     with pytest.warns(UserWarning, match=r"classifier\.1"):
         loaded = load_model(module)
-    assert (loaded.library, loaded.num_classes) == ("module", 9)
+    assert (loaded.zoo.name, loaded.num_classes) == ("module", 9)
 
 
 def test_plain_module():
     module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     loaded = load_model(module, labels=["a", "b", "c"])
-    assert (loaded.library, loaded.num_classes, loaded.labels) == ("module", 3, ["a", "b", "c"])
+    assert (loaded.zoo.name, loaded.num_classes, loaded.labels) == ("module", 3, ["a", "b", "c"])
     assert loaded.preprocessing.input_size == (1, 224, 224)
     with pytest.raises(ModelError, match="3 classes, not 2"):
         load_model(module, num_classes=2)
@@ -248,7 +250,7 @@ def test_cached_repos_need_no_network(source, library, offline):
     else:
         tiny_resnet().save_pretrained(snapshot)
     loaded = load_model(source)
-    assert (loaded.library, loaded.base_model, loaded.license) == (library, "me/mine", "mit")
+    assert (loaded.zoo.name, loaded.base_model, loaded.license) == (library, "me/mine", "mit")
     assert load_model(source, pretrained=False).base_model is None
 
 
@@ -304,4 +306,20 @@ def test_bad_folders(config, message, tmp_path):
 )
 def test_bad_configs_do_not_rebuild(library, config, message):
     with pytest.raises(ModelError, match=message):
-        rebuild(library, config)
+        rebuild(zoo_named(library), config)
+
+
+def test_features_without_a_classifier_are_refused_in_our_words():
+    with pytest.raises(ModelError, match="FeatureListNet has no classifier"):
+        load_model(timm.create_model("test_resnet", features_only=True))
+
+
+def test_what_we_use_of_timm_beyond_its_public_api():
+    """A release that takes one of these away breaks here by name."""
+    made = timm.create_model("test_resnet", num_classes=3, act_layer="silu")
+    private.note_model_args(made, {"act_layer": "silu"})
+    assert private.get_model_args(made)["act_layer"] == "silu", f"timm {timm.__version__}"
+    assert private.resolve_input_data_config(made, {})["input_size"] == made.pretrained_cfg["input_size"]
+    # The file that travels with the weights asks for these itself, as it can import nothing of ours.
+    for module, name in (("_hub", "download_from_hf"), ("_features", "FeatureGetterNet")):
+        assert hasattr(importlib.import_module(f"timm.models.{module}"), name), f"timm {timm.__version__}"

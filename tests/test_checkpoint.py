@@ -19,7 +19,7 @@ from transformers import MobileNetV2ImageProcessor
 from scap_hub.channels import channel_groups
 from scap_hub.errors import CheckpointError, ModelError, PlanError, ScapHubError
 from scap_hub.hub.card import Measured, model_card
-from scap_hub.hub.checkpoint import check_output, load, save_checkpoint
+from scap_hub.hub.checkpoint import check_output, input_size, is_pruned, load, save_checkpoint
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
 from scap_hub.zoo import load_model, logits
@@ -275,6 +275,16 @@ def test_damaged_checkpoints(folder, damage, message):
     with pytest.raises(ScapHubError, match=message) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_what_timm_saved_again_is_still_a_pruned_model(resnet, folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["scap"]  # timm keeps no entries but its own
+    (folder / "config.json").write_text(json.dumps(config))
+    assert torch.equal(run(load(folder)), run(resnet[0]))
+    assert is_pruned(folder) and input_size(folder) == SIZE
+    with pytest.raises(ModelError, match="already pruned"):
+        load_model(folder)
 
 
 @pytest.mark.parametrize("name", ["owner/pruned", "no-such-folder", "/no/such/folder"])

@@ -22,13 +22,12 @@ from transformers import AutoModelForImageClassification, MobileNetV2ImageProces
 import scap_hub
 from scap_hub.channels import channel_groups
 from scap_hub.errors import PlanError
-from scap_hub.hub import modeling_scap
 from scap_hub.hub.checkpoint import load, save_checkpoint
 from scap_hub.hub.publish import push_to_hub
 from scap_hub.hub.uniform import plain_config
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
-from scap_hub.zoo import load_model
+from scap_hub.zoo import load_model, modeling_scap
 from tests.hub_client import running_hub
 from tests.test_adapters import TRANSFORMERS, tiny_resnet
 from tests.test_checkpoint import SIZE, pruned
@@ -337,7 +336,7 @@ def test_widths_that_constructor_arguments_express(model, among, expected):
             plain_config(loaded, small)
         return
     config = plain_config(loaded, small)
-    arguments = config["model_args"] if loaded.library == "timm" else config
+    arguments = config.get("model_args", config)
     assert {key: arguments[key] for key in expected} == expected
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from scap_hub import PruningPlan, apply_plan, channel_groups, surgery, verify
 from scap_hub.channels.oracle import randomize
-from scap_hub.hub import modeling_scap
+from scap_hub.zoo import modeling_scap
 from tests.nets import Residual, random_plan
 
 # Fewer layers and a narrower head where the rest would only repeat itself.

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
-from scap_hub.channels.described import Features, features_of, widths
 from scap_hub.channels.operators import Call, flat, sizes_of
 from scap_hub.channels.partition import Partition
 from scap_hub.channels.proof import Number, Outcome, Run, expected_numbers, prove
@@ -28,6 +27,8 @@ from scap_hub.graph.modes import untouched
 from scap_hub.graph.node import Node
 from scap_hub.plan import CallNumber, PruningPlan
 from scap_hub.surgery import CHANGEABLE, apply_plan, earlier_numbers, set_attributes, set_calls
+from scap_hub.zoo.described import Features
+from scap_hub.zoo.registry import zoo_of
 
 _ENTERS = "what enters"
 _MULTIPLES = tuple(map(Fraction, ("1", "2", "3", "4", "1/2", "1/3", "1/4")))
@@ -120,7 +121,7 @@ class Forward:
     @functools.cached_property
     def features(self) -> Features:
         """Shapes of what the dense model makes."""
-        return features_of(self.model, self.inputs)
+        return zoo_of(self.model).features(self.model, self.inputs)
 
     @functools.cached_property
     def entering(self) -> list[tuple[str, np.ndarray]]:
@@ -221,8 +222,8 @@ def described(forward: Forward, plan: PruningPlan, stays: np.ndarray) -> Pruning
 
     A class of modules whose forward pass reads such a number, and means something else by it, keeps its own.
     """
-    small = apply_plan(forward.model, plan)
-    values = widths(forward.model, forward.features, features_of(small, forward.inputs))
+    zoo, small = zoo_of(forward.model), apply_plan(forward.model, plan)
+    values = zoo.widths(forward.model, forward.features, zoo.features(small, forward.inputs))
     for path, known in plan.attributes.items():
         values[path] = {name: value for name, value in values.get(path, {}).items() if name not in known}
     labels = stays[forward.partition.channel_of]

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from scap_hub.plan import PruningPlan
-from scap_hub.zoo.base import LoadedModel
+from scap_hub.zoo.base import CODE, LoadedModel
 
 HERE = "path/to/this/folder"
 """Stands for the repository until the card is published."""
@@ -75,7 +75,7 @@ def model_card(
     data = ModelCardData(
         license=loaded.license,
         base_model=loaded.base_model,
-        library_name=None if loaded.library == "module" else loaded.library,
+        library_name=loaded.zoo.name if loaded.zoo.rebuilds else None,
         pipeline_tag="image-classification",
         tags=["scap_hub", "pruning", "image-classification"],
         datasets=[measured.dataset_id] if measured.dataset_id else None,
@@ -187,25 +187,23 @@ def _removed(plan: PruningPlan) -> str:
 def _doors(loaded: LoadedModel, plain: bool) -> str:
     """Each way to load the model, with its code."""
     ours = "import scap_hub"
-    if loaded.library == "module":
+    if not loaded.zoo.rebuilds:
         code = f'{ours}\n\nmodel = scap_hub.load("{HERE}", model=dense_model)'
         return f"`dense_model` is an instance of your own dense module; its weights do not matter.\n\n{_code(code)}"
-    timm = f'import timm{{}}\n\nmodel = timm.create_model("hf-hub:{HERE}", pretrained=True)'
-    auto = "from transformers import AutoModelForImageClassification{}\n\n"
-    auto += f'model = AutoModelForImageClassification.from_pretrained("{HERE}"{{}})'
+    doors = loaded.zoo.doors(HERE)
     if plain:
         title = "The widths are arguments of the model's own constructor, so nothing of scap_hub is needed:"
-        doors = [timm.format("")] if loaded.library == "timm" else []
-        return "\n\n".join([title, *map(_code, [*doors, auto.format("", "")])])
+        return "\n\n".join([title, *(_code(f"{door.imports}\n\n{door.call}") for door in doors)])
     parts = [
         "With scap_hub; no code from this repository runs:",
         _code(f'{ours}\n\nmodel = scap_hub.load("{HERE}")'),
-        "With scap_hub, through the calls you know:",
-        *([_code(timm.format(f"\n{ours}"))] if loaded.library == "timm" else []),
-        _code(auto.format(f"\n{ours}", "")),
-        "Without scap_hub; this runs `modeling_scap.py` from this repository:",
-        _code(auto.format("", ", trust_remote_code=True")),
     ]
+    if doors:
+        parts.append("With scap_hub, through the calls you know:")
+        parts += [_code(f"{door.imports}\n{ours}\n\n{door.call}") for door in doors]
+    if running := [door for door in doors if door.code_call]:
+        parts.append(f"Without scap_hub; this runs `{CODE}` from this repository:")
+        parts += [_code(f"{door.imports}\n\n{door.code_call}") for door in running]
     return "\n\n".join(parts)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,24 +15,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from scap_hub.errors import CheckpointError, PlanError
-from scap_hub.hub import modeling_scap
+from scap_hub.errors import CheckpointError, ModelError, PlanError
+from scap_hub.files import making
 from scap_hub.hub.layout import cut_of
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
-from scap_hub.zoo import LoadedModel, rebuild, skeleton
-from scap_hub.zoo.base import Library, one_line
+from scap_hub.zoo import LoadedModel, Zoo, modeling_scap, pruned_entry, rebuild, skeleton, zoo_named
+from scap_hub.zoo.base import CODE, FORMAT, one_line
 from scap_hub.zoo.remote import fetch
 
-FORMAT = 1
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 CONFIG = "config.json"
 PLAN = "pruning_plan.json"
 RECIPE = "recipe.yaml"
 IMAGE_PROCESSOR = "preprocessor_config.json"
-CODE = "modeling_scap.py"
 SHARD = "5GB"
+"""Largest file of weights, where a library reads several."""
+UNIFORM = "uniform"
+"""Layout of a checkpoint whose config builds the pruned model with nothing of ours."""
 _PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -77,30 +76,18 @@ def save_checkpoint(
         CheckpointError: The folder holds something, or cannot be written.
     """
     folder = check_output(folder)
-    documents = {CONFIG: _dump(_config(loaded, model, plan, plain)), PLAN: plan.to_json()}
-    if loaded.library != "module" and plain is None:
-        documents[CODE] = Path(modeling_scap.__file__).read_text(encoding="utf-8")
-    if recipe_yaml is not None:
-        documents[RECIPE] = recipe_yaml
-    if loaded.image_processor is not None:
-        documents[IMAGE_PROCESSOR] = _dump(loaded.image_processor)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    documents = _documents(loaded, model, plan, recipe_yaml, plain) | {**(extra_files or {})}
     try:
-        partial.mkdir(parents=True)
-        for name, content in {**documents, **(extra_files or {})}.items():
-            (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        shard_size = SHARD if loaded.library == "transformers" else 2**63  # timm reads one file only
-        save_torch_model(model, partial, max_shard_size=shard_size, metadata={"format": "pt"})
-        for weights in partial.glob("*.safetensors"):
-            # safetensors writes files that only their owner can read.
-            weights.chmod((partial / CONFIG).stat().st_mode)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        with making(folder) as unfinished:
+            for name, content in documents.items():
+                (unfinished / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            shard_size = SHARD if loaded.zoo.shards else 2**63
+            save_torch_model(model, unfinished, max_shard_size=shard_size, metadata={"format": "pt"})
+            for weights in unfinished.glob("*.safetensors"):
+                # safetensors writes files that only their owner can read.
+                weights.chmod((unfinished / CONFIG).stat().st_mode)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {folder}: {one_line(error)}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -125,16 +112,19 @@ def load(
     """
     folder = _local(folder_or_repo_id, revision, token)
     config = _read_config(folder)
+    zoo = _zoo(config)
     # Everything is compared on tensors without memory first: a foreign file may claim any size.
-    dense = copy.deepcopy(model) if model is not None else skeleton(*_dense_config(config))
-    cut = _cut(config)
-    if (folder / PLAN).is_file() and not _is_uniform(config):
-        _check_plan(dense, PruningPlan.from_json(_read(folder, PLAN)), cut)
-    _shrink(dense, cut)
+    dense = copy.deepcopy(model) if model is not None else skeleton(zoo, zoo.dense_config(config))
+    cut = None if _is_uniform(config) else _cut(zoo, config)
+    if cut is not None:
+        if (folder / PLAN).is_file():
+            _check_plan(dense, PruningPlan.from_json(_read(folder, PLAN)), cut)
+        _shrink(dense, cut)
     files = weight_files(folder)
     _check_weights(dense, files)
-    small = copy.deepcopy(model) if model is not None else rebuild(*_dense_config(config))
-    _shrink(small, cut)
+    small = copy.deepcopy(model) if model is not None else rebuild(zoo, zoo.dense_config(config))
+    if cut is not None:
+        _shrink(small, cut)
     _load_tensors(small, files, config["scap"].get("buffer_dtypes", {}))
     return small.eval()
 
@@ -144,9 +134,10 @@ def is_pruned(name: str | Path) -> bool:
     if not Path(name).expanduser().is_dir() and (str(name).count("/") != 1 or ":" in str(name)):
         return False
     try:
-        return "scap" in json.loads(_read(_local(name), CONFIG))
+        config = json.loads(_read(_local(name), CONFIG))
     except (CheckpointError, ValueError):
         return False
+    return isinstance(config, dict) and pruned_entry(config) is not None
 
 
 def dense_model(folder_or_repo_id: str | Path) -> nn.Module | None:
@@ -157,7 +148,10 @@ def dense_model(folder_or_repo_id: str | Path) -> nn.Module | None:
         ModelError: A model that only its owner can build.
     """
     config = _read_config(_local(folder_or_repo_id))
-    return None if _is_uniform(config) else rebuild(*_dense_config(config)).eval()
+    if _is_uniform(config):
+        return None
+    zoo = _zoo(config)
+    return rebuild(zoo, zoo.dense_config(config)).eval()
 
 
 def input_size(folder_or_repo_id: str | Path) -> tuple[int, int, int]:
@@ -167,9 +161,8 @@ def input_size(folder_or_repo_id: str | Path) -> tuple[int, int, int]:
         CheckpointError: Not a pruned checkpoint, or one that was saved again without that entry.
     """
     config = _read_config(_local(folder_or_repo_id))
-    preprocessing: Any = config["scap"].get("preprocessing") or config.get("pretrained_cfg")
     try:
-        channels, height, width = preprocessing["input_size"]
+        channels, height, width = config["scap"]["preprocessing"]["input_size"]
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{CONFIG} of {folder_or_repo_id} does not say the input size: save it again") from None
     return channels, height, width
@@ -190,12 +183,25 @@ def _local(folder_or_repo_id: str | Path, revision: str | None = None, token: st
     )
 
 
-def _config(
-    loaded: LoadedModel, model: nn.Module, plan: PruningPlan, plain: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    scap: dict[str, Any] = {
+def _documents(
+    loaded: LoadedModel, model: nn.Module, plan: PruningPlan, recipe_yaml: str | None, plain: dict[str, Any] | None
+) -> dict[str, str | bytes]:
+    """The files that lie beside the weights, by name."""
+    config = _config(loaded, model, plan, plain)
+    documents: dict[str, str | bytes] = {CONFIG: _dump(config), PLAN: plan.to_json()}
+    if "auto_map" in config:
+        documents[CODE] = Path(modeling_scap.__file__).read_text(encoding="utf-8")
+    if recipe_yaml is not None:
+        documents[RECIPE] = recipe_yaml
+    if loaded.image_processor is not None:
+        documents[IMAGE_PROCESSOR] = _dump(loaded.image_processor)
+    return documents
+
+
+def _config(loaded: LoadedModel, model: nn.Module, plan: PruningPlan, plain: dict[str, Any] | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {
         "version": FORMAT,
-        "library": loaded.library,
+        "library": loaded.zoo.name,
         "name": loaded.name,
         "base_model": loaded.base_model,
         "license": loaded.license,
@@ -206,32 +212,10 @@ def _config(
     precisions = {dtype: name for name, dtype in _PRECISIONS.items()}
     rebuilt = {name: buffer.dtype for name, buffer in model.named_buffers() if name not in saved}
     if dtypes := {name: precisions[dtype] for name, dtype in rebuilt.items() if dtype in precisions}:
-        scap["buffer_dtypes"] = dtypes
-    config = dict(plain or loaded.config)
-    if loaded.library == "timm" and loaded.labels:
-        config["label_names"] = loaded.labels
-    if loaded.library == "transformers":
-        config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-        if loaded.labels:
-            config["id2label"] = dict(enumerate(loaded.labels))
-            config["label2id"] = {label: index for index, label in enumerate(loaded.labels)}
-    if plain:
-        return {**config, "scap": {**scap, "layout": "uniform"}}
-    cut = cut_of(plan, loaded)
-    if loaded.library == "timm":
-        # timm and its wrapper in transformers hand nothing but `model_args` on.
-        config["model_args"] = {"base": config["architecture"], **config["model_args"], "cut": cut}
-        config["architecture"] = "scap_pruned"
-        config["num_features"] = cut["attributes"].get("", {}).get("num_features", config["num_features"])
-        return {**config, "auto_map": _auto_map("TimmWrapperForImageClassification"), "scap": scap}
-    if loaded.library == "transformers":
-        return {**config, "auto_map": _auto_map(config["architectures"][0]), "scap": {**scap, "cut": cut}}
-    return {"scap": {**scap, "num_classes": loaded.num_classes, "labels": loaded.labels, "cut": cut, **config}}
-
-
-def _auto_map(model_class: str) -> dict[str, str]:
-    """Where transformers finds the model's code in the repository, if it is allowed to run it."""
-    return {"AutoModelForImageClassification": f"{Path(CODE).stem}.{model_class}"}
+        entry["buffer_dtypes"] = dtypes
+    if plain is not None:
+        return loaded.zoo.write_config(plain, {**entry, "layout": UNIFORM}, None, loaded, model)
+    return loaded.zoo.write_config(loaded.config, entry, cut_of(plan, loaded), loaded, model)
 
 
 def _dump(document: dict[str, Any]) -> str:
@@ -252,56 +236,36 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(_read(folder, CONFIG))
     except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG} is not JSON ({error}): save the checkpoint again") from None
-    if isinstance(config, dict) and config.get("architecture") == "scap_pruned":
-        config.setdefault("scap", {"version": FORMAT, "library": "timm"})  # timm saves no entries but its own
-    scap = config.get("scap") if isinstance(config, dict) else None
-    if not isinstance(scap, dict):
+    entry = pruned_entry(config) if isinstance(config, dict) else None
+    if not isinstance(entry, dict):
         raise CheckpointError(
             f"{folder / CONFIG} has no 'scap' entry: not a pruned model; load it with its own library"
         )
-    if scap.get("version") != FORMAT:
+    if entry.get("version") != FORMAT:
         raise CheckpointError(
-            f"{folder} has layout version {scap.get('version')!r}, this scap_hub reads {FORMAT}: upgrade scap_hub"
+            f"{folder} has layout version {entry.get('version')!r}, this scap_hub reads {FORMAT}: upgrade scap_hub"
         )
-    return config
+    return {**config, "scap": entry}
+
+
+def _zoo(config: dict[str, Any]) -> Zoo:
+    try:
+        return zoo_named(config["scap"].get("library"))
+    except ModelError as error:
+        raise CheckpointError(f"config.json cannot be read: {error}") from None
 
 
 def _is_uniform(config: dict[str, Any]) -> bool:
     """Whether the zoo itself builds the pruned model."""
-    return config["scap"].get("layout") == "uniform"
+    return config["scap"].get("layout") == UNIFORM
 
 
-def _cut(config: dict[str, Any]) -> dict[str, Any]:
+def _cut(zoo: Zoo, config: dict[str, Any]) -> dict[str, Any]:
     """The sizes that pruning left."""
-    if _is_uniform(config):
-        return {"version": modeling_scap.VERSION, "shapes": {}, "attributes": {}}
-    holder = config.get("model_args") if config["scap"].get("library") == "timm" else config["scap"]
-    if not isinstance(holder, dict) or "cut" not in holder:
+    cut = zoo.cut_in(config)
+    if cut is None:
         raise CheckpointError("config.json lacks the sizes of the pruned model ('cut'): save the checkpoint again")
-    return holder["cut"]
-
-
-def _dense_config(config: dict[str, Any]) -> tuple[Library, dict[str, Any]]:
-    """Library and config of the dense model, as `rebuild` takes them."""
-    library = config["scap"].get("library")
-    if library == "module":
-        return library, config["scap"]
-    dense = {key: value for key, value in config.items() if key not in ("scap", "auto_map")}
-    if library == "timm":
-        try:
-            arguments = dict(dense["model_args"])
-            arguments.pop("cut", None)
-            arguments.pop("num_classes", None)
-            labels = {"label_names": dense["label_names"]} if "label_names" in dense else {}
-            if not _is_uniform(config):
-                dense["architecture"] = arguments.pop("base")
-            dense["model_args"] = arguments
-            dense["pretrained_cfg"] = dense["pretrained_cfg"] | labels
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"config.json lacks what it takes to rebuild a timm model: {error!r}") from None
-    elif library != "transformers":
-        raise CheckpointError(f"config.json names the unknown library {library!r}: upgrade scap_hub")
-    return library, dense
+    return cut
 
 
 def _shrink(model: nn.Module, cut: dict[str, Any]) -> None:

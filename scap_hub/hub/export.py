@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scap_hub.errors import CheckpointError, ModelError, ScapHubError, VerificationError
+from scap_hub.files import replacing
 from scap_hub.hub.checkpoint import input_size, load
 from scap_hub.zoo.base import logits, one_line
 
@@ -63,22 +63,15 @@ def export(
     net = _Logits(load(folder, model)).float().eval()
     place = Path(folder).expanduser()
     target = Path(output).expanduser() if output else (place if place.is_dir() else Path()) / _NAMES[to]
-    partial = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
     images = torch.randn(2, *input_size(folder), generator=torch.Generator().manual_seed(0))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {one_line(error)}") from None
-    try:
-        run = (_onnx if to == "onnx" else _torch_export)(net, images, partial)
-        # Another batch size than the one it was traced with.
-        for batch in (images, torch.cat([images, images.flip(3), images.flip(2)])[:5]):
-            _compare(net, run, batch, target)
-        partial.replace(target)
+        with replacing(target) as unfinished:
+            run = (_onnx if to == "onnx" else _torch_export)(net, images, unfinished)
+            # Another batch size than the one it was traced with.
+            for batch in (images, torch.cat([images, images.flip(3), images.flip(2)])[:5]):
+                _compare(net, run, batch, target)
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {one_line(error)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

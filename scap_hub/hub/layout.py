@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from scap_hub.hub.modeling_scap import VERSION
 from scap_hub.plan import PruningPlan, TensorCut
 from scap_hub.zoo.base import LoadedModel
+from scap_hub.zoo.modeling_scap import VERSION
 
 
 def cut_of(plan: PruningPlan, loaded: LoadedModel) -> dict[str, Any]:

@@ -23,13 +23,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from scap_hub.errors import CheckpointError, PublishError
-from scap_hub.hub import modeling_scap
 from scap_hub.hub.card import HERE, PICTURE, merged_card
-from scap_hub.hub.checkpoint import CODE, CONFIG, IMAGE_PROCESSOR, INDEX, PLAN, RECIPE, WEIGHTS, weight_files
-from scap_hub.zoo.base import one_line
+from scap_hub.hub.checkpoint import CONFIG, IMAGE_PROCESSOR, INDEX, PLAN, RECIPE, WEIGHTS, weight_files
+from scap_hub.zoo import modeling_scap
+from scap_hub.zoo.base import CODE, one_line
 
 CARD = "README.md"
-# Beside the weights; whatever else lies in the folder is nobody's business, and pickle is never among these.
+# Only these are published beside the weights, whatever else lies in the folder. None of them is a pickle file.
 FILES = (CONFIG, PLAN, RECIPE, IMAGE_PROCESSOR, CODE, CARD, PICTURE, "report.json", "report.html")
 _WEIGHT_NAMES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _WAITS = (1.0, 2.0, 4.0)
@@ -155,7 +155,7 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
 
 
 def _writer(api: HfApi) -> None:
-    """Asks early who pushes, before anything is sent."""
+    """Makes sure that the token may write, before anything is sent."""
     if api.token is False or (api.token or get_token()) is None:
         raise LocalTokenNotFoundError
     token = _again(api.whoami).get("auth", {}).get("accessToken", {})

@@ -1,16 +1,25 @@
-"""What the rest of scap_hub needs to know about a loaded model, whatever zoo it came from."""
+"""What the rest of scap_hub needs to know about a model, whatever zoo it came from: `LoadedModel` and its `Zoo`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
+
+from scap_hub.errors import ModelError
+from scap_hub.zoo.described import Features, Shape, Widths, block_widths, observed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Library = Literal["timm", "transformers", "module"]
+FORMAT = 1
+"""Version of our entry "scap" in config.json."""
+
+CODE = "modeling_scap.py"
+"""The file of ours that lies beside the weights, for those who load them without scap_hub."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +49,12 @@ class LoadedModel:
 
     Attributes:
         module: The model, in eval mode.
-        library: The zoo that can rebuild it; "module" where only its owner can.
+        zoo: Where it comes from, which knows how to rebuild and describe it.
         name: timm architecture name, transformers class name, or the module's class name.
         source: What the user asked for: a name, a Hub id, a folder.
         preprocessing: How to feed it.
-        num_classes: Width of the classifier, 0 where there is none.
-        labels: Class names by index, None where unknown.
+        num_classes: Width of the classifier, 0 where there is none. Classification only.
+        labels: Class names by index, None where unknown. Classification only.
         config: JSON-able document to rebuild an untrained copy, in the zoo's own config.json layout.
         image_processor: The transformers image processor's JSON-able document, None where there is none.
         base_model: Hub id of the pretrained weights, None where there are none.
@@ -53,7 +62,7 @@ class LoadedModel:
     """
 
     module: nn.Module
-    library: Library
+    zoo: Zoo
     name: str
     source: str
     preprocessing: Preprocessing
@@ -63,6 +72,202 @@ class LoadedModel:
     image_processor: dict[str, Any] | None = None
     base_model: str | None = None
     license: str | None = None
+
+
+class Wanted(NamedTuple):
+    """What a model shall be, beyond its name.
+
+    Attributes:
+        pretrained: Whether to load weights.
+        num_classes: Width of the classifier, None for the model's own. Classification only.
+        input_size: (channels, height, width) in pixels, None for the model's own.
+    """
+
+    pretrained: bool = True
+    num_classes: int | None = None
+    input_size: tuple[int, int, int] | None = None
+
+
+class Door(NamedTuple):
+    """Code that loads a published model through a library that people use already.
+
+    Attributes:
+        imports: The import lines, without scap_hub's.
+        call: The call; it works once scap_hub is imported.
+        code_call: The call that works without scap_hub, as it runs the repository's `CODE`; None where there is none.
+    """
+
+    imports: str
+    call: str
+    code_call: str | None = None
+
+
+class Uniform(NamedTuple):
+    """A smaller model that the zoo built by itself, from the arguments of its own constructor.
+
+    Attributes:
+        arguments: The arguments that set the widths.
+        config: The config.json that they stand in, with the zoo's own layout.
+        model: What the zoo built from it.
+    """
+
+    arguments: dict[str, Any]
+    config: dict[str, Any]
+    model: nn.Module
+
+
+class Zoo(Protocol):
+    """A family of models that are built, stored and described alike: timm's, transformers', or a user's own.
+
+    Everything that is particular to one zoo stands behind these methods; the rest of scap_hub never asks which it is.
+    A new zoo is a subclass without state, given to `scap_hub.zoo.register`. It has to define `name`, `from_module` and
+    `rebuild`; what the other methods do here suits a zoo that has no names, no folders, or no doors of its own.
+
+    Attributes:
+        name: As it stands in config.json under "library".
+        rebuilds: Whether a model can be built from its config alone. If not, whoever loads has to give the dense model.
+        shards: Whether the library reads weights that are spread over several files.
+    """
+
+    name: str
+    rebuilds: bool = True
+    shards: bool = False
+
+    # Recognise.
+
+    def knows_name(self, name: str) -> bool:
+        """Whether this is the name of a model, not a folder or a Hub id."""
+        return False
+
+    def nearest(self, name: str) -> list[str]:
+        """The names of models that an unknown one may have meant, the nearest first."""
+        return []
+
+    def knows_config(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json is in this zoo's layout."""
+        return False
+
+    def knows_module(self, module: nn.Module) -> bool:
+        """Whether this zoo built the module; must not import the library, for then it did not."""
+        return False
+
+    # Load and rebuild.
+
+    def from_name(self, name: str, wanted: Wanted) -> LoadedModel:
+        """Loads a model by a name that it knows.
+
+        Raises:
+            ModelError: No such weights, no network for them, or a model that cannot be what is wanted.
+        """
+        raise ModelError(f"{name!r}: the zoo {self.name!r} has no models by name")
+
+    def from_folder(self, folder: Path, config: dict[str, Any], source: str, wanted: Wanted) -> LoadedModel:
+        """Loads a dense model from a folder whose config.json it knows; `source` is what the user asked for.
+
+        Raises:
+            ModelError: As `from_name`.
+        """
+        raise ModelError(f"{source!r}: the zoo {self.name!r} loads no folders")
+
+    def from_module(self, module: nn.Module, source: str, input_size: tuple[int, int, int] | None) -> LoadedModel:
+        """Describes a module that it knows.
+
+        Raises:
+            ModelError: The module does not take that input size.
+        """
+        ...
+
+    def rebuild(self, config: dict[str, Any]) -> nn.Module:
+        """Builds an untrained model from `LoadedModel.config`; runs no code but the zoo's own.
+
+        Raises:
+            ModelError: A config that the zoo refuses.
+        """
+        ...
+
+    # config.json of a pruned model.
+
+    def write_config(
+        self,
+        config: dict[str, Any],
+        entry: dict[str, Any],
+        cut: dict[str, Any] | None,
+        loaded: LoadedModel,
+        model: nn.Module,
+    ) -> dict[str, Any]:
+        """The config.json of a pruned model.
+
+        Args:
+            config: The dense model's config; or one from which the zoo builds the pruned model by itself.
+            entry: What stands under "scap" in every zoo's config.json.
+            cut: The sizes that pruning left, as `modeling_scap.shrink` takes them; None for a config of that other
+                kind.
+            loaded: The dense model.
+            model: The pruned model.
+        """
+        return {**config, "scap": entry if cut is None else {**entry, "cut": cut}}
+
+    def dense_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What `rebuild` takes, out of a config.json that `write_config` made.
+
+        Raises:
+            CheckpointError: Something is missing.
+        """
+        return {key: value for key, value in config.items() if key != "scap"}
+
+    def cut_in(self, config: dict[str, Any]) -> Any:
+        """The cut, out of a config.json that `write_config` made with one; None if it is missing."""
+        return config["scap"].get("cut")
+
+    def lost_entry(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        """The entry "scap" of a pruned model whose library dropped it when it saved the model again.
+
+        Returns:
+            What can be told of it; None for a dense model.
+        """
+        return None
+
+    # Doors.
+
+    def doors(self, place: str) -> list[Door]:
+        """Ways into a model published at a Hub id, besides `scap_hub.load`."""
+        return []
+
+    # Widths that describe the model to other code.
+
+    def features(self, model: nn.Module, inputs: tuple[Any, ...]) -> Features:
+        """Runs a model once, for the shapes that `widths` compares; leaves it as it was."""
+        return Features(observed(model, inputs)[0])
+
+    def widths(self, model: nn.Module, dense: Any, small: Any) -> Widths:
+        """New values of the numbers that tell other code how wide a model's features are.
+
+        Args:
+            model: The dense model.
+            dense: Its features.
+            small: The pruned model's features.
+
+        Returns:
+            By module path and attribute; those of `model.config` are attributes "config.NAME" of the model itself.
+        """
+        return block_widths(model, dense.calls, small.calls)
+
+    # A pruned model that needs nothing of ours.
+
+    def uniform(self, loaded: LoadedModel, shapes: Mapping[str, Shape]) -> Uniform | None:
+        """Builds the model of these widths with the zoo's own constructor; whoever asks checks that it is the same.
+
+        Args:
+            loaded: The dense model.
+            shapes: Of the pruned model's tensors, by name.
+
+        Returns:
+            None where it is not known which arguments set widths.
+
+        Raises:
+            ModelError: The constructor refuses them.
+        """
+        return None
 
 
 def logits(output: Any) -> Tensor:

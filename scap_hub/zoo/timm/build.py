@@ -1,4 +1,4 @@
-"""timm models: by name, from a folder in timm's layout, or as a module that timm built."""
+"""Builds timm's models and describes them; imports timm."""
 
 from __future__ import annotations
 
@@ -8,29 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.data import resolve_data_config
 from timm.models import filter_pretrained_cfg, resolve_pretrained_cfg, split_model_name_tag
 from torch import nn
 
 from scap_hub.errors import ModelError
-from scap_hub.zoo.base import LoadedModel, Preprocessing, one_line
+from scap_hub.text import did_you_mean
+from scap_hub.zoo.base import LoadedModel, Preprocessing, Wanted, Zoo, one_line
 from scap_hub.zoo.remote import NO_NETWORK, fetch_dense
-
-try:
-    from timm.data import resolve_input_data_config
-    from timm.models import get_model_args
-except ImportError:  # older timm, down to 1.0.20
-
-    def resolve_input_data_config(model: nn.Module, args: dict[str, Any]) -> dict[str, Any]:  # type: ignore[misc]
-        """Without the checks of newer timm; statistics of other channels than three are averages."""
-        data = resolve_data_config({key: value for key, value in args.items() if value}, model=model)
-        averages = {key: (sum(data[key]) / len(data[key]),) for key in ("mean", "std")}
-        return data if data["input_size"][0] == 3 else data | averages
-
-    def get_model_args(model: nn.Module) -> dict[str, Any]:  # type: ignore[misc]
-        """What `_create` noted; of a module that somebody else built, nothing is known."""
-        return dict(getattr(model, "_model_args", {}))
-
+from scap_hub.zoo.timm.private import get_model_args, note_model_args, resolve_input_data_config
 
 # Arguments of timm.create_model that open files; a config.json that we rebuild from may not hold them.
 _OPENS_FILES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -41,28 +26,13 @@ def is_name(name: str) -> bool:
     return timm.is_model(split_model_name_tag(name)[0])
 
 
-def is_config(config: dict[str, Any]) -> bool:
-    """Whether a config.json is in timm's layout."""
-    return "architecture" in config and "model_type" not in config
-
-
-def is_module(module: nn.Module) -> bool:
-    """Whether timm built the module; what is pruned already counts as its owner's."""
-    architecture = (getattr(module, "pretrained_cfg", None) or {}).get("architecture")
-    return architecture not in (None, "scap_pruned")
-
-
-def unknown_name(name: str) -> ModelError:
-    """The error for a name that is no timm model, with the nearest names."""
+def nearest(name: str) -> list[str]:
+    """Up to three architectures that an unknown name may have meant, the nearest first."""
     known = timm.list_models() + timm.list_modules()
-    near = dict.fromkeys(difflib.get_close_matches(split_model_name_tag(name)[0], known, n=3))
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see timm.list_models();"
-    return ModelError(f"unknown model {name!r}: {hint} A Hub id has the form 'owner/name'.")
+    return list(dict.fromkeys(difflib.get_close_matches(split_model_name_tag(name)[0], known, n=3)))
 
 
-def from_name(
-    name: str, pretrained: bool, num_classes: int | None, input_size: tuple[int, int, int] | None
-) -> LoadedModel:
+def from_name(zoo: Zoo, name: str, wanted: Wanted) -> LoadedModel:
     """Builds a model of timm's registry, with its tag's weights.
 
     Raises:
@@ -75,39 +45,45 @@ def from_name(
         tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
         raise ModelError(f"{architecture!r} has no weights {tag!r}; it has: {', '.join(tags) or 'none'}") from None
     overlay = None
-    if pretrained and cfg.hf_hub_id:
+    if wanted.pretrained and cfg.hf_hub_id:
         # Given a file, timm skips its own download, which without a network takes 47 s to fail.
-        overlay = {"file": str(min(fetch_dense(cfg.hf_hub_id, pretrained).glob("*model.*")))}
-    arguments = _input_arguments(cfg.to_dict(), input_size)
-    module = _create(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=num_classes, **arguments)
+        overlay = {"file": str(min(fetch_dense(cfg.hf_hub_id, pretrained=True).glob("*model.*")))}
+    module = _create(
+        name,
+        pretrained=wanted.pretrained,
+        pretrained_cfg_overlay=overlay,
+        num_classes=wanted.num_classes,
+        **_input_arguments(cfg.to_dict(), wanted.input_size),
+    )
     module.pretrained_cfg.pop("file", None)
-    loaded = from_module(module, name, input_size)
-    if pretrained:
+    loaded = from_module(zoo, module, name, wanted.input_size)
+    if wanted.pretrained:
         loaded.base_model, loaded.license = cfg.hf_hub_id, cfg.license
     return loaded
 
 
-def from_folder(
-    folder: Path,
-    config: dict[str, Any],
-    source: str,
-    pretrained: bool,
-    num_classes: int | None,
-    input_size: tuple[int, int, int] | None,
-) -> LoadedModel:
+def from_folder(zoo: Zoo, folder: Path, config: dict[str, Any], source: str, wanted: Wanted) -> LoadedModel:
     """Builds a model from a folder with a timm config.json.
 
     Raises:
         ModelError: Unknown architecture, or weights that are absent or do not fit.
     """
-    if not is_name(config["architecture"]):
-        raise unknown_name(config["architecture"])
-    arguments = _input_arguments(config.get("pretrained_cfg", config), input_size)
-    module = _create(f"local-dir:{folder}", pretrained=pretrained, num_classes=num_classes, **arguments)
-    return from_module(module, source, input_size)
+    architecture = config["architecture"]
+    if not is_name(architecture):
+        raise ModelError(
+            f"config.json of {source!r} names the unknown model {architecture!r}"
+            f"{did_you_mean(architecture, nearest(architecture)) or ': upgrade timm'}"
+        )
+    module = _create(
+        f"local-dir:{folder}",
+        pretrained=wanted.pretrained,
+        num_classes=wanted.num_classes,
+        **_input_arguments(config.get("pretrained_cfg", config), wanted.input_size),
+    )
+    return from_module(zoo, module, source, wanted.input_size)
 
 
-def from_module(module: Any, source: str, input_size: tuple[int, int, int] | None = None) -> LoadedModel:
+def from_module(zoo: Zoo, module: Any, source: str, input_size: tuple[int, int, int] | None) -> LoadedModel:
     """Describes a model that timm built.
 
     Raises:
@@ -124,7 +100,7 @@ def from_module(module: Any, source: str, input_size: tuple[int, int, int] | Non
     labels = cfg.get("label_names")
     return LoadedModel(
         module=module.eval(),
-        library="timm",
+        zoo=zoo,
         name=cfg["architecture"],
         source=source,
         preprocessing=Preprocessing(
@@ -161,9 +137,8 @@ def rebuild(config: dict[str, Any]) -> nn.Module:
 def _create(name: str, **arguments: Any) -> Any:
     try:
         model: Any = timm.create_model(name, **arguments)
-        if not hasattr(model, "_model_args"):  # timm before 1.0.31 does not keep them
-            skipped = _OPENS_FILES | {"num_classes"}
-            model._model_args = {k: v for k, v in arguments.items() if k not in skipped and v is not None}
+        skipped = _OPENS_FILES | {"num_classes"}
+        note_model_args(model, {key: value for key, value in arguments.items() if key not in skipped})
         return model
     except OSError as error:  # weights that timm itself downloads from elsewhere
         raise ModelError(f"no weights for {name!r} ({one_line(error)}): {NO_NETWORK}") from None
@@ -182,7 +157,13 @@ def _input_arguments(cfg: dict[str, Any], input_size: tuple[int, int, int] | Non
 def _num_classes(module: Any) -> int:
     """Width of the classifier in place, which may not be the one that timm built."""
     head = module.get_classifier() if hasattr(module, "get_classifier") else None
-    return getattr(head, "out_features", None) or getattr(head, "out_channels", None) or module.num_classes
+    width = getattr(head, "out_features", None) or getattr(head, "out_channels", None)
+    if width is None and not hasattr(module, "num_classes"):
+        raise ModelError(
+            f"{type(module).__name__} has no classifier: give the model that it was made from, or prune it by steps, "
+            "from scap_hub.channel_groups to scap_hub.apply_plan"
+        )
+    return width or module.num_classes
 
 
 def _config(module: Any, num_classes: int, input_size: tuple[int, int, int]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""transformers image classifiers: from a folder in their layout, or as a PreTrainedModel."""
+"""Builds transformers' models and describes them; imports transformers."""
 
 from __future__ import annotations
 
@@ -12,24 +12,15 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from scap_hub.errors import ModelError
-from scap_hub.zoo.base import LoadedModel, Preprocessing, default_preprocessing, one_line
+from scap_hub.zoo.base import LoadedModel, Preprocessing, Wanted, Zoo, default_preprocessing, one_line
 
 _INTERPOLATION = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as image processors store them
 
 
-def is_module(module: nn.Module) -> bool:
-    """Whether the module is one of transformers' models."""
-    return isinstance(module, PreTrainedModel)
-
-
-def from_folder(
-    folder: Path,
-    source: str,
-    pretrained: bool,
-    num_classes: int | None,
-    input_size: tuple[int, int, int] | None,
-) -> LoadedModel:
+def from_folder(zoo: Zoo, folder: Path, source: str, wanted: Wanted) -> LoadedModel:
     """Builds an image classifier from a folder with a transformers config.json; remote code is refused.
+
+    Classification only: a model for another task loads through another auto class.
 
     Raises:
         ModelError: Not an image classifier that the installed transformers knows, or weights that do not fit.
@@ -37,9 +28,9 @@ def from_folder(
     local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(folder, **local)
-        if num_classes not in (None, config.num_labels):
-            config.num_labels = num_classes  # renames the labels too
-        if pretrained:
+        if wanted.num_classes not in (None, config.num_labels):
+            config.num_labels = wanted.num_classes  # renames the labels too
+        if wanted.pretrained:
             module = AutoModelForImageClassification.from_pretrained(
                 folder, config=config, ignore_mismatched_sizes=True, **local
             )
@@ -47,18 +38,20 @@ def from_folder(
             module = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"transformers cannot load {source!r}: {one_line(error)}") from error
-    return from_module(module, source, input_size, processor_from=str(folder))
+    return from_module(zoo, module, source, wanted.input_size, processor_from=str(folder))
 
 
 def from_module(
+    zoo: Zoo,
     module: Any,
     source: str,
-    input_size: tuple[int, int, int] | None = None,
+    input_size: tuple[int, int, int] | None,
     processor_from: str | None = None,
 ) -> LoadedModel:
     """Describes a transformers model.
 
     Args:
+        zoo: transformers'.
         module: The model.
         source: What the user asked for.
         input_size: Overrides the image processor's.
@@ -84,7 +77,7 @@ def from_module(
     labels = [config.id2label[index] for index in range(config.num_labels)]
     return LoadedModel(
         module=module.eval(),
-        library="transformers",
+        zoo=zoo,
         name=type(module).__name__,
         source=source,
         preprocessing=preprocessing,

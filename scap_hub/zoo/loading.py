@@ -1,0 +1,151 @@
+"""Models of every zoo, loaded and rebuilt through one call."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scap_hub.errors import ModelError
+from scap_hub.zoo.base import LoadedModel, Wanted, Zoo, first_difference
+from scap_hub.zoo.registry import PLAIN, nearest, pruned_entry, zoo_of, zoo_of_config, zoo_with_name
+
+
+def load_model(
+    model: str | Path | nn.Module,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    labels: Sequence[str] | None = None,
+) -> LoadedModel:
+    """Loads an image classifier with all that is needed to feed, rebuild and publish it.
+
+    Args:
+        model: A name that a zoo knows (timm's "resnet18.a1_in1k"), a Hub id or local folder of a model that one
+            knows (also as "hf-hub:owner/name@revision" or "local-dir:folder"), or an nn.Module.
+        pretrained: Whether to load weights; of no effect on an nn.Module.
+        num_classes: Width of the classifier; a new head where the weights have another. By default len(labels).
+        input_size: (C, H, W) in pixels, instead of the model's own.
+        labels: Class names by index, instead of the model's own.
+
+    Returns:
+        The model in eval mode, and its description. A module that its zoo would not rebuild as it is is described
+        as its owner's own, with a warning.
+
+    Raises:
+        ModelError: Unknown name, no network for it, or arguments that do not fit the model.
+    """
+    if num_classes is None and labels is not None:
+        num_classes = len(labels)
+    if isinstance(model, nn.Module):
+        loaded = _checked(zoo_of(model).from_module(model, type(model).__name__, input_size))
+    else:
+        loaded = _checked(_from_name(str(model), Wanted(pretrained, num_classes, input_size)))
+    if num_classes not in (None, loaded.num_classes):
+        raise ModelError(
+            f"{loaded.name} has {loaded.num_classes} classes, not {num_classes}: give it a new head first, "
+            "or pass the model by name"
+        )
+    if labels is not None:
+        if len(labels) != loaded.num_classes:
+            raise ModelError(f"{len(labels)} labels for {loaded.num_classes} classes: give one label a class")
+        loaded.labels = list(labels)
+    return loaded
+
+
+def rebuild(zoo: Zoo, config: dict[str, Any]) -> nn.Module:
+    """Builds an untrained copy of a model from `LoadedModel.config`; runs no code but the zoo's own.
+
+    Raises:
+        ModelError: A model that only its owner can build, or a config that the zoo refuses.
+    """
+    try:
+        return zoo.rebuild(config)
+    except (KeyError, IndexError, TypeError) as error:
+        raise ModelError(f"config.json lacks what it takes to build a {zoo.name} model: {error!r}") from None
+
+
+def skeleton(zoo: Zoo, config: dict[str, Any]) -> nn.Module:
+    """As `rebuild`, without memory for the weights where the zoo can.
+
+    Raises:
+        ModelError: As `rebuild`.
+    """
+    try:
+        with torch.device("meta"):
+            return rebuild(zoo, config)
+    except ModelError:
+        # Some constructors compute with tensors, which have no values there.
+        return rebuild(zoo, config)
+
+
+def _from_name(name: str, wanted: Wanted) -> LoadedModel:
+    from scap_hub.zoo.remote import fetch_dense  # huggingface_hub is slow to import
+
+    prefix, _, rest = name.partition(":")
+    place = rest if prefix in ("hf-hub", "hf_hub", "local-dir") else name
+    if place == name and (zoo := zoo_with_name(name)):
+        return zoo.from_name(name, wanted)
+    folder, base_model = Path(place).expanduser(), None
+    if not folder.is_dir():
+        if prefix == "local-dir":
+            raise ModelError(f"no folder {place!r}")
+        if place == name and "/" not in name:
+            near = " or ".join(map(repr, nearest(name)))
+            hint = f"did you mean {near}?" if near else "see timm.list_models();"
+            raise ModelError(f"unknown model {name!r}: {hint} A Hub id has the form 'owner/name'.")
+        base_model, _, revision = place.partition("@")
+        folder = fetch_dense(base_model, wanted.pretrained, revision or None)
+    config = _read_config(folder, name)
+    loaded = zoo_of_config(config).from_folder(folder, config, name, wanted)
+    return replace(loaded, base_model=base_model if wanted.pretrained else None, license=_license(folder))
+
+
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{name!r} has no config.json: it is no model of a known zoo") from None
+    except ValueError as error:
+        raise ModelError(f"config.json of {name!r} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"config.json of {name!r} is no JSON object, but {json.dumps(config)[:40]}")
+    if pruned_entry(config) is not None:
+        raise ModelError(f"{name!r} is already pruned: load it with scap_hub.load({name!r}), and pass that model")
+    return config
+
+
+def _license(folder: Path) -> str | None:
+    from huggingface_hub import ModelCard
+
+    readme = folder / "README.md"
+    return ModelCard.load(readme).data.get("license") if readme.is_file() else None
+
+
+def _checked(loaded: LoadedModel) -> LoadedModel:
+    """Makes sure now, not after hours of work, that the config rebuilds the model."""
+    if not loaded.zoo.rebuilds:
+        return loaded
+    try:
+        copy = skeleton(loaded.zoo, loaded.config)
+        path = first_difference(loaded.module, copy)
+        reason = path and f"its {path!r} is not what {loaded.zoo.name} builds for {loaded.name!r}"
+    except ModelError as error:
+        reason = str(error)
+    if not reason:
+        return loaded
+    warnings.warn(
+        f"{loaded.name} can be pruned, but not rebuilt by name ({reason}): pass it by name, "
+        "or reload the result with scap_hub.load(folder, model=<the dense model>)",
+        stacklevel=3,
+    )
+    # Something was changed, so the zoo's config is no longer true: ask the module itself.
+    plain = PLAIN.from_module(loaded.module, loaded.source, loaded.preprocessing.input_size)
+    labels = loaded.labels if plain.num_classes == loaded.num_classes else None
+    return replace(plain, preprocessing=loaded.preprocessing, labels=labels, config={"reason": reason})

@@ -1,0 +1,92 @@
+"""Any other nn.Module: it can be pruned and saved, but only its owner can build it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from scap_hub.errors import ModelError
+from scap_hub.placement import placement
+from scap_hub.zoo.base import LoadedModel, Zoo, default_preprocessing, logits, one_line
+from scap_hub.zoo.described import Widths
+from scap_hub.zoo.timm.widths import TimmFeatures, timm_features, timm_widths
+
+
+class PlainZoo(Zoo):
+    """Modules that no other zoo knows."""
+
+    name = "module"
+    rebuilds = False
+
+    def knows_module(self, module: nn.Module) -> bool:
+        """Always."""
+        return True
+
+    def from_module(self, module: nn.Module, source: str, input_size: tuple[int, int, int] | None) -> LoadedModel:
+        """Describes a module by running it once on an image of zeros.
+
+        Args:
+            module: Takes images (N, C, H, W), returns logits (N, classes) or a transformers output. Classification
+                only.
+            source: What the user asked for.
+            input_size: (C, H, W) in pixels; by default as many channels as its first convolution takes, 224 x 224.
+
+        Raises:
+            ModelError: The module does not run on such an image, or does not return logits.
+        """
+        if input_size is None:
+            convolutions = (m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d))
+            input_size = (next(convolutions, 3), 224, 224)
+        name = type(module).__name__
+        device, dtype = placement(module)
+        try:
+            with torch.no_grad():
+                output = logits(module.eval()(torch.zeros(1, *input_size, device=device, dtype=dtype)))
+        except Exception as error:
+            raise ModelError(
+                f"{name} does not run on one image {input_size}: {one_line(error)}; set input_size"
+            ) from error
+        if output.ndim != 2:
+            raise ModelError(f"{name} returns a tensor {tuple(output.shape)}, not logits (images, classes)")
+        return LoadedModel(
+            module=module,
+            zoo=self,
+            name=name,
+            source=source,
+            preprocessing=default_preprocessing(input_size),
+            num_classes=output.shape[1],
+        )
+
+    def rebuild(self, config: dict[str, Any]) -> nn.Module:
+        """Never: only its owner can.
+
+        Raises:
+            ModelError: Always, with what is known of why.
+        """
+        reason = config.get("reason", "it comes from no zoo")
+        raise ModelError(f"the model cannot be built by name ({reason}): pass the dense one, load(folder, model=dense)")
+
+    def write_config(
+        self,
+        config: dict[str, Any],
+        entry: dict[str, Any],
+        cut: dict[str, Any] | None,
+        loaded: LoadedModel,
+        model: nn.Module,
+    ) -> dict[str, Any]:
+        """Our entry holds all that is known."""
+        return {"scap": {**entry, "num_classes": loaded.num_classes, "labels": loaded.labels, "cut": cut, **config}}
+
+    def dense_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Our entry, which may say why the model cannot be rebuilt."""
+        return config["scap"]
+
+    def features(self, model: nn.Module, inputs: tuple[Any, ...]) -> TimmFeatures:
+        """The shapes that timm's conventions describe, which many follow in models of their own."""
+        return timm_features(model, inputs)
+
+    def widths(self, model: nn.Module, dense: Any, small: Any) -> Widths:
+        """By timm's conventions."""
+        return timm_widths(model, dense, small)

@@ -1,0 +1,92 @@
+"""transformers as a zoo: what it recognises, its config.json, its doors. It is imported when a model is built."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from scap_hub.placement import placement
+from scap_hub.zoo.auto import auto_door, auto_map
+from scap_hub.zoo.base import Door, LoadedModel, Uniform, Wanted, Zoo
+from scap_hub.zoo.described import Shape, Widths
+from scap_hub.zoo.transformers.uniform import width_arguments
+from scap_hub.zoo.transformers.widths import TransformersFeatures, transformers_features, transformers_widths
+
+
+class TransformersZoo(Zoo):
+    """Models of transformers: from a folder in its layout, or as a PreTrainedModel."""
+
+    name = "transformers"
+    shards = True
+
+    def knows_config(self, config: Mapping[str, Any]) -> bool:
+        """Any: of old repositories transformers reads the kind of model off their name. To be asked last."""
+        return True
+
+    def knows_module(self, module: nn.Module) -> bool:
+        """Whether the module is one of transformers' models."""
+        modeling: Any = sys.modules.get("transformers.modeling_utils")
+        return modeling is not None and isinstance(module, modeling.PreTrainedModel)
+
+    def from_folder(self, folder: Path, config: dict[str, Any], source: str, wanted: Wanted) -> LoadedModel:
+        """A model from a folder with a transformers config.json; remote code is refused."""
+        from scap_hub.zoo.transformers import build
+
+        return build.from_folder(self, folder, source, wanted)
+
+    def from_module(self, module: nn.Module, source: str, input_size: tuple[int, int, int] | None) -> LoadedModel:
+        """One of transformers' models."""
+        from scap_hub.zoo.transformers import build
+
+        return build.from_module(self, module, source, input_size)
+
+    def rebuild(self, config: dict[str, Any]) -> nn.Module:
+        """An untrained model of the class that `architectures` names."""
+        from scap_hub.zoo.transformers import build
+
+        return build.rebuild(config)
+
+    def write_config(
+        self,
+        config: dict[str, Any],
+        entry: dict[str, Any],
+        cut: dict[str, Any] | None,
+        loaded: LoadedModel,
+        model: nn.Module,
+    ) -> dict[str, Any]:
+        """Transformers hands all of its config on, so the cut lies in our entry."""
+        config = {**config, "dtype": str(placement(model).dtype).removeprefix("torch.")}
+        if loaded.labels:
+            config["id2label"] = dict(enumerate(loaded.labels))
+            config["label2id"] = {label: index for index, label in enumerate(loaded.labels)}
+        if cut is None:
+            return {**config, "scap": entry}
+        return {**config, "auto_map": auto_map(config["architectures"][0]), "scap": {**entry, "cut": cut}}
+
+    def dense_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """All but what we added."""
+        return {key: value for key, value in config.items() if key not in ("scap", "auto_map")}
+
+    def doors(self, place: str) -> list[Door]:
+        """The auto class."""
+        return [auto_door(place)]
+
+    def features(self, model: nn.Module, inputs: tuple[Any, ...]) -> TransformersFeatures:
+        """The shapes that transformers' conventions describe."""
+        return transformers_features(model, inputs)
+
+    def widths(self, model: nn.Module, dense: Any, small: Any) -> Widths:
+        """Sizes in the config, `num_features` of a backbone, and those of blocks."""
+        return transformers_widths(model, dense, small)
+
+    def uniform(self, loaded: LoadedModel, shapes: Mapping[str, Shape]) -> Uniform | None:
+        """Widths as entries of the config."""
+        arguments = width_arguments(type(loaded.module).__name__, shapes)
+        if arguments is None:
+            return None
+        config = {**loaded.config, **arguments}
+        return Uniform(arguments, config, self.rebuild(config))
