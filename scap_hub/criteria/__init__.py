@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.criteria import base
@@ -20,6 +20,7 @@ from scap_hub.criteria.rivals.random import Random
 from scap_hub.criteria.rivals.taylor import Taylor
 from scap_hub.criteria.scap import Scap, ScapSet
 from scap_hub.errors import RecipeError
+from scap_hub.scores import Scores
 
 __all__ = [
     "FPGM",
@@ -46,7 +47,7 @@ def score(
     *,
     groups: Sequence[ChannelGroup],
     **options: Any,
-) -> dict[str, Tensor]:
+) -> Scores:
     """Scores the channels of a model's prunable groups; the higher the importance, the rather it is kept.
 
     Args:
@@ -69,4 +70,5 @@ def score(
         criterion = base.criterion(criterion, options)
     elif options:
         raise RecipeError(f"options {', '.join(options)} beside a ready criterion; set them when you build it")
-    return criterion.score(model, [group for group in groups if group.prunable and group.watched], batches)
+    importance = criterion.score(model, [group for group in groups if group.prunable and group.watched], batches)
+    return Scores(importance, criterion.scope, dict(getattr(criterion, "fidelity", {})))

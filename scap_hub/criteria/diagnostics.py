@@ -15,6 +15,7 @@ from scap_hub.channels.groups import ChannelGroup
 from scap_hub.criteria.base import Criterion, fuse
 from scap_hub.criteria.calibration import enough, image_means, images_of
 from scap_hub.criteria.rivals.magnitude import L1
+from scap_hub.scores import Scores
 
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _CONSTANT = 1e-6  # variance relative to the mean square below which a channel says nothing
@@ -45,7 +46,7 @@ def diagnose(
     groups: Sequence[ChannelGroup],
     batches: Collection[Any],
     criterion: Criterion,
-    scores: dict[str, Tensor],
+    scores: Scores,
 ) -> dict[str, Diagnosis]:
     """Diagnoses scores; takes one more scoring, on the halves, and one forward pass.
 
@@ -53,20 +54,23 @@ def diagnose(
         model: What was scored.
         groups: Its groups; those without scores are passed over.
         batches: The calibration batches that were scored.
-        criterion: What scored it, just before.
+        criterion: What scored it.
         scores: What it gave.
     """
     groups = [group for group in groups if group.name in scores]
     moments = iter(image_means(model, [tap for group in groups for tap in group.taps], batches, _moments))
     magnitude = L1().score(model, groups, [])
-    fidelity: dict[str, Tensor] = dict(getattr(criterion, "fidelity", {}))
     halves = _halves(model, groups, batches, copy.copy(criterion))
     diagnoses = {}
     for group in groups:
         means, squares = zip(*(next(moments).chunk(2) for _ in group.taps), strict=True)
         variance = fuse(group, [(s - m**2).clamp(min=0) for m, s in zip(means, squares, strict=True)], _as_is)
         square = fuse(group, squares, _as_is)
-        rows = [fidelity[tap.module][torch.as_tensor(tap.channel_of_row) >= 0] for tap in group.taps if fidelity]
+        rows = [
+            scores.fidelity[tap.module][torch.as_tensor(tap.channel_of_row) >= 0]
+            for tap in group.taps
+            if scores.fidelity
+        ]
         quantiles = torch.cat(rows).quantile(torch.tensor(_QUANTILES, dtype=torch.float64)) if rows else None
         name = group.name
         diagnoses[name] = Diagnosis(

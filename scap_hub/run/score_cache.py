@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.criteria import score
 from scap_hub.criteria.base import Criterion
+from scap_hub.files import replacing
+from scap_hub.scores import Scores
 from scap_hub.training.distributed import accelerator, from_main
+
+_IMPORTANCE, _FIDELITY = "importance:", "fidelity:"
 
 
 def kept_scores(
@@ -22,7 +27,7 @@ def kept_scores(
     batches: Sequence[Tensor],
     criterion: Criterion,
     groups: Sequence[ChannelGroup],
-) -> dict[str, Tensor]:
+) -> Scores:
     """`score`, read from a folder if they are there, kept in it if they are not.
 
     Args:
@@ -38,16 +43,32 @@ def kept_scores(
     if scores is None:
         scores = score(model, batches, criterion, groups=groups)
         if accelerator().is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(".unfinished")
-            save_file(scores, unfinished)
-            unfinished.rename(path)
+            _write(path, scores)
     return scores
 
 
-def _find(folder: Path, fingerprint: str) -> tuple[Path, dict[str, Tensor] | None]:
+def _find(folder: Path, fingerprint: str) -> tuple[Path, Scores | None]:
     path = folder / f"{fingerprint}.safetensors"
-    return path, load_file(path) if path.is_file() else None
+    return path, _read(path) if path.is_file() else None
+
+
+def _write(path: Path, scores: Scores) -> None:
+    tensors = {f"{_IMPORTANCE}{name}": values for name, values in scores.items()}
+    tensors |= {f"{_FIDELITY}{layer}": values for layer, values in scores.fidelity.items()}
+    with replacing(path) as unfinished:
+        # Of their own, because several layers may share memory, which the format refuses.
+        save_file({name: values.clone() for name, values in tensors.items()}, unfinished, {"scope": scores.scope})
+
+
+def _read(path: Path) -> Scores:
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        scope = file.metadata()["scope"]
+    importance, fidelity = (
+        {name.removeprefix(kind): values for name, values in tensors.items() if name.startswith(kind)}
+        for kind in (_IMPORTANCE, _FIDELITY)
+    )
+    return Scores(importance, scope, fidelity)
 
 
 def _fingerprint(
