@@ -280,7 +280,7 @@ def test_transformers_model_by_folder(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "resnet"
 
 
-@pytest.mark.parametrize("criterion", ["scap-set", "scap", "l1"])
+@pytest.mark.parametrize("criterion", ["scap-set", "obs", "scap", "l1"])
 def test_the_steps_one_by_one_give_the_plan_and_the_weights_of_prune(criterion):
     loader, net = images(32), Residual(width=16).eval()
     settings = dict(
@@ -303,12 +303,12 @@ def test_the_steps_one_by_one_give_the_plan_and_the_weights_of_prune(criterion):
 
 
 def test_refinement_is_part_of_the_steps():
-    """Else the test above proves nothing of it: scap-set keeps other channels once it knows how many stay."""
+    """Else the test above proves nothing of it: OBS keeps other channels once it knows how many stay."""
     net, batches = Residual(width=16).eval(), [pixels for pixels, _ in images(32)]
     groups = scap_hub.channel_groups(net, batches[0][:1])
-    scores = scap_hub.score(net, batches, "scap-set", groups=groups)
+    scores = scap_hub.score(net, batches, "obs", groups=groups)
     plan = scap_hub.select(groups, scores, target="macs=0.5", round_to=1, scope=scores.scope)
-    refined = scap_hub.refine(net, groups, batches, plan)
+    refined = scap_hub.refine(net, groups, batches, plan, "obs")
     assert refined != plan
     assert {name: len(refined.kept(name)) for name in plan.groups} == {n: len(plan.kept(n)) for n in plan.groups}
     assert scap_hub.refine(net, groups, batches, plan, "l1") == plan

@@ -31,8 +31,8 @@ def stop(*_, **__):
 
 def prune(folder, **changes):
     torch.manual_seed(0)
-    arguments = {"model_input_size": (3, 32, 32), "output_dir": folder / "out", "data_batch_size": 8, **changes}
-    return scap_hub.prune(Residual(width=16), images(), QUICK, **arguments)
+    arguments = {"model_input_size": (3, 32, 32), "output_dir": folder / "out", "data_batch_size": 8}
+    return scap_hub.prune(Residual(width=16), images(), QUICK, **arguments | changes)
 
 
 def test_an_interrupted_run_finds_its_scores_again(tmp_path, scored, monkeypatch):
@@ -47,6 +47,17 @@ def test_an_interrupted_run_finds_its_scores_again(tmp_path, scored, monkeypatch
     assert resumed.plan == whole.plan and resumed.report.groups == whole.report.groups
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
     assert not list((tmp_path / "cut").glob(".*")), "nothing is left beside the output"
+
+
+def test_a_run_that_takes_up_reports_the_same_diagnostics(tmp_path, monkeypatch):
+    whole = prune(tmp_path / "whole", criterion_diagnostics=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("scap_hub.run.pruning.finetune", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path / "cut", criterion_diagnostics=True)
+    resumed = prune(tmp_path / "cut", criterion_diagnostics=True)
+    assert resumed.report.groups == whole.report.groups
+    assert all(group.diagnosis.fidelity for group in resumed.report.groups.values())
 
 
 @pytest.mark.parametrize(

@@ -45,9 +45,8 @@ class Comparison:
             seeds where each criterion has a result, None where there is no such.
         """
         split = split or self._split
-        values = {
-            (cell["target"], cell["seed"], cell["criterion"]): cell[split] for cell in self.cells if split in cell
-        }
+        done = [cell for cell in self.cells if split in cell]
+        values = {(cell["target"], cell["seed"], cell["criterion"]): cell[split] for cell in done}
         targets, ranks = self._targets, self._ranks(values)
         rows = []
         for criterion in dict.fromkeys(cell["criterion"] for cell in self.cells):
