@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from scap_hub.files import replacing
 from scap_hub.scores import Scores
 from scap_hub.training.distributed import accelerator, from_main
 
-_IMPORTANCE, _FIDELITY = "importance:", "fidelity:"
+_FORMAT = 2  # of the files; part of the fingerprint, so that files of another format are not found
+_IMPORTANCE, _FIDELITY = "importance/", "fidelity/"
 
 
 def kept_scores(
@@ -39,46 +41,55 @@ def kept_scores(
     """
     if folder is None:
         return score(model, batches, criterion, groups=groups)
-    path, scores = from_main(lambda: _find(folder, _fingerprint(model, batches, criterion, groups)))
+    path, scores = from_main(lambda: _find(folder, _fingerprint(model, batches, criterion, groups), groups))
     if scores is None:
         scores = score(model, batches, criterion, groups=groups)
         if accelerator().is_main_process:
-            _write(path, scores)
+            _save(path, scores)
     return scores
 
 
-def _find(folder: Path, fingerprint: str) -> tuple[Path, Scores | None]:
+def _find(folder: Path, fingerprint: str, groups: Sequence[ChannelGroup]) -> tuple[Path, Scores | None]:
     path = folder / f"{fingerprint}.safetensors"
-    return path, _read(path) if path.is_file() else None
+    return path, _load(path, groups) if path.is_file() else None
 
 
-def _write(path: Path, scores: Scores) -> None:
+def _save(path: Path, scores: Scores) -> None:
     tensors = {f"{_IMPORTANCE}{name}": values for name, values in scores.items()}
     tensors |= {f"{_FIDELITY}{layer}": values for layer, values in scores.fidelity.items()}
     with replacing(path) as unfinished:
-        # Of their own, because several layers may share memory, which the format refuses.
-        save_file({name: values.clone() for name, values in tensors.items()}, unfinished, {"scope": scores.scope})
+        save_file(tensors, unfinished, {"scope": scores.scope})
 
 
-def _read(path: Path) -> Scores:
+def _load(path: Path, groups: Sequence[ChannelGroup]) -> Scores:
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
         scope = file.metadata()["scope"]
-    importance, fidelity = (
-        {name.removeprefix(kind): values for name, values in tensors.items() if name.startswith(kind)}
-        for kind in (_IMPORTANCE, _FIDELITY)
-    )
-    return Scores(importance, scope, fidelity)
+    importance = _named(tensors, _IMPORTANCE)
+    in_order = {group.name: importance[group.name] for group in groups if group.name in importance}
+    return Scores(in_order, scope, _named(tensors, _FIDELITY))
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): values for key, values in tensors.items() if key.startswith(prefix)}
 
 
 def _fingerprint(
-    model: nn.Module, batches: Sequence[Tensor], criterion: Criterion, groups: Sequence[ChannelGroup]
+    model: nn.Module, batches: Iterable[Tensor], criterion: Criterion, groups: Sequence[ChannelGroup]
 ) -> str:
     """Of everything that scores follow from; of the images, this process's."""
     names = [(group.name, group.size, group.prunable) for group in groups]
-    about = (criterion, names, accelerator().num_processes, torch.initial_seed())
+    about = (_FORMAT, criterion, _source(criterion), names, accelerator().num_processes, torch.initial_seed())
     digest = hashlib.sha256(repr(about).encode())
     for tensor in (*model.state_dict().values(), *batches):
         digest.update(repr(tensor.shape).encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _source(criterion: Criterion) -> str:
+    """The code of a criterion's class, where it can be read: a user may change it between two runs."""
+    try:
+        return inspect.getsource(type(criterion))
+    except (OSError, TypeError):
+        return ""
