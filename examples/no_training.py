@@ -14,6 +14,7 @@ import torch
 
 import scap_hub
 from scap_hub.cli import show_report
+from scap_hub.placement import fed
 from scap_hub.recipe import DataSettings
 from scap_hub.training.data import load_data
 from scap_hub.zoo import logits
@@ -23,10 +24,9 @@ from scap_hub.zoo import logits
 def agreement(result: scap_hub.Result, images: Path) -> float:
     """Share of the images to which the pruned and the dense model give the same class."""
     settings = DataSettings(labels=False, augmentation="none")
-    device = next(result.model.parameters()).device
     same = []
     for (batch,) in load_data(images, result.loaded.preprocessing, settings).train:
-        dense, pruned = (logits(model(batch.to(device))).argmax(1) for model in (result.loaded.module, result.model))
+        dense, pruned = (logits(model(fed(model, batch))).argmax(1) for model in (result.loaded.module, result.model))
         same.append((dense == pruned).float())
     return float(torch.cat(same).mean())
 

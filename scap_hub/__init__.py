@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from scap_hub.plan import PruningPlan
     from scap_hub.recipe import Recipe
     from scap_hub.run.bench import bench
-    from scap_hub.run.comparison import Comparison, compare
+    from scap_hub.run.compare import compare
+    from scap_hub.run.comparison import Comparison
     from scap_hub.run.pruning import prune
     from scap_hub.run.report import Report
     from scap_hub.run.result import Result
+    from scap_hub.run.steps import refine, repair
     from scap_hub.selection.select import select
     from scap_hub.surgery import apply_plan
     from scap_hub.timing.table import latency_table
+    from scap_hub.training.finetune import finetune
 
 __version__ = "0.1.0"
 
@@ -38,10 +41,13 @@ _HOMES = {
     "apply_plan": "surgery",
     "bench": "run.bench",
     "channel_groups": "channels",
-    "compare": "run.comparison",
+    "compare": "run.compare",
+    "finetune": "training.finetune",
     "latency_table": "timing.table",
     "load": "hub.checkpoint",
     "prune": "run.pruning",
+    "refine": "run.steps",
+    "repair": "run.steps",
     "score": "criteria",
     "select": "selection.select",
     "verify": "channels",
@@ -60,9 +66,12 @@ __all__ = [
     "bench",
     "channel_groups",
     "compare",
+    "finetune",
     "latency_table",
     "load",
     "prune",
+    "refine",
+    "repair",
     "score",
     "select",
     "verify",

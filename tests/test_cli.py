@@ -91,6 +91,62 @@ def test_compare(run, tmp_path):
     assert code == 2 and "unknown criterion 'l3'" in error
 
 
+OWN_CRITERION = """
+from __future__ import annotations
+from dataclasses import dataclass
+import scap_hub
+
+@dataclass(kw_only=True)
+class Backwards(scap_hub.Criterion):
+    name = "backwards-of-a-file"
+    power: float = 1.0
+
+    def score(self, model, groups, batches):
+        import torch
+        return {group.name: torch.arange(group.size).double() ** self.power for group in groups}
+
+class Unnamed(scap_hub.Criterion):
+    pass
+"""
+
+
+def test_a_criterion_of_a_file(run, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(OWN_CRITERION)
+    out = ("--set", "finetune_epochs=0", "--out", tmp_path / "out", "--json", "--quiet")
+    own = ("--criterion", f"{file}:Backwards", "--set", "criterion_options={power: 2.0}")
+    where = TINY.index("criterion=l1")
+    arguments = TINY[: where - 1] + TINY[where + 1 :]
+    code, printed, error = run(*arguments, *own, *out)
+    assert (code, error) == (0, "")
+    groups = json.loads(printed)["groups"].values()
+    assert all(group["scores"] == [float(channel) ** 2 for channel in range(group["size"])] for group in groups)
+    assert Recipe.from_yaml(tmp_path / "out" / "recipe.yaml").criterion.name == "backwards-of-a-file"
+    code, printed, _ = run(
+        "compare", *arguments[1:4], "--targets", "macs=0.6", "--criteria", f"l1,{file}:Backwards", "--seeds", 1,
+        *arguments[6:], "--set", "finetune_epochs=0", "--json",
+    )  # fmt: skip
+    assert code == 0, printed
+    assert [cell["criterion"] for cell in json.loads(printed)["cells"]] == ["l1", "backwards-of-a-file"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("{}/mine.py:Backward", "mine.py has no criterion 'Backward'; did you mean 'Backwards'? (it has Backwards)"),
+        ("{}/mine.py:Unnamed", "mine.py has no criterion 'Unnamed'"),
+        ("{}/nowhere.py:Mine", "nowhere.py' cannot be run: FileNotFoundError"),
+        ("{}/broken.py:Mine", "broken.py' cannot be run: NameError: name 'undefined' is not defined"),
+        ("l3", "unknown criterion 'l3'"),
+    ],
+)
+def test_a_criterion_that_is_not_there(run, tmp_path, name, message):
+    (tmp_path / "mine.py").write_text(OWN_CRITERION.replace("of-a-file", f"of-{tmp_path.name}"))
+    (tmp_path / "broken.py").write_text("undefined")
+    code, _, error = run("prune", "test_resnet", "--criterion", name.format(tmp_path))
+    assert code == 2 and message in error and "Traceback" not in error
+
+
 def test_bench(run, tmp_path, monkeypatch):
     monkeypatch.setattr("scap_hub.run.bench.speeds", lambda models, size, batches, dtypes, modes, timer: [
         Speed(name, batch, "fp32", "eager", 2.0, 500.0 * batch, 1.0) for name in models for batch in batches

@@ -7,7 +7,7 @@ import torch
 
 import scap_hub
 from scap_hub.errors import CalibrationError, DataError, RecipeError
-from scap_hub.run import comparison, peers
+from scap_hub.run import compare, peers
 from scap_hub.run.comparison import Comparison
 from tests.nets import tiny_net
 from tests.test_pruning import images
@@ -43,8 +43,8 @@ def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
     arguments = QUICK | {"model": tiny_net(), "dataset": "digits", "seeds": 1, "output": tmp_path / "out.json"}
     first = scap_hub.compare(criteria=["l1"], **arguments)
     ran = []
-    whole = comparison.prune_loaded
-    monkeypatch.setattr(comparison, "prune_loaded", lambda *a, **k: ran.append(a[2].criterion.name) or whole(*a, **k))
+    whole = compare.prune_loaded
+    monkeypatch.setattr(compare, "prune_loaded", lambda *a, **k: ran.append(a[2].criterion.name) or whole(*a, **k))
     both = scap_hub.compare(criteria=["l1", "fpgm"], **arguments)
     assert ran == ["fpgm"] and both.cells[0] == first.cells[0] and len(both.cells) == 2
     with pytest.raises(RecipeError, match=r"is a comparison with another recipe; choose another file"):
@@ -61,7 +61,7 @@ def test_a_criterion_that_cannot_score_the_model_is_a_failed_row_that_is_tried_a
         raise CalibrationError("not these images")
 
     with monkeypatch.context() as patch:
-        patch.setattr(comparison, "prune_loaded", refuse)
+        patch.setattr(compare, "prune_loaded", refuse)
         broken = scap_hub.compare(criteria=["l1"], **arguments)
     assert broken.cells[0]["error"] == "not these images" and broken.summary()[0]["rank"] is None
     assert "error" not in scap_hub.compare(criteria=["l1"], **arguments).cells[0]
@@ -124,4 +124,4 @@ def test_without_torch_pruning_its_name_is_refused_and_all_means_ours(monkeypatc
     monkeypatch.setattr(peers, "available", lambda: False)
     with pytest.raises(RecipeError, match="pip install torch-pruning"):
         scap_hub.compare(tiny_net(), "digits", criteria=["torch-pruning"], **QUICK)
-    assert not set(peers.PEERS) & set(comparison._criteria("all")) and "scap" in comparison._criteria("all")
+    assert not set(peers.PEERS) & set(compare._criteria("all")) and "scap" in compare._criteria("all")

@@ -162,7 +162,7 @@ def test_colour_for_grey_models_and_grey_for_colour_models():
 
 def test_images_too_many_for_memory_are_decoded_again(monkeypatch):
     expected = [batch[0] for batch in load_data(rows(), COLOUR).calibration]
-    monkeypatch.setattr("scap_hub.training.data.MEMORY_LIMIT", 0)
+    monkeypatch.setattr("scap_hub.training.data.images.MEMORY_LIMIT", 0)
     data = load_data(rows(), COLOUR)
     assert data.calibration.num_workers > 0
     assert all(torch.equal(batch[0], other) for batch, other in zip(data.calibration, expected, strict=True))
@@ -355,7 +355,8 @@ UNREACHABLE = "cannot reach the Hub for data set 'me/flowers', and there is no s
 def test_a_hub_name_without_a_network_fails_at_once(tmp_path, variable, value, message):
     script = (
         "import time, torch, datasets\n"
-        "from scap_hub.training.data import *\n"
+        "from scap_hub.errors import DataError\nfrom scap_hub.training.data import load_data\n"
+        "from scap_hub.zoo.base import Preprocessing\n"
         "start = time.time()\n"
         "try:\n    load_data('me/flowers', Preprocessing((1, 8, 8), (0.5,), (0.5,)))\n"
         "except DataError as error:\n    print(time.time() - start, error)\n"

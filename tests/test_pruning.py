@@ -278,3 +278,39 @@ def test_transformers_model_by_folder(tmp_path):
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(again(x).logits, result.model(x).logits)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "resnet"
+
+
+@pytest.mark.parametrize("criterion", ["scap-set", "obs", "scap", "l1"])
+def test_the_steps_one_by_one_give_the_plan_and_the_weights_of_prune(criterion):
+    loader, net = images(32), Residual(width=16).eval()
+    settings = dict(
+        criterion=criterion, target="macs=0.5", round_to=1, finetune_epochs=0, data_batch_size=8,
+        model_input_size=(3, 64, 64), evaluate_latency=False, criterion_diagnostics=False,
+    )  # fmt: skip
+    result = scap_hub.prune(net, loader, **settings)
+
+    batches = [pixels for pixels, _ in loader]
+    groups = scap_hub.channel_groups(net, batches[0][:1])
+    scores = scap_hub.score(net, batches, criterion, groups=groups)
+    plan = scap_hub.select(groups, scores, target="macs=0.5", round_to=1, scope=scores.scope)
+    plan = scap_hub.refine(net, groups, batches, plan, criterion)
+    small = scap_hub.apply_plan(net, plan)
+    solved = scap_hub.repair(net, small, plan, batches)
+    assert plan == result.plan
+    assert solved and all(after <= before for before, after in solved.values())
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(value, small.state_dict()[name]), name
+
+
+def test_refinement_is_part_of_the_steps():
+    """Else the test above proves nothing of it: OBS keeps other channels once it knows how many stay."""
+    net, batches = Residual(width=16).eval(), [pixels for pixels, _ in images(32)]
+    groups = scap_hub.channel_groups(net, batches[0][:1])
+    scores = scap_hub.score(net, batches, "obs", groups=groups)
+    plan = scap_hub.select(groups, scores, target="macs=0.5", round_to=1, scope=scores.scope)
+    refined = scap_hub.refine(net, groups, batches, plan, "obs")
+    assert refined != plan
+    assert {name: len(refined.kept(name)) for name in plan.groups} == {n: len(plan.kept(n)) for n in plan.groups}
+    assert scap_hub.refine(net, groups, batches, plan, "l1") == plan
+    with pytest.raises(errors.RecipeError, match="did you mean 'scap"):
+        scap_hub.refine(net, groups, batches, plan, "scap-sett")

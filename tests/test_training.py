@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import ResNetConfig, ResNetForImageClassification
 
 import scap_hub
-from scap_hub.errors import DataError, TrainingError
+from scap_hub.errors import DataError, RecipeError, TrainingError
 from scap_hub.recipe import DataSettings, FinetuneSettings
 from scap_hub.training.data import Data, load_data
 from scap_hub.training.distillation import attention_loss, feature_maps
@@ -66,6 +66,54 @@ def test_the_learning_rate_rises_and_falls(digits):
     assert rates[2] == pytest.approx(0, abs=1e-6)
 
 
+def test_weight_decay_shrinks_the_weights_of_layers_and_nothing_else():
+    """A step of AdamW at gradient zero: weights times 1 - rate x decay, norms and biases as they were."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2)).eval()
+    images = DataLoader(TensorDataset(torch.zeros(4, 1, 8, 8)), batch_size=4)
+    before = copy.deepcopy(net.state_dict())
+    data = Data(train=images, validation=None, calibration=images, labels=None, name="dark")
+    settings = FinetuneSettings(epochs=1, learning_rate=0.1, weight_decay=0.5, warmup=0.0, distillation={"weight": 1})
+    # A student that is its own teacher, in eval mode: there is nothing to learn.
+    net.train = lambda mode=True: net
+    finetune(net, data, settings, teacher=copy.deepcopy(net))
+    for name, value in net.state_dict().items():
+        decays = name in ("0.weight", "3.weight")
+        expected = before[name] * (1 - 0.1 * 0.5) if decays else before[name]
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+class Recording(nn.Module):
+    """Notes the values it is given, one an image; its logits are as many multiples of it as there are classes."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.weight, self.seen = nn.Parameter(torch.linspace(-1, 1, classes)), []
+
+    def forward(self, images):
+        self.seen.append(images[:, 0, 0, 0])
+        return self.seen[-1][:, None] * self.weight
+
+
+def test_mixup_gives_each_mixture_the_labels_of_both_its_images_in_their_shares():
+    """Image k is k everywhere and of class k, so that a mixture says what it is made of."""
+    values = torch.arange(5.0)
+    images = values[:, None, None, None].expand(-1, 1, 2, 2)
+    loader = DataLoader(TensorDataset(images, values.long()), batch_size=5)
+    model = Recording(5)
+    data = Data(train=loader, validation=None, calibration=loader, labels=None, name="ramp")
+    settings = FinetuneSettings(epochs=3, mixup=1.0, learning_rate=1e-9, warmup=0.0, weight_decay=0.0)
+    history = finetune(model, data, settings)
+    shares = set()
+    for mixed, row in zip(model.seen, history[1:], strict=True):
+        share = 1 - float(mixed[0]) / 4  # of image 0, whose partner is the last one
+        torch.testing.assert_close(mixed, share * values + (1 - share) * values.flip(0))
+        targets = share * torch.eye(5) + (1 - share) * torch.eye(5).flip(0)
+        logits = mixed[:, None] * model.weight.detach()
+        assert row["loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, targets)), rel=1e-5)
+        shares.add(round(share, 3))
+    assert len(shares) > 1 and all(0 < share < 1 for share in shares)
+
+
 @pytest.fixture(scope="module")
 def teacher(digits):
     model = tiny_net(1)
@@ -82,6 +130,24 @@ def test_distillation_needs_no_labels(digits, teacher):
     finetune(student, unlabelled, FinetuneSettings(epochs=5, learning_rate=0.01), teacher=teacher)
     assert evaluate(student, digits.test)["top1"] > 0.85
     assert same(teacher.state_dict(), before)
+
+
+def test_any_data_set_and_keys_of_the_recipe_do_as_well(digits, teacher):
+    """The public call: what it is given it reads as `prune` does."""
+    models = [tiny_net() for _ in range(3)]
+    settings = DataSettings(batch_size=128)
+    ready = load_data("digits", GREY, settings, num_classes=10)
+    finetune(models[0], ready, FinetuneSettings(epochs=1, learning_rate=0.01), teacher)
+    size = {"input_size": (1, 8, 8), "data_settings": settings}
+    scap_hub.finetune(models[1], "digits", teacher=teacher, epochs=1, learning_rate=0.01, **size)
+    assert same(models[0].state_dict(), models[1].state_dict())
+    history = scap_hub.finetune(models[2], ready.train, QUICK, teacher=teacher, epochs=1)
+    assert len(history) == 2 and history[1]["loss"] > 0
+    with pytest.raises(RecipeError, match="did you mean 'finetune_epochs'"):
+        scap_hub.finetune(models[2], "digits", epoch=1)
+    wrong = DataLoader(TensorDataset(torch.rand(8, 1, 8, 8), torch.full((8,), 10)), batch_size=8)
+    with pytest.raises(DataError, match=r"label 10 in the DataLoader is outside the classifier's range 0\.\.9"):
+        scap_hub.finetune(models[2], wrong, epochs=1)
 
 
 def test_pure_distillation_ignores_labels(teacher):

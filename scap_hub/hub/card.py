@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from string import Template
@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from scap_hub.plan import PruningPlan
+from scap_hub.tasks import IMAGE_CLASSIFICATION, Task
 from scap_hub.zoo.base import CODE, LoadedModel
 
 HERE = "path/to/this/folder"
@@ -21,12 +22,10 @@ PICTURE = "channels.png"
 BEGIN = "<!-- scap_hub: begin; the next push rewrites this block, write before or after it -->"
 END = "<!-- scap_hub: end -->"
 
-# How a measurement is called and printed; what is not listed is printed under its own name.
-_MEASUREMENTS = {
+_MEASUREMENTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "macs": ("MACs", lambda value: f"{value / 1e9:.3f} G"),
     "params": ("Parameters", lambda value: f"{value / 1e6:.2f} M"),
     "bytes": ("File size", lambda value: f"{value / 2**20:.1f} MiB"),
-    "top1": ("Top-1 accuracy", lambda value: f"{value:.2%}"),
     "latency_ms": ("Latency", lambda value: f"{value:.2f} ms"),
 }
 # Of the metadata these follow the model; everything else belongs to whoever wrote it first.
@@ -44,6 +43,7 @@ class Measured:
         dataset: Name of the data set that top1 was measured on.
         dataset_id: Its Hub id, if it has one.
         device: What latency was measured on.
+        task: What the model is for, and how top1 is called.
     """
 
     dense: Mapping[str, float | None] = field(default_factory=dict)
@@ -51,6 +51,7 @@ class Measured:
     dataset: str | None = None
     dataset_id: str | None = None
     device: str | None = None
+    task: Task = IMAGE_CLASSIFICATION
 
 
 def model_card(
@@ -76,8 +77,8 @@ def model_card(
         license=loaded.license,
         base_model=loaded.base_model,
         library_name=loaded.zoo.name if loaded.zoo.rebuilds else None,
-        pipeline_tag="image-classification",
-        tags=["scap_hub", "pruning", "image-classification"],
+        pipeline_tag=measured.task.name,
+        tags=["scap_hub", "pruning", measured.task.name],
         datasets=[measured.dataset_id] if measured.dataset_id else None,
         model_name=title,
         eval_results=_eval_results(measured),
@@ -148,19 +149,25 @@ def _eval_results(measured: Measured) -> list[EvalResult] | None:
     """The pruned model's measurements; a `model-index` needs a data set."""
     if measured.dataset is None or measured.pruned.get("top1") is None:
         return None
-    names = {"top1": ("accuracy", "Top-1 accuracy")}
     return [
         EvalResult(
-            task_type="image-classification",
+            task_type=measured.task.name,
             dataset_type=measured.dataset_id or measured.dataset,
             dataset_name=measured.dataset,
-            metric_type=names.get(key, (key,))[0],
-            metric_name=_MEASUREMENTS.get(key, (key,))[0],
+            metric_type=measured.task.metric.hub_type if key == "top1" else key,
+            metric_name=_measurement(key, measured.task)[0],
             metric_value=value,
         )
         for key, value in measured.pruned.items()
         if value is not None
     ]
+
+
+def _measurement(key: str, task: Task) -> tuple[str, Callable[[float], str]]:
+    """How a measurement is called and printed; what has no name of its own is printed under its key."""
+    if key == "top1":
+        return task.metric.title, lambda value: f"{value:.2%}"
+    return _MEASUREMENTS.get(key, (key, lambda value: f"{value:g}"))
 
 
 def _measurements(measured: Measured) -> str:
@@ -169,7 +176,7 @@ def _measurements(measured: Measured) -> str:
         after = measured.pruned.get(key)
         if before is None or after is None:
             continue
-        title, show = _MEASUREMENTS.get(key, (key, lambda value: f"{value:g}"))
+        title, show = _measurement(key, measured.task)
         where = {"top1": measured.dataset, "latency_ms": measured.device}.get(key)
         share = f"{after / before:.2f}" if before else "-"
         rows.append(f"| {title}{f' ({where})' if where else ''} | {show(before)} | {show(after)} | {share} |")

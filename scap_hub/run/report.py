@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from scap_hub.criteria.diagnostics import Diagnosis
+from scap_hub.tasks import IMAGE_CLASSIFICATION, Metric
 from scap_hub.training.data import Data
 from scap_hub.training.evaluate import count, evaluate
 
@@ -20,7 +21,8 @@ class Measures:
         macs: Multiply-accumulates for one image.
         params: Parameters.
         bytes: Bytes of parameters and buffers, as in model.safetensors.
-        top1: Accuracy, 0 to 1, on the test split, or the validation split where there is none; None without labels.
+        top1: The task's metric (accuracy, 0 to 1), on the test split, or the validation split where there is none; None
+            without labels.
         latency_ms: Median milliseconds of one forward pass at `evaluate.batch_size`; None if not asked for.
     """
 
@@ -65,11 +67,12 @@ class Report:
     Attributes:
         before: The dense model.
         after: The pruned model.
-        groups: By name; scores are those of the last pruning step.
+        groups: By name; scores are those of the dense model, from the first pruning step.
         stages: Seconds by stage, in the order they ran.
         history: One row an epoch of fine-tuning.
         pinned: Groups that could not be pruned, with the reason.
         selections: What the target came to, a step each.
+        metric: What `Measures.top1` is.
     """
 
     before: Measures
@@ -79,6 +82,7 @@ class Report:
     history: list[dict[str, float]] = field(default_factory=list)
     pinned: dict[str, str] = field(default_factory=dict)
     selections: list[Selection] = field(default_factory=list)
+    metric: Metric = IMAGE_CLASSIFICATION.metric
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON-able values."""
@@ -99,7 +103,7 @@ class Report:
         ]
         if before.top1 is not None and after.top1 is not None:
             points = f"{100 * (after.top1 - before.top1):+.2f} points"
-            rows.append(("top-1", f"{100 * before.top1:.2f} %", f"{100 * after.top1:.2f} %", points))
+            rows.append((self.metric.name, f"{100 * before.top1:.2f} %", f"{100 * after.top1:.2f} %", points))
         if before.latency_ms is not None and after.latency_ms is not None:
             faster = f"{before.latency_ms / after.latency_ms:.2f}x faster"
             rows.append(("latency", f"{before.latency_ms:.2f} ms", f"{after.latency_ms:.2f} ms", faster))
@@ -118,11 +122,8 @@ def measure(model: nn.Module, input_size: tuple[int, int, int], data: Data) -> M
         input_size: (channels, height, width) in pixels.
         data: Its test images are used, or its validation images where there are none.
     """
-    loader = data.test or data.validation
-    return Measures(
-        **count(model, input_size),
-        top1=evaluate(model, loader)["top1"] if loader is not None else None,
-    )
+    costs, loader, task = count(model, input_size), data.measured_on, data.task
+    return Measures(**costs, top1=None if loader is None else evaluate(model, loader, task=task)[task.metric.key])
 
 
 def _change(before: int, after: int) -> str:

@@ -15,9 +15,11 @@ from scap_hub.hub.checkpoint import save_checkpoint
 from scap_hub.hub.picture import channels_picture
 from scap_hub.hub.publish import push_to_hub
 from scap_hub.hub.uniform import plain_config
+from scap_hub.placement import placement
 from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
 from scap_hub.run.report import Report
+from scap_hub.tasks import IMAGE_CLASSIFICATION, Task
 from scap_hub.timing.clock import device_name
 from scap_hub.zoo import LoadedModel
 
@@ -32,6 +34,7 @@ class Result:
         report: What was measured.
         recipe: What was done; running it again repeats the run.
         loaded: The dense model and where it came from.
+        task: What the model is for.
     """
 
     model: nn.Module
@@ -39,6 +42,7 @@ class Result:
     report: Report
     recipe: Recipe
     loaded: LoadedModel
+    task: Task = IMAGE_CLASSIFICATION
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes model.safetensors, config.json, pruning_plan.json, recipe.yaml, report.json, README.md and code.
@@ -96,5 +100,6 @@ class Result:
             # A path says nothing to others, and they need not know it.
             dataset=dataset if dataset is None or on_hub else Path(dataset).name,
             dataset_id=dataset if on_hub else None,
-            device=device_name(next(self.model.parameters()).device),
+            device=device_name(placement(self.model).device),
+            task=self.task,
         )

@@ -1,4 +1,4 @@
-"""What a pruned network can learn from its dense one: the logits, and where it looks."""
+"""Where a network looks: attention maps, which a pruned one can learn from its dense one."""
 
 from __future__ import annotations
 
@@ -13,18 +13,6 @@ from scap_hub.errors import TrainingError
 
 Maps = dict[tuple[int, ...], Tensor]
 """Feature maps (N, C, H, W), by (H, W)."""
-
-
-def divergence(output: Tensor, guide: Tensor, temperature: float) -> Tensor:
-    """Divergence of logits from the teacher's, both softened (Hinton et al., arXiv 1503.02531), mean over the images.
-
-    Args:
-        output: The student's logits, (N, classes), float32.
-        guide: The teacher's, (N, classes).
-        temperature: Both are divided by it; its square keeps the gradients' size independent of it.
-    """
-    soft, target = (F.log_softmax(own / temperature, 1) for own in (output, guide))
-    return F.kl_div(soft, target, reduction="batchmean", log_target=True) * temperature**2
 
 
 @contextlib.contextmanager

@@ -5,54 +5,51 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from scap_hub.errors import DataError
 from scap_hub.graph.record import evaluating
-from scap_hub.private import FakeTensorMode
+from scap_hub.placement import placement
 from scap_hub.progress import track
+from scap_hub.tasks import IMAGE_CLASSIFICATION, Task
 from scap_hub.training.distributed import accelerator, shard
-from scap_hub.zoo.base import logits
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, precision: str = "no") -> dict[str, float]:
-    """Accuracy on labelled images; the same on every rank, whatever the number of ranks.
+def evaluate(
+    model: nn.Module, loader: DataLoader, precision: str = "no", task: Task = IMAGE_CLASSIFICATION
+) -> dict[str, float]:
+    """Measures a model on labelled images; the same on every rank, whatever the number of ranks.
 
     Args:
         model: Moved to this rank's device, evaluated in eval mode, left in the mode it was in.
-        loader: Batches of (images, labels).
+        loader: Batches of (images, targets).
         precision: "bf16" for autocast, or "no".
+        task: What the model is for.
 
     Returns:
-        top1: Share of images classified correctly, 0..1.
-        loss: Mean cross-entropy in nats.
+        The task's metric under its key (top1: share of images classified correctly, 0..1).
+        loss: Mean loss over the images (cross-entropy in nats).
         images: How many there were.
 
     Raises:
-        DataError: The batches have no labels, or there are none.
+        DataError: The batches have no targets, or there are none.
     """
-    here = accelerator()
-    model.to(here.device)
-    # Correct, loss, images: sums, so that ranks may have unequal numbers of batches.
-    sums = torch.zeros(3, dtype=torch.float64 if here.device.type != "mps" else torch.float32, device=here.device)
+    device = accelerator().device
+    model.to(device)
+    meter = task.meter(device)
     with evaluating(model):
         for batch in track(shard(loader), "evaluating", delay=1):
             if len(batch) < 2:
-                raise DataError("accuracy needs labels, and these images have none")
-            images, labels = batch
+                raise DataError(f"{task.metric.title} needs labels, and these images have none")
+            images, targets = batch
             with autocast(precision):
-                output = logits(model(images)).float()
-            sums[0] += (output.argmax(1) == labels).sum()
-            sums[1] += F.cross_entropy(output, labels, reduction="sum")
-            sums[2] += len(labels)
-    correct, loss, count = here.reduce(sums).tolist()
-    if not count:
-        raise DataError("accuracy needs at least one image")
-    return {"top1": correct / count, "loss": loss / count, "images": int(count)}
+                output = task.output(model, images)
+            meter.add(output, targets)
+    return meter.result()
 
 
 def autocast(precision: str) -> torch.autocast:
@@ -73,13 +70,13 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
         params: Numbers that training changes.
         bytes: Size of parameters and buffers.
     """
-    first = next(model.parameters())
+    device, dtype = placement(model)
     tensors = [*model.parameters(), *model.buffers()]
     # A copy around the same numbers: some models cache what they compute, and fake tensors must not stay in them.
     frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     around = copy.deepcopy(model, {**{id(tensor): tensor for tensor in model.buffers()}, **frozen}).eval()
     with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-        around(torch.empty(1, *input_size, dtype=first.dtype, device=first.device))
+        around(torch.empty(1, *input_size, device=device, dtype=dtype))
     return {
         "macs": counter.get_total_flops() // 2,
         "params": sum(parameter.numel() for parameter in model.parameters()),

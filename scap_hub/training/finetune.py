@@ -2,60 +2,64 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import time
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.distributions import Beta
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
+from torch.utils.data import DataLoader
 
 from scap_hub.errors import DataError, TrainingError
 from scap_hub.private import forget_registered
 from scap_hub.progress import track
-from scap_hub.recipe import FinetuneSettings
-from scap_hub.training.data import Data
-from scap_hub.training.distillation import Maps, attention_loss, divergence, feature_maps
+from scap_hub.recipe import DataSettings, FinetuneSettings, Recipe
+from scap_hub.training import checkpoints
+from scap_hub.training.data import Data, load_data
 from scap_hub.training.distributed import accelerator, average_buffers
-from scap_hub.training.evaluate import autocast, evaluate
-from scap_hub.zoo.base import logits
-
-CHECK_EVERY = 20
-"""Batches between looks at the losses."""
+from scap_hub.training.evaluate import evaluate
+from scap_hub.training.history import History, Losses
+from scap_hub.training.objective import Objective
+from scap_hub.zoo import load_model
 
 
 def finetune(
     model: nn.Module,
-    data: Data,
-    settings: FinetuneSettings,
+    data: Any,
+    settings: FinetuneSettings | None = None,
     teacher: nn.Module | None = None,
     output_dir: str | Path | None = None,
     *,
     seed: int = 0,
+    data_settings: DataSettings | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    **changes: Any,
 ) -> list[dict[str, float]]:
     """Trains a model in place, on all ranks, and leaves it in eval mode with its best weights.
 
-    The best weights are those with the highest top-1 (then the lowest loss) on `data.validation`, the ones it came
-    with included; without validation images, the last ones.
+    The best weights are those with the highest metric (top-1, then the lowest loss) on the validation images, the ones
+    it came with included; without validation images, the last ones.
 
     Args:
         model: Bare, not wrapped for distribution, the same on every rank.
-        data: Its `train` and `validation` are used.
-        settings: The recipe's `finetune` block.
+        data: Whatever `prune` takes as a data set; a `Data` is used as it is: its `train` and `validation`.
+        settings: The recipe's `finetune` block; its defaults if left out.
         teacher: The dense model; unused where the settings have no distillation. Unlabelled images need one.
         output_dir: Where a checkpoint is kept after each epoch; the same call takes up there and ends with the
             weights of a run that was never interrupted.
         seed: Seeds shuffling, augmentation, mixup and dropout.
+        data_settings: The recipe's `data` block, for a data set that is not a `Data` yet.
+        input_size: (channels, height, width) in pixels of its images; the model's own if left out.
+        **changes: Keys of the `finetune` block that win: epochs=3, learning_rate=1e-3, ...
 
     Returns:
         One row per epoch: epoch, seconds; with validation images top1 (0..1) and validation_loss; from epoch 1 on
@@ -63,11 +67,16 @@ def finetune(
 
     Raises:
         DataError: No labels and no teacher, or too few images for one batch on each rank.
+        RecipeError: A change of an unknown key, or to a wrong value.
         TrainingError: The loss is not finite, or the checkpoint belongs to another run.
     """
-    here = accelerator()
+    settings = _changed(settings or FinetuneSettings(), changes)
+    if not isinstance(data, Data):
+        # The zoo knows the dense model better than a pruned one.
+        data = _read(data, model if teacher is None else teacher, data_settings, input_size, seed)
     if not settings.distillation.needs_teacher:
         teacher = None
+    here = accelerator()
     networks = [model, *([teacher] if teacher is not None else [])]
     for network in networks:
         network.to(here.device)
@@ -75,7 +84,7 @@ def finetune(
             network.to(memory_format=torch.channels_last)
         network.eval()
     try:
-        return _finetune(model, data, settings, teacher, Path(output_dir) if output_dir else None, seed)
+        return _trained(model, data, settings, teacher, Path(output_dir) if output_dir else None, seed)
     finally:
         here.free_memory()
         forget_registered(here)
@@ -84,7 +93,77 @@ def finetune(
             network.eval()
 
 
-def _finetune(
+def _changed(settings: FinetuneSettings, changes: Mapping[str, Any]) -> FinetuneSettings:
+    """The settings with some keys changed, checked as a recipe's."""
+    overrides = {f"finetune_{key}": value for key, value in changes.items()}
+    return Recipe.resolve({"finetune": settings.model_dump()}, **overrides).finetune
+
+
+def _read(
+    dataset: Any,
+    model: nn.Module,
+    settings: DataSettings | None,
+    input_size: tuple[int, int, int] | None,
+    seed: int,
+) -> Data:
+    """The data set as a model wants it."""
+    with warnings.catch_warnings():
+        # Whether a pruned model can be built by name does not matter here.
+        warnings.simplefilter("ignore")
+        loaded = load_model(model, input_size=input_size or _image_size(dataset, seed))
+    return load_data(dataset, loaded.preprocessing, settings, num_classes=loaded.num_classes, seed=seed)
+
+
+def _image_size(dataset: Any, seed: int) -> tuple[int, int, int] | None:
+    """(channels, height, width) of the images of a DataLoader, or of the first of several; None for other data."""
+    loader = next(iter(dataset.values()), None) if isinstance(dataset, Mapping) else dataset
+    if not isinstance(loader, DataLoader):
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        batch = next(iter(loader), None)
+    images = batch[0] if isinstance(batch, (tuple, list)) else batch
+    return tuple(images.shape[1:]) if isinstance(images, Tensor) and images.ndim == 4 else None  # type: ignore[return-value]
+
+
+@dataclass
+class _Training:
+    """What one call trains with.
+
+    Attributes:
+        model: Bare.
+        wrapped: The same for distributed training.
+        kept: The model whose weights are measured and kept: the moving average, or the model itself.
+        data: Its validation images are used.
+        loader: This rank's training images.
+        optimizer: Prepared.
+        schedule: Of the learning rate, by optimiser step.
+        ema: The moving average, if asked for.
+        history: What was done so far.
+        objective: What is minimised.
+        output_dir: Where checkpoints are kept.
+        identity: What must be the same for a checkpoint to be taken up.
+    """
+
+    model: nn.Module
+    wrapped: nn.Module
+    kept: nn.Module
+    data: Data
+    loader: Any
+    optimizer: Any
+    schedule: LRScheduler
+    ema: ModelEmaV3 | None
+    history: History
+    objective: Objective
+    output_dir: Path | None
+    identity: dict[str, Any]
+
+    @property
+    def settings(self) -> FinetuneSettings:
+        return self.objective.settings
+
+
+def _trained(
     model: nn.Module,
     data: Data,
     settings: FinetuneSettings,
@@ -92,6 +171,36 @@ def _finetune(
     output_dir: Path | None,
     seed: int,
 ) -> list[dict[str, float]]:
+    """Epoch by epoch, from the last checkpoint on if there is one."""
+    training = _prepared(model, data, settings, teacher, output_dir, seed)
+    history = training.history
+    if output_dir is None or not checkpoints.resume(output_dir, training.identity):
+        history.record(training.kept, {"epoch": 0, "seconds": 0.0, **_validate(training)})
+    while history.epoch < settings.epochs and not history.is_stale(settings.patience):
+        epoch, start = history.epoch + 1, time.perf_counter()
+        try:
+            mean_loss = _epoch(training, epoch)
+        except FloatingPointError as error:
+            raise _not_finite(training, epoch, error) from None
+        for network in (model, training.kept):
+            average_buffers(network)
+        row = {"epoch": epoch, "loss": mean_loss, "learning_rate": float(training.schedule.get_last_lr()[0])}
+        row |= _validate(training)
+        history.record(training.kept, {**row, "seconds": time.perf_counter() - start})
+        if output_dir is not None:
+            checkpoints.save(output_dir, epoch, training.identity)
+    model.load_state_dict(history.best)
+    return history.rows
+
+
+def _prepared(
+    model: nn.Module,
+    data: Data,
+    settings: FinetuneSettings,
+    teacher: nn.Module | None,
+    output_dir: Path | None,
+    seed: int,
+) -> _Training:
     here = accelerator()
     here.gradient_accumulation_steps = settings.gradient_accumulation
     here.dataloader_config.use_seedable_sampler = True
@@ -102,6 +211,34 @@ def _finetune(
         model, opt=settings.optimizer, lr=settings.learning_rate, weight_decay=settings.weight_decay, momentum=0.9
     )
     wrapped, optimizer, loader = here.prepare(model, optimizer, data.train)
+    batches = _batches(loader, data.train)
+    schedule = _schedule(optimizer.optimizer, settings, math.ceil(batches / settings.gradient_accumulation))
+    ema = ModelEmaV3(model, decay=settings.ema, use_warmup=True) if settings.ema else None
+    history = History(data.task.metric.key)
+    here.register_for_checkpointing(schedule, history, *([ema] if ema else []))
+    return _Training(
+        model=model,
+        wrapped=wrapped,
+        kept=ema.module if ema else model,
+        data=data,
+        loader=loader,
+        optimizer=optimizer,
+        schedule=schedule,
+        ema=ema,
+        history=history,
+        objective=Objective(data.task, settings, teacher),
+        output_dir=output_dir,
+        identity={**settings.model_dump(mode="json"), "seed": seed, "processes": here.num_processes},
+    )
+
+
+def _batches(loader: Any, given: DataLoader) -> int:
+    """How many batches this rank has.
+
+    Args:
+        loader: This rank's, as accelerate prepared it.
+        given: The one it was made from.
+    """
     try:
         batches = len(loader)
     except TypeError as error:
@@ -110,137 +247,61 @@ def _finetune(
         ) from None
     if not batches:
         raise DataError(
-            f"too few training images for a batch of {data.train.batch_size} on each of {here.num_processes} "
+            f"too few training images for a batch of {given.batch_size} on each of {accelerator().num_processes} "
             "processes; lower data.batch_size"
         )
-    schedule = _schedule(optimizer.optimizer, settings, math.ceil(batches / settings.gradient_accumulation))
-    ema = ModelEmaV3(model, decay=settings.ema, use_warmup=True) if settings.ema else None
-    kept = ema.module if ema else model
-    run = _Run()
-    here.register_for_checkpointing(schedule, run, *([ema] if ema else []))
-    identity = {**settings.model_dump(mode="json"), "seed": seed, "processes": here.num_processes}
-
-    if output_dir is None or not _resume(output_dir, identity):
-        run.record(kept, {"epoch": 0, "seconds": 0.0, **_validate(kept, data, settings)})
-    while run.epoch < settings.epochs and not run.is_stale(settings.patience):
-        epoch, start = run.epoch + 1, time.perf_counter()
-        losses = _Losses()
-        wrapped.train()
-        loader.set_epoch(epoch)
-        bar = track(loader, f"fine-tuning, epoch {epoch} of {settings.epochs}")
-        try:
-            for batch in bar:
-                with here.accumulate(wrapped):
-                    loss = _loss(wrapped, batch, settings, teacher)
-                    here.backward(loss)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                if here.sync_gradients:
-                    schedule.step()
-                    run.steps += 1
-                    if ema:
-                        ema.update(model, step=run.steps)
-                if losses.add(loss):
-                    bar.set_postfix(loss=f"{losses.mean:.3f}")
-            losses.check()
-            if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
-                raise FloatingPointError("the last step")
-        except FloatingPointError as error:
-            model.load_state_dict(run.best)
-            checkpoints = _checkpoints(output_dir) if output_dir is not None else []
-            kept_in = f" and kept in {str(checkpoints[-1])!r}" if checkpoints else ""
-            raise TrainingError(
-                f"the loss is not finite at {error} of epoch {epoch}; the weights of epoch {run.best_epoch} are "
-                f"restored{kept_in}; lower finetune.learning_rate (now {settings.learning_rate:g}) or check the images"
-            ) from None
-        for network in (model, kept):
-            average_buffers(network)
-        row = {"epoch": epoch, "loss": losses.mean, "learning_rate": float(schedule.get_last_lr()[0])}
-        row |= _validate(kept, data, settings)
-        run.record(kept, {**row, "seconds": time.perf_counter() - start})
-        if output_dir is not None:
-            _save(output_dir, epoch, identity)
-    model.load_state_dict(run.best)
-    return run.history
+    return batches
 
 
-class _Losses:
-    """Losses of an epoch, looked at only now and then because each look waits for the device."""
+def _epoch(training: _Training, epoch: int) -> float:
+    """Trains for one epoch; returns the mean loss.
 
-    def __init__(self) -> None:
-        self.waiting: list[Tensor] = []
-        self.steps = 0
-        self.sum = 0.0
-
-    @property
-    def mean(self) -> float:
-        return self.sum / self.steps
-
-    def add(self, loss: Tensor) -> bool:
-        """Returns whether it looked."""
-        self.waiting.append(loss.detach())
-        if len(self.waiting) < CHECK_EVERY:
-            return False
-        self.check()
-        return True
-
-    def check(self) -> None:
-        """Means over ranks, so that all of them stop at the same step.
-
-        Raises:
-            FloatingPointError: Naming the first step whose loss is not finite.
-        """
-        if not self.waiting:
-            return
-        values = accelerator().reduce(torch.stack(self.waiting), reduction="mean")
-        bad = (~values.isfinite()).nonzero()
-        if len(bad):
-            raise FloatingPointError(f"step {self.steps + int(bad[0]) + 1}")
-        self.steps += len(values)
-        self.sum += values.sum().item()
-        self.waiting = []
+    Raises:
+        FloatingPointError: Naming the step whose loss, or after which a weight, is not finite.
+    """
+    here, settings, losses = accelerator(), training.settings, Losses()
+    training.wrapped.train()
+    training.loader.set_epoch(epoch)
+    bar = track(training.loader, f"fine-tuning, epoch {epoch} of {settings.epochs}")
+    for batch in bar:
+        with here.accumulate(training.wrapped):
+            loss = training.objective(training.wrapped, batch)
+            here.backward(loss)
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+        if here.sync_gradients:
+            training.schedule.step()
+            training.history.steps += 1
+            if training.ema:
+                training.ema.update(training.model, step=training.history.steps)
+        if losses.add(loss):
+            bar.set_postfix(loss=f"{losses.mean:.3f}")
+    losses.check()
+    if not all(bool(weight.isfinite().all()) for weight in training.model.parameters()):
+        raise FloatingPointError("the last step")
+    return losses.mean
 
 
-class _Run:
-    """How far a run has come: what a checkpoint holds beside weights, optimiser and random states."""
-
-    def __init__(self) -> None:
-        self.history: list[dict[str, float]] = []
-        self.best: dict[str, Tensor] = {}
-        self.best_epoch = 0
-        self.steps = 0
-
-    @property
-    def epoch(self) -> int:
-        return int(self.history[-1]["epoch"])
-
-    def is_stale(self, patience: int | None) -> bool:
-        return patience is not None and self.epoch - self.best_epoch >= patience
-
-    def record(self, model: nn.Module, row: dict[str, float]) -> None:
-        """Adds an epoch, and keeps its weights on the CPU if they are the best so far."""
-        self.history.append(row)
-        best = self.history[self.best_epoch]
-        if "top1" not in row or len(self.history) == 1 or _quality(row) > _quality(best):
-            self.best_epoch = self.epoch
-            self.best = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+def _not_finite(training: _Training, epoch: int, error: FloatingPointError) -> TrainingError:
+    """The error to raise when a training goes astray; the best weights are restored."""
+    history = training.history
+    training.model.load_state_dict(history.best)
+    kept = checkpoints.checkpoints(training.output_dir) if training.output_dir is not None else []
+    kept_in = f" and kept in {str(kept[-1])!r}" if kept else ""
+    return TrainingError(
+        f"the loss is not finite at {error} of epoch {epoch}; the weights of epoch {history.best_epoch} are "
+        f"restored{kept_in}; lower finetune.learning_rate (now {training.settings.learning_rate:g}) or check the images"
+    )
 
 
-def _quality(row: dict[str, float]) -> tuple[float, float]:
-    return row["top1"], -row["validation_loss"]
-
-
-def _validate(model: nn.Module, data: Data, settings: FinetuneSettings) -> dict[str, float]:
+def _validate(training: _Training) -> dict[str, float]:
+    """The metric and the loss on the validation images; nothing where there are none."""
+    data = training.data
     if data.validation is None:
         return {}
-    result = evaluate(model, data.validation, settings.precision)
-    return {"top1": result["top1"], "validation_loss": result["loss"]}
+    result = evaluate(training.kept, data.validation, training.settings.precision, data.task)
+    metric = data.task.metric.key
+    return {metric: result[metric], "validation_loss": result["loss"]}
 
 
 def _schedule(optimizer: Optimizer, settings: FinetuneSettings, steps_per_epoch: int) -> LRScheduler:
@@ -256,84 +317,3 @@ def _schedule(optimizer: Optimizer, settings: FinetuneSettings, steps_per_epoch:
     if not rise:
         return cosine
     return SequentialLR(optimizer, [LinearLR(optimizer, 1 / (rise + 1), total_iters=rise), cosine], milestones=[rise])
-
-
-def _loss(model: nn.Module, batch: Any, settings: FinetuneSettings, teacher: nn.Module | None) -> Tensor:
-    """Cross-entropy with the labels, mixed with what the teacher says."""
-    images, labels = batch if len(batch) == 2 else (batch[0], None)
-    learn = settings.distillation
-    weight = learn.weight if teacher is not None else 0.0
-    if labels is None and not weight:
-        raise DataError(
-            "these images have no labels: training the dense model (finetune.dense_epochs) needs them, fine-tuning the "
-            "pruned one does not if finetune.distillation.weight is above 0"
-        )
-    share = 1.0
-    if settings.mixup:
-        # mixup (Zhang et al., arXiv 1710.09412); the batch is shuffled, so its reverse is a random partner.
-        share = float(Beta(settings.mixup, settings.mixup).sample())
-        images = images.lerp(images.flip(0), 1 - share)
-    if settings.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-
-    def run(network: nn.Module) -> tuple[Tensor, Maps]:
-        watches = teacher is not None and learn.features
-        watched: AbstractContextManager[Maps] = feature_maps(network) if watches else nullcontext({})
-        with autocast(settings.precision), watched as maps:
-            return logits(network(images)).float(), maps
-
-    output, maps = run(model)
-    loss = output.new_zeros(())
-    if labels is not None and weight < 1:
-        smoothing = settings.label_smoothing
-        loss = share * F.cross_entropy(output, labels, label_smoothing=smoothing)
-        if share < 1:
-            loss = loss + (1 - share) * F.cross_entropy(output, labels.flip(0), label_smoothing=smoothing)
-    if teacher is None:
-        return loss
-    with torch.no_grad():
-        guide, theirs = run(teacher)
-    if weight:
-        soft = divergence(output, guide, learn.temperature)
-        loss = soft if labels is None else (1 - weight) * loss + weight * soft
-    return loss + learn.features * attention_loss(maps, theirs) if learn.features else loss
-
-
-def _save(output_dir: Path, epoch: int, identity: dict[str, Any]) -> None:
-    """Writes a checkpoint under another name first; an interrupted write leaves the last one."""
-    here = accelerator()
-    unfinished = output_dir / "checkpoint.unfinished"
-    if here.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        (unfinished / "run.json").write_text(json.dumps(identity))
-    here.wait_for_everyone()
-    here.save_state(str(unfinished))
-    here.wait_for_everyone()
-    if here.is_main_process:
-        old = _checkpoints(output_dir)
-        unfinished.rename(output_dir / f"checkpoint-{epoch:05d}")
-        for folder in old:
-            shutil.rmtree(folder)
-    here.wait_for_everyone()
-
-
-def _resume(output_dir: Path, identity: dict[str, Any]) -> bool:
-    """Loads the last checkpoint, if there is one, into everything that was prepared or registered."""
-    found = _checkpoints(output_dir)
-    if not found:
-        return False
-    advice = "delete it or choose another folder"
-    try:
-        theirs = json.loads((found[-1] / "run.json").read_text())
-        changed = [key for key, value in identity.items() if theirs.get(key) != value]
-        if changed:
-            raise TrainingError(f"{str(found[-1])!r} is of a run with another {', '.join(changed)}; {advice}")
-        accelerator().load_state(str(found[-1]))
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise TrainingError(f"cannot resume from {str(found[-1])!r}: {str(error).splitlines()[0]}; {advice}") from error
-    return True
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    return sorted(output_dir.glob("checkpoint-[0-9]*"))

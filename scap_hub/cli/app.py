@@ -1,0 +1,43 @@
+"""The command line: a thin skin over the same calls."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from scap_hub.cli import folders, models, runs
+from scap_hub.cli.output import fail
+from scap_hub.cli.recipes import recipes
+from scap_hub.errors import ScapHubError, VerificationError
+
+EXIT_CODES = (
+    "Exit code 0: done; 1: a fault of scap_hub; 2: a mistake in what it was given, named in one line; 130: interrupted."
+)
+
+app = typer.Typer(
+    help="Compress the vision models you already use: structured pruning for timm and Hugging Face models.",
+    epilog=EXIT_CODES,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (
+    runs.prune, runs.compare, models.inspect, models.verify, models.bench, folders.push, folders.export, runs.demo,
+):  # fmt: skip
+    app.command()(command)
+app.add_typer(recipes, name="recipe")
+
+# typer's base of all usage errors, which it keeps in another module from version to version.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def main() -> None:
+    """Entry point; a user's error is one line on standard error and exit code 2."""
+    try:
+        sys.exit(app(args=sys.argv[1:] or ["--help"], prog_name="scap-hub", standalone_mode=False))
+    except ScapHubError as error:
+        fail(str(error), 1 if isinstance(error, VerificationError) else 2)
+    except UsageError as error:
+        command = error.ctx.command_path if getattr(error, "ctx", None) else "scap-hub"  # type: ignore[attr-defined]
+        fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)  # type: ignore[attr-defined]

@@ -1,0 +1,166 @@
+"""Commands that ask something of a model: inspect, verify, bench."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scap_hub.cli.options import AsJson, Model, Quiet, Size
+from scap_hub.cli.output import output, print_table, say
+from scap_hub.progress import announce
+
+if TYPE_CHECKING:
+    from scap_hub.channels import ChannelGroup
+    from scap_hub.plan import PruningPlan
+    from scap_hub.zoo import LoadedModel
+
+
+def inspect(
+    model: Model,
+    untrained: Annotated[bool, typer.Option("--untrained", help="Random weights: nothing is downloaded.")] = False,
+    size: Size = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """List a model's channel groups: size, share of the MACs, constraint, and why some cannot be pruned.
+
+    Example: scap-hub inspect resnet18 --untrained
+    """
+    with output(quiet or as_json):
+        groups = _groups(model, untrained, size)[1]
+    rows = [_described(group, share) for group, share in zip(groups, _mac_shares(groups), strict=True)]
+    if as_json:
+        print(json.dumps(rows))
+    elif not quiet:
+        head = ["group", "size", "producers", "MACs", "constraint", "pinned because it"]
+        print_table(head, [_cells(row) for row in rows])
+
+
+def _described(group: ChannelGroup, mac_share: float) -> dict[str, Any]:
+    """A channel group as a script reads it."""
+    return {
+        "name": group.name,
+        "size": group.size,
+        "producers": group.producers,
+        "consumers": group.consumers,
+        "constraint": list(dict.fromkeys(balance.reason for balance in group.constraint or ())),
+        "macs": mac_share,
+        "prunable": group.prunable,
+        "pinned_because": group.pinned_because,
+    }
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """A channel group as a person reads it."""
+    first, *others = row["producers"]
+    producers = f"{first} +{len(others)}" if others else first
+    constraint, reason = "; ".join(row["constraint"]), row["pinned_because"] or ""
+    return [row["name"], str(row["size"]), producers, f"{row['macs']:.1%}", constraint, reason]
+
+
+def verify(
+    model: Model,
+    plan: Annotated[
+        Path | None, typer.Option(help="A pruning_plan.json; random plans if left out.", exists=True, dir_okay=False)
+    ] = None,
+    size: Size = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that pruning a model equals masking it, in float64, on random weights.
+
+    Example: scap-hub verify resnet18
+    """
+    with output(quiet or as_json):
+        import torch
+
+        from scap_hub.channels import oracle
+        from scap_hub.plan import PruningPlan
+
+        loaded, groups = _groups(model, True, size)
+        net = oracle.randomize(loaded.module)
+        plans = _random_plans(groups) if plan is None else {str(plan): PruningPlan.from_json(plan.read_bytes())}
+        example = torch.randn(1, *loaded.preprocessing.input_size)
+        errors = {}
+        for name, pruning in plans.items():
+            with announce(f"proving: {name}"):
+                errors[name] = oracle.verify(net, pruning, example)
+    if as_json:
+        print(json.dumps(errors))
+    for name, error in errors.items():
+        say(f"{name}: pruned equals masked, relative difference {error:.1e}", quiet or as_json)
+
+
+def _random_plans(groups: list[ChannelGroup]) -> dict[str, PruningPlan]:
+    import torch
+
+    from scap_hub.selection.select import select
+
+    scores = {group.name: torch.rand(group.size) for group in groups if group.prunable}
+    fractions = {name: float(0.2 + 0.8 * torch.rand(())) for name in scores}
+    return {
+        "half of each group": select(groups, scores, "ratio=0.5", round_to=1),
+        "random fractions": select(groups, scores, fractions, round_to=1),
+    }
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="timm name, Hub id or folder, of a dense or a pruned model.")],
+    against: Annotated[
+        str | None, typer.Option(help="What to compare with; a pruned model's dense one if left out.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Images at once, with commas between.")] = "1,64",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16, bf16, with commas between.")] = "fp32",
+    compile: Annotated[bool, typer.Option("--compile", help="Measure torch.compile too.")] = False,
+    size: Size = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure latency and throughput, in turns with the dense model, on the device at hand.
+
+    Example: scap-hub bench resnet50-half --batch 1,64 --dtype fp32,bf16 --compile
+    """
+    batches = [int(text) if text.strip().isdigit() else 0 for text in batch.split(",")]
+    with output(quiet or as_json):
+        from scap_hub.run.bench import bench as measure
+        from scap_hub.timing.clock import device_name
+        from scap_hub.training.distributed import accelerator
+
+        pixels = None if size is None else (3, size, size)
+        rows = measure(model, against, batch_sizes=batches, dtypes=dtype.split(","), compile=compile, size=pixels)
+        device = device_name(accelerator().device)
+    if as_json:
+        print(json.dumps({"device": device, "rows": [asdict(row) for row in rows]}))
+    elif not quiet:
+        print(f"on {device}")
+        print_table(
+            ["model", "batch", "dtype", "mode", "ms", "images/s", "speed-up"],
+            [
+                [row.model, str(row.batch), row.dtype, row.mode, f"{row.ms:.2f}", f"{row.images_per_second:,.0f}",
+                 f"{row.speedup:.2f}x"]
+                for row in rows
+            ],
+        )  # fmt: skip
+
+
+def _groups(model: str, untrained: bool, size: int | None) -> tuple[LoadedModel, list[ChannelGroup]]:
+    import torch
+
+    from scap_hub.channels import channel_groups
+    from scap_hub.zoo import load_model
+
+    with announce(f"loading {model}"):
+        loaded = load_model(model, pretrained=not untrained, input_size=(3, size, size) if size else None)
+    with announce("finding the channel groups"):
+        return loaded, channel_groups(loaded.module, torch.zeros(1, *loaded.preprocessing.input_size))
+
+
+def _mac_shares(groups: list[ChannelGroup]) -> list[float]:
+    """Share of the model's MACs in the layers that compute each group."""
+    layers = groups[0].space.layer_macs() if groups else {}
+    total = sum(layers.values())
+    return [sum(layers.get(path, 0) for path in group.producers) / total for group in groups]

@@ -1,0 +1,41 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from scap_hub.errors import RecipeError
+
+Model = Annotated[str, typer.Argument(help="timm name, Hub id or folder.")]
+RecipeSource = Annotated[str, typer.Argument(metavar="NAME|FILE", help="Shipped name or YAML file.")]
+Out = Annotated[Path, typer.Option(help="Output folder, absent or empty.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe value, such as finetune_epochs=3.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only, and the JSON that --json asks for.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output.")]
+Size = Annotated[int | None, typer.Option(help="Height and width of the input in pixels; the model's own if left out.")]
+
+
+def overrides(settings: list[str] | None) -> dict[str, Any]:
+    """The recipe values that `--set` gives, in their order.
+
+    Raises:
+        RecipeError: One of them is not KEY=VALUE.
+    """
+    return dict(_setting(text) for text in settings or [])
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise RecipeError(f"--set {text!r}: write KEY=VALUE, such as finetune_epochs=3")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {text!r}: {value!r} is not a YAML value; quote it") from None

@@ -1,0 +1,78 @@
+"""What the commands print, and when they keep quiet."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from scap_hub.progress import set_quiet
+
+
+def show_report(report: Any) -> None:
+    """Prints the table of a run."""
+    print_table(["", "dense", "pruned", "change"], report.rows())
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table with a head."""
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_report(report: Any, document: dict[str, Any], quiet: bool, as_json: bool) -> None:
+    """Prints a run, as a table or as JSON."""
+    if not is_main_process():
+        return
+    if as_json:
+        print(json.dumps(document))
+    elif not quiet:
+        show_report(report)
+
+
+def say(text: str, quiet: bool) -> None:
+    """Prints a line, once."""
+    if not quiet and is_main_process():
+        print(text)
+
+
+def fail(message: str, code: int) -> None:
+    """Ends the process with a line on standard error and an exit code."""
+    if is_main_process():
+        print(f"scap-hub: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def output(quiet: bool) -> Iterator[None]:
+    """Keeps quiet where asked, and on all processes but the main one; the libraries too, which read this on import."""
+    quiet = quiet or not is_main_process()
+    if quiet:
+        for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ[variable] = "1"
+        os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+    set_quiet(quiet)
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail("interrupted; with the same --out, the same command finds its scores and takes up fine-tuning", 130)
+    finally:
+        set_quiet(False)
+        logging.disable(logging.NOTSET)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"

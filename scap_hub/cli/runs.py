@@ -1,0 +1,122 @@
+"""Commands that prune: prune, compare, demo."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scap_hub.cli.criteria import criterion_name
+from scap_hub.cli.options import AsJson, Out, Quiet, Settings, overrides
+from scap_hub.cli.output import is_main_process, output, print_report, print_table, say
+from scap_hub.errors import PlanError
+
+if TYPE_CHECKING:
+    from scap_hub.run.result import Result
+
+
+def prune(
+    model: Annotated[str | None, typer.Argument(help="timm name, Hub id or folder; the recipe's if left out.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data set: Hub id, folder, or digits.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Shipped name or YAML file; see `scap-hub recipe list`.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="What stays: macs=0.5, params=0.3, ratio=0.5, threshold=0.6.")
+    ] = None,
+    criterion: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE.py:CLASS", help="What scores the channels; also one of your own.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder, absent or empty.")] = None,
+    settings: Settings = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a model: score, remove, repair, fine-tune, measure, save.
+
+    Example: scap-hub prune resnet50 --data me/flowers --target macs=0.5 --out resnet50-half
+
+    On two devices: torchrun --nproc_per_node 2 -m scap_hub prune resnet50 --data me/flowers --out resnet50-half
+    """
+    with output(quiet):
+        import scap_hub
+
+        # The criterion first, because a new one replaces the old one's options.
+        changes: dict[str, Any] = {"criterion": criterion_name(criterion)} if criterion is not None else {}
+        changes |= overrides(settings)
+        if target is not None:
+            changes["target"] = target
+        result = scap_hub.prune(model, data, recipe, output_dir=out, **changes)
+    print_report(result.report, result.report.to_dict(), quiet, as_json)
+    if out is not None:
+        say(f"saved in {out}", quiet or as_json)
+    if result.recipe.publish.layout == "pruned":
+        _say_if_uniform(result, quiet or as_json)
+
+
+def _say_if_uniform(result: Result, quiet: bool) -> None:
+    from scap_hub.hub.uniform import plain_config
+
+    with contextlib.suppress(PlanError):
+        plain_config(result.loaded, result.model)
+        say(
+            "constructor arguments can express these widths: with --set publish_layout=uniform the saved model "
+            "loads without scap_hub",
+            quiet,
+        )
+
+
+def compare(
+    model: Annotated[str | None, typer.Argument(help="timm name, Hub id or folder; the recipe's if left out.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data set: Hub id, folder, or digits.")] = None,
+    targets: Annotated[str, typer.Option(help="What stays, with commas between.")] = "macs=0.5",
+    criteria: Annotated[
+        str,
+        typer.Option(
+            "--criteria",
+            "--criterion",
+            metavar="NAME|FILE.py:CLASS,...",
+            help="Commas between; or all: ours, and Torch-Pruning if it is installed.",
+        ),
+    ] = "all",
+    seeds: Annotated[int, typer.Option(min=1, help="How often each is tried.")] = 3,
+    recipe: Annotated[str | None, typer.Option(help="Repair and training, the same for each criterion.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file that grows cell by cell; the same command takes up there.")
+    ] = None,
+    settings: Settings = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare criteria: one model, the same repair and training, top-1 at every target, mean rank over all of them.
+
+    Example: scap-hub compare resnet18 --data me/flowers --targets macs=0.5,macs=0.3 --criteria scap,obs,l1 --seeds 3
+    """
+    with output(quiet or as_json):
+        import scap_hub
+
+        found = scap_hub.compare(
+            model, data, recipe, targets=targets.split(","), output=out, seeds=seeds,
+            criteria="all" if criteria == "all" else [criterion_name(text) for text in criteria.split(",")],
+            **overrides(settings),
+        )  # fmt: skip
+    if as_json and is_main_process():
+        print(json.dumps(found.to_dict()))
+    elif not quiet and is_main_process():
+        head, *rows = found.rows()
+        print_table(head, rows)
+
+
+def demo(out: Out = Path("out/demo"), quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Train a small ResNet on digits, then prune, repair, fine-tune, save, and reload it. About two minutes.
+
+    Example: scap-hub demo --out out/demo
+    """
+    with output(quiet):
+        from scap_hub.run.demo import run
+
+        result, difference = run(out)
+    print_report(result.report, {**result.report.to_dict(), "reload_difference": difference}, quiet, as_json)
+    say(f"reloaded in a fresh process: largest difference of the logits {difference:g}", quiet or as_json)
+    say(f"saved in {out}", quiet or as_json)

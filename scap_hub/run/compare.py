@@ -1,0 +1,228 @@
+"""Criteria beside each other: the same dense model, data, budgets, repair and training for each of them."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import set_seed
+from torch import nn
+
+from scap_hub.channels.groups import channel_groups
+from scap_hub.compensation.least_squares import recalibrate
+from scap_hub.criteria.base import criterion as criterion_named
+from scap_hub.criteria.base import known_criteria
+from scap_hub.errors import DataError, ScapHubError
+from scap_hub.progress import track
+from scap_hub.recipe import Recipe
+from scap_hub.run import peers
+from scap_hub.run.comparison import Cell, Comparison, found_in
+from scap_hub.run.inputs import data_for, example, load_dense, shard_calibration
+from scap_hub.run.pruning import prune_loaded
+from scap_hub.run.report import Measures, measure
+from scap_hub.training.data import Data
+from scap_hub.training.distributed import accelerator, from_main
+from scap_hub.training.evaluate import evaluate
+from scap_hub.training.finetune import finetune
+from scap_hub.zoo import LoadedModel
+
+Key = tuple[int, str, str]
+"""Seed, target and criterion of a cell."""
+
+
+def compare(
+    model: str | Path | nn.Module | None = None,
+    dataset: Any = None,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    *,
+    targets: Sequence[str] = ("macs=0.5",),
+    criteria: str | Sequence[str] = "all",
+    seeds: int | Sequence[int] = 3,
+    output: str | Path | None = None,
+    **overrides: Any,
+) -> Comparison:
+    """Prunes one model with every criterion, at every target, with every seed, and measures what is left.
+
+    The seed chooses the calibration images and the order of the training; the dense model is the same throughout.
+
+    Args:
+        model: As for `prune`.
+        dataset: As for `prune`; with labels.
+        recipe: As for `prune`; its repair and training are the same for every criterion.
+        targets: What stays: "macs=0.5", ...
+        criteria: Names, or "all" registered ones; these, and with "all", Torch-Pruning's own pipeline if it is
+            installed ("torch-pruning" and its variants, for targets in MACs or parameters: pruned its way, without our
+            repair, fine-tuned like the others).
+        seeds: How many, or which.
+        output: A JSON file that grows with every finished cell; the same call takes up there.
+        **overrides: Recipe values that win, as for `prune`.
+
+    Raises:
+        ScapHubError: As for `prune`; a mistake in a target or a criterion's name is told before any work. A criterion
+            that cannot score this model is an "error" of its cells instead.
+    """
+    if isinstance(model, str | Path):
+        overrides["model_name"] = str(model)
+    if isinstance(dataset, str | Path):
+        overrides["data_dataset"] = str(dataset)
+    base = Recipe.resolve(recipe, **overrides)
+    wanted = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    recipes = _recipes(base, wanted, targets, _criteria(criteria))
+    set_seed(base.seed)
+    loaded, data = load_dense(model, dataset, base)
+    if data.validation is None:
+        raise DataError("a comparison needs labelled validation images")
+    about = {"model": loaded.name, "data": data.name, "recipe": _shared(base)}
+    found = from_main(lambda: found_in(output, about))
+    if not found.dense:
+        found.dense = _dense(loaded, data)
+    done = {_key(cell) for cell in found.cells if "error" not in cell}
+    left = [key for key in recipes if key not in done and _fits(key[2], key[1])]
+    seeded = {base.seed: data}
+    with tempfile.TemporaryDirectory() as scores:
+        for key in track(left, "comparison"):
+            seed, target, name = key
+            if seed not in seeded:
+                seeded = {seed: data_for(loaded, dataset, recipes[key])}
+            job = _Job(loaded, seeded[seed], recipes[key], found.dense, name, Path(scores))
+            cell = {"target": target, "criterion": name, "seed": seed, **_measured(job)}
+            found.cells = [old for old in found.cells if _key(old) != key] + [cell]
+            if output is not None and accelerator().is_main_process:
+                found.save(output)
+    order = {key: number for number, key in enumerate(recipes)}
+    found.cells.sort(key=lambda cell: order.get(_key(cell), len(order)))
+    return found
+
+
+def _recipes(base: Recipe, seeds: Sequence[int], targets: Sequence[str], names: Sequence[str]) -> dict[Key, Recipe]:
+    """The recipe of each cell; the cells in the order they run in."""
+    same = {"evaluate_latency": False, "criterion_diagnostics": False}
+    recipes = {}
+    for seed in seeds:
+        for target in targets:
+            for name in names:
+                ours = {} if name in peers.PEERS or name == base.criterion.name else {"criterion": name}
+                recipes[seed, target, name] = Recipe.resolve(base, target=target, seed=seed, **same, **ours)
+    return recipes
+
+
+def _key(cell: Cell) -> Key:
+    return cell["seed"], cell["target"], cell["criterion"]
+
+
+def _criteria(criteria: str | Sequence[str]) -> list[str]:
+    if criteria == "all":
+        return [*known_criteria(), *(peers.PEERS if peers.available() else ())]
+    names = [criteria] if isinstance(criteria, str) else list(criteria)
+    for name in names:
+        if name in peers.PEERS:
+            peers.check_available(name)
+        else:
+            criterion_named(name)
+    return names
+
+
+def _fits(name: str, target: str) -> bool:
+    """Torch-Pruning knows ratios, which are matched to these budgets."""
+    return name not in peers.PEERS or target.partition("=")[0] in ("macs", "params")
+
+
+def _shared(recipe: Recipe) -> dict[str, Any]:
+    """What every cell has in common."""
+    document = recipe.model_dump(mode="json")
+    document["target"] = {key: document["target"][key] for key in ("scope", "round_to", "floor", "batch_size")}
+    return {key: value for key, value in document.items() if key not in ("criterion", "seed", "evaluate", "publish")}
+
+
+def _dense(loaded: LoadedModel, data: Data) -> dict[str, Any]:
+    measures = measure(loaded.module.to(accelerator().device).eval(), loaded.preprocessing.input_size, data)
+    return {
+        "macs": measures.macs,
+        "params": measures.params,
+        "validation": _validated(loaded.module, data),
+        "test": measures.top1 if data.test is not None else None,
+    }
+
+
+def _validated(model: nn.Module, data: Data) -> float:
+    """The metric on the validation images."""
+    assert data.validation is not None  # `compare` refuses such data
+    return evaluate(model, data.validation, task=data.task)[data.task.metric.key]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one cell is measured from.
+
+    Attributes:
+        loaded: The dense model.
+        data: Its data, with the calibration images of the cell's seed.
+        recipe: The cell's.
+        dense: What was measured of the dense model, see `Comparison.dense`.
+        name: Of the criterion.
+        scores: Folder of the scores that cells share.
+    """
+
+    loaded: LoadedModel
+    data: Data
+    recipe: Recipe
+    dense: dict[str, Any]
+    name: str
+    scores: Path
+
+
+def _measured(job: _Job) -> Cell:
+    """What one cell holds; that a criterion cannot score this model is a result too."""
+    start = time.perf_counter()
+    set_seed(job.recipe.seed)
+    try:
+        cell = _peer(job) if job.name in peers.PEERS else _ours(job)
+    except ScapHubError as error:
+        cell = {"error": str(error)}
+    return {**cell, "seconds": time.perf_counter() - start}
+
+
+def _ours(job: _Job) -> Cell:
+    before = Measures(job.dense["macs"], job.dense["params"], 0, job.dense["test"])
+    result = prune_loaded(job.loaded, job.data, job.recipe, before, scores=job.scores)
+    return _cell(job, result.model, result.report.history, result.report.after)
+
+
+def _peer(job: _Job) -> Cell:
+    """Torch-Pruning's choice, then the same training; repaired only where its name says so."""
+    loaded, recipe = job.loaded, job.recipe
+    small, history = loaded.module, []
+    kind, fraction = recipe.target.budget
+    assert isinstance(fraction, float)
+    for _ in range(recipe.schedule.steps):
+        images = example(small, loaded)
+        groups = channel_groups(small, images)
+        step = (kind, fraction ** (1 / recipe.schedule.steps))
+        try:
+            small = peers.prune_with_peer(small, groups, images, job.name, step, recipe.target.round_to)
+        except Exception as error:
+            # Whatever another library raises is a result here: it does not prune this model.
+            return {"error": f"{type(error).__name__}: {error}"}
+        if job.name.endswith("-bn"):
+            recalibrate(small, shard_calibration(job.data, recipe.data.batch_size))
+        if recipe.finetune.epochs:
+            history += finetune(small, job.data, recipe.finetune, loaded.module, seed=recipe.seed)
+    return _cell(job, small, history, measure(small, loaded.preprocessing.input_size, job.data))
+
+
+def _cell(job: _Job, model: nn.Module, history: list[dict[str, float]], after: Measures) -> Cell:
+    # The last step's training: epoch 0 is the model as it came, and the best epoch's weights are kept.
+    start = max((number for number, row in enumerate(history) if row["epoch"] == 0), default=0)
+    metric = job.data.task.metric.key
+    tuning = [row[metric] for row in history[start:]] or [_validated(model, job.data)]
+    return {
+        "macs": after.macs / job.dense["macs"],
+        "params": after.params / job.dense["params"],
+        "repaired": tuning[0],
+        "validation": max(tuning),
+        "test": after.top1 if job.data.test is not None else None,
+    }

@@ -1,0 +1,107 @@
+"""What a run starts from: the dense model, and the data as that model wants it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scap_hub.errors import CalibrationError, DataError, RecipeError
+from scap_hub.placement import placement
+from scap_hub.progress import track
+from scap_hub.recipe import DataSettings, Recipe
+from scap_hub.run.stages import Stages
+from scap_hub.training.data import Data, load_data
+from scap_hub.training.distributed import accelerator
+from scap_hub.training.finetune import finetune
+from scap_hub.zoo import LoadedModel, load_model
+
+CALIBRATION_SET = "timm/mini-imagenet"
+"""Small public set for models trained on ImageNet or a superset of it; used without its labels."""
+_IMAGENET_CLASSES = (1000, 1001, 11821, 21841, 21843)
+
+
+def load_dense(
+    model: Any, dataset: Any, recipe: Recipe, work: Path | None = None, stages: Stages | None = None
+) -> tuple[LoadedModel, Data]:
+    """The dense model, tuned if the recipe says so, and its data.
+
+    Args:
+        model: As for `prune`.
+        dataset: As for `prune`.
+        recipe: Its blocks `model`, `data` and `finetune`.
+        work: Where checkpoints of the tuning are kept.
+        stages: Where the seconds are counted.
+    """
+    stages = stages or Stages()
+    with stages("load"):
+        loaded, data = _loaded(model, dataset, recipe)
+    if recipe.finetune.dense_epochs:
+        with stages("tune dense"):
+            tuning = recipe.finetune.model_copy(update={"epochs": recipe.finetune.dense_epochs})
+            finetune(loaded.module, data, tuning, output_dir=work and work / "training-dense", seed=recipe.seed)
+    return loaded, data
+
+
+def _loaded(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data]:
+    """Both, fitted to each other: the model gets a new head, or names of its classes, from the data."""
+    settings = recipe.model
+    source = settings.name if model is None else model
+    if source is None:
+        raise RecipeError("no model; pass a name or a module, or set model.name in the recipe")
+    loaded = load_model(source, settings.pretrained, settings.num_classes, settings.input_size)
+    if loaded.module is model:
+        # The caller's module stays as it is, on its own device.
+        loaded = replace(loaded, module=copy.deepcopy(model))
+    data = data_for(loaded, dataset, recipe)
+    if data.labels and len(data.labels) != loaded.num_classes:
+        loaded = load_model(source, settings.pretrained, len(data.labels), settings.input_size)
+    if data.labels and not loaded.labels and len(data.labels) == loaded.num_classes:
+        loaded = replace(loaded, labels=data.labels)
+    return loaded, data
+
+
+def data_for(loaded: LoadedModel, dataset: Any, recipe: Recipe) -> Data:
+    """The data as the model wants it; the recipe's seed chooses the calibration images."""
+    choices = recipe.data
+    if dataset is None and choices.dataset is None:
+        choices = _public_images(loaded, choices)
+    return load_data(
+        dataset,
+        loaded.preprocessing,
+        choices,
+        num_classes=loaded.num_classes,
+        new_head=recipe.finetune.dense_epochs > 0 and recipe.model.num_classes is None,
+        seed=recipe.seed,
+    )
+
+
+def _public_images(loaded: LoadedModel, settings: DataSettings) -> DataSettings:
+    """Data settings for a model that was given no data: images of what it was trained on."""
+    if loaded.num_classes not in _IMAGENET_CLASSES or loaded.preprocessing.input_size[0] != 3:
+        raise DataError(
+            f"{loaded.name} with {loaded.num_classes} classes was given no data set, and no public one is known to fit "
+            "it; pass dataset=..., unlabelled images like those that it was trained on suffice"
+        )
+    return settings.model_copy(update={"dataset": CALIBRATION_SET, "streaming": True, "labels": False})
+
+
+def shard_calibration(data: Data, batch_size: int) -> list[Tensor]:
+    """This process's calibration images in batches, kept for the whole run; every image is on exactly one process."""
+    here = accelerator()
+    images = torch.cat([batch[0] for batch in track(data.calibration, "calibration images")])
+    if len(images) < here.num_processes:
+        raise CalibrationError(
+            f"{len(images)} calibration images cannot be shared out over {here.num_processes} processes: give more"
+        )
+    return list(images[here.process_index :: here.num_processes].split(batch_size))
+
+
+def example(model: nn.Module, loaded: LoadedModel, images: int = 1) -> Tensor:
+    """Zeros in the shape of so many images, (images, C, H, W), where the model is."""
+    device, dtype = placement(model)
+    return torch.zeros(images, *loaded.preprocessing.input_size, device=device, dtype=dtype)

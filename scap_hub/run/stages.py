@@ -1,0 +1,24 @@
+"""How long the stages of a run take."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from scap_hub.progress import announce
+
+
+class Stages:
+    """Seconds by stage; a stage that runs again adds up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Times what is done meanwhile, and says what it is."""
+        start = time.perf_counter()
+        with announce(name):
+            yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -1,0 +1,143 @@
+"""What a task is: all that a run must know of the targets and of a model's output."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, ...]
+"""Images, (N, C, H, W), and their targets where there are any."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a task measures a model; more is better.
+
+    Attributes:
+        key: Its name in results and reports.
+        name: Its name in a table.
+        title: Its name on a model card.
+        hub_type: Its name in the metadata of a model card, one of the Hub's metrics.
+    """
+
+    key: str
+    name: str
+    title: str
+    hub_type: str
+
+
+class Meter(ABC):
+    """Measures a model, batch by batch."""
+
+    @abstractmethod
+    def add(self, output: Any, targets: Any) -> None:
+        """Counts one batch of this process: what `Task.output` gave, and what it should have been."""
+
+    @abstractmethod
+    def result(self) -> dict[str, float]:
+        """What was measured over the batches of all processes; the same on each of them.
+
+        Returns:
+            The metric under its key; "loss", the mean over the images; "images", how many there were.
+        """
+
+
+class Task(ABC):
+    """Everything that depends on what a model is for; the rest of scap_hub knows images and costs only.
+
+    Attributes:
+        name: Of the task: its pipeline tag on the Hub.
+        metric: What is reported, and what decides which epoch's weights are the best.
+    """
+
+    name: ClassVar[str]
+    metric: ClassVar[Metric]
+
+    # Data
+
+    @abstractmethod
+    def target_column(self, kinds: Mapping[str, str], asked: str | None, listing: str) -> str | None:
+        """Chooses the column of the targets; None where a data set has none.
+
+        Args:
+            kinds: What each column of the data set holds, by its name: "Image", "ClassLabel", "int64", "string", ...
+            asked: The column that the recipe names, one of `kinds`; None to find it.
+            listing: The columns in words, for the message of an error.
+
+        Raises:
+            DataError: Several columns may be meant, or the one that was asked for cannot be used.
+        """
+
+    @abstractmethod
+    def class_names(self, feature: Any) -> list[str] | None:
+        """Names of the classes by index, from the feature (of `datasets`) of the target column; None if unknown."""
+
+    @abstractmethod
+    def targets(self, rows: Any, column: str, num_classes: int, where: str) -> Tensor | None:
+        """Reads the targets of a split, checked.
+
+        Args:
+            rows: The split, a `datasets.Dataset`.
+            column: Of the targets.
+            num_classes: Width of the classifier; 0 checks nothing.
+            where: The split in words, for the message of an error.
+
+        Returns:
+            A target for each image, (images, ...); None where a public data set hides them.
+
+        Raises:
+            DataError: A target is missing, or does not fit the model.
+        """
+
+    @abstractmethod
+    def target(self, value: Any, num_classes: int, where: str) -> Tensor:
+        """Reads one row's target, checked, from its value in the target column; for streams.
+
+        Raises:
+            DataError: As `targets`.
+        """
+
+    @abstractmethod
+    def check(self, targets: Tensor, num_classes: int, where: str) -> None:
+        """Makes sure that targets fit the model.
+
+        Raises:
+            DataError: One does not; names it.
+        """
+
+    def collate(self, samples: Sequence[Batch]) -> Batch:
+        """One batch from single images and their targets."""
+        return tuple(torch.stack(column) for column in zip(*samples, strict=True))
+
+    # Training
+
+    @abstractmethod
+    def output(self, model: nn.Module, images: Tensor) -> Any:
+        """Runs a model; what it says of images, as `loss`, `distance` and the meter read it."""
+
+    @abstractmethod
+    def loss(self, output: Any, targets: Any, label_smoothing: float = 0.0) -> Tensor:
+        """How far a model's output is from the targets; mean over the images of a batch."""
+
+    @abstractmethod
+    def distance(self, output: Any, guide: Any, temperature: float) -> Tensor:
+        """How far a model's output is from its teacher's; mean over the images of a batch.
+
+        Args:
+            output: The student's.
+            guide: The teacher's for the same images.
+            temperature: Softens both; its square keeps the gradients' size independent of it.
+        """
+
+    @abstractmethod
+    def partners(self, targets: Any) -> Any:
+        """The targets in reverse order: those of the images that mixup blends in, `images.flip(0)`."""
+
+    @abstractmethod
+    def meter(self, device: torch.device) -> Meter:
+        """Starts a measurement on a device."""

@@ -1,0 +1,61 @@
+"""Which columns of a data set hold the images and their targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from scap_hub.errors import DataError
+from scap_hub.recipe import DataSettings
+from scap_hub.tasks import Task
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of columns.
+
+    Attributes:
+        image: Holds the images.
+        target: Holds their targets; None where there are none, or they are not to be used.
+    """
+
+    image: str
+    target: str | None
+
+
+def find_columns(rows: Any, name: str, settings: DataSettings, task: Task) -> Columns:
+    """Finds the columns by their types, unless the settings name them.
+
+    Args:
+        rows: A split of the data set.
+        name: The data set's, for the message of an error.
+        settings: The recipe's `data` block.
+        task: Knows what a target looks like.
+
+    Raises:
+        DataError: No column may be meant, or several, or one that is named is not there or of a wrong type.
+    """
+    kinds = {column: _kind(feature) for column, feature in features(rows).items()}
+    listing = f"the columns of {name!r} are {', '.join(f'{column} ({kind})' for column, kind in kinds.items())}"
+    for asked in (settings.image_column, settings.label_column):
+        if asked is not None and asked not in kinds:
+            raise DataError(f"no column {asked!r}; {listing}")
+    images = [column for column, kind in kinds.items() if kind == "Image"]
+    if settings.image_column is None and len(images) != 1:
+        raise DataError(f"{len(images) or 'no'} image columns; {listing}; set data.image_column")
+    image = settings.image_column or images[0]
+    return Columns(image, task.target_column(kinds, settings.label_column, listing) if settings.labels else None)
+
+
+def features(rows: Any) -> Any:
+    """Column types; a stream without a schema finds its own from the first rows."""
+    return rows.features or rows._resolve_features().features
+
+
+def _kind(feature: Any) -> str:
+    """What a column holds, in one word."""
+    import datasets
+
+    if isinstance(feature, (datasets.Image, datasets.ClassLabel)):
+        return type(feature).__name__
+    return getattr(feature, "dtype", type(feature).__name__)
