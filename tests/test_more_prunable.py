@@ -47,7 +47,7 @@ OPERATORS: dict[str, Forward] = {
     "max_unpool": lambda net, x: (
         z := F.max_pool2d(net.a(x), 2, return_indices=True), net.head(net.b(F.max_unpool2d(z[0], z[1], 2))))[1],
 }  # fmt: skip
-RAISES = {"type_as", "to another's type", "where with one argument", "adaptive_max_pool1d"}
+RAISES = {"type_as", "where with one argument", "adaptive_max_pool1d"}
 HELD = {"pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "permutation by a buffer", "permutation by a list",
         "permutation by index_select", "copy_", "maximum over pairs", "roll", "expand_as of a grid"}  # fmt: skip
 MAY_BE_HELD = {"local response norm", "max_unpool"}
