@@ -1,0 +1,332 @@
+"""What people write in their own networks can be pruned: literal sizes, unusual operators, computed weights."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import scap_hub
+from tests.independent import difference, random_values
+from tests.small_cases import FAILS_TODAY, Body, Forward, each, free, image, pruned_exactly, some_plan
+
+# Operators.
+
+OPERATORS: dict[str, Forward] = {
+    "type_as": lambda net, x: (y := net.b(net.a(x)), net.head(y + torch.arange(8).type_as(y)))[1],
+    "to another's type": lambda net, x: (y := net.b(net.a(x)), net.head(y + torch.arange(8).to(y)))[1],
+    "type_as of features": lambda net, x: (y := net.a(x), net.head(net.b(y * (y > 0).type_as(y))))[1],
+    "expand_as of a grid": lambda net, x: (
+        y := net.a(x), net.head(net.b(y + torch.arange(8.0).to(y).expand_as(y[0, 0]))))[1],
+    "where with one argument": lambda net, x: (
+        y := net.b(net.a(x)), net.head(y.index_select(2, torch.where(torch.ones(y.shape[2], device=y.device) > 0)[0]))
+    )[1],
+    "nonzero": lambda net, x: (
+        y := net.b(net.a(x)), net.head(y.index_select(2, torch.ones(y.shape[2], device=y.device).nonzero().flatten()))
+    )[1],
+    "where with a number": lambda net, x: (y := net.a(x), net.head(net.b(torch.where(y > 0, y, 0.0))))[1],
+    "pixel_shuffle": lambda net, x: net.head(net.shuffled(F.pixel_shuffle(net.up(net.a(x).relu()), 2))),
+    "pixel_unshuffle": lambda net, x: net.head(net.unshuffled(F.pixel_unshuffle(net.a(x).relu(), 2))),
+    "channel_shuffle": lambda net, x: net.head(net.b(F.channel_shuffle(net.a(x), 2))),
+    "permutation by a buffer": lambda net, x: net.head(net.b(net.a(x).relu()[:, net.order])),
+    "permutation by a list": lambda net, x: net.head(net.b(net.a(x).relu()[:, [3, 1, 0, 2, *range(15, 3, -1)]])),
+    "permutation by index_select": lambda net, x: net.head(net.b(net.a(x).relu().index_select(1, net.order))),
+    "copy_": lambda net, x: (y := net.a(x), z := torch.empty_like(y), z.copy_(y), net.head(net.b(z)))[-1],
+    "maximum over pairs": lambda net, x: (y := net.a(x), net.head(net.half(y.view(2, 2, 8, 8, 8).amax(1))))[1],
+    "local response norm": lambda net, x: net.head(net.b(F.local_response_norm(net.a(x), 3))),
+    "flip": lambda net, x: net.head(net.b(net.a(x).flip(1))),
+    "roll": lambda net, x: net.head(net.b(net.a(x).roll(3, 1))),
+    "adaptive_max_pool1d": lambda net, x: net.head(net.b(F.adaptive_max_pool1d(net.a(x).flatten(2), 4)[..., None])),
+    "max_unpool": lambda net, x: (
+        z := F.max_pool2d(net.a(x), 2, return_indices=True), net.head(net.b(F.max_unpool2d(z[0], z[1], 2))))[1],
+}  # fmt: skip
+RAISES = {"type_as", "where with one argument", "adaptive_max_pool1d"}
+HELD = {"pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "permutation by a buffer", "permutation by a list",
+        "permutation by index_select", "copy_", "maximum over pairs", "roll", "expand_as of a grid"}  # fmt: skip
+MAY_BE_HELD = {"local response norm", "max_unpool"}
+
+
+@each(OPERATORS, failing=RAISES | HELD)
+def test_channels_pass_the_operator(name):
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    layers = {"up": nn.Conv2d(16, 48, 1), "shuffled": nn.Conv2d(12, 12, 3), "unshuffled": nn.Conv2d(64, 12, 1)}
+    net = Body(OPERATORS[name], half=nn.Conv2d(8, 12, 1), order=order, **layers)
+    counts = name in {"maximum over pairs", "local response norm"}
+    groups = pruned_exactly(net, image(), checks=() if counts else ("readers", "all"))
+    wanted = {"a"} | ({"up"} if name == "pixel_shuffle" else set())
+    assert wanted <= free(groups) or name in MAY_BE_HELD, [(g.name, g.pinned_because) for g in groups]
+
+
+class Volume(nn.Module):
+    def __init__(self, pools: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.h = nn.Conv3d(3, 16, 3, padding=1), nn.Conv3d(16, 12, 1), nn.Linear(12, 5)
+        self.pools = pools
+
+    def forward(self, x):
+        first, second, last = self.pools
+        return self.h(last(second(self.b(first(self.a(x).relu())))).flatten(1))
+
+
+VOLUMES = {
+    "max and average": (
+        lambda x: F.max_pool3d(x, 2), lambda x: F.avg_pool3d(x, 2), lambda x: F.adaptive_avg_pool3d(x, 1)),
+    "adaptive maximum": (lambda x: F.adaptive_max_pool3d(x, 2), nn.Identity(), lambda x: F.adaptive_max_pool3d(x, 1)),
+    "resized": (
+        lambda x: F.interpolate(x, scale_factor=2, mode="trilinear"), lambda x: F.interpolate(x, scale_factor=2),
+        lambda x: x.mean((2, 3, 4))),
+    "padded": (
+        lambda x: F.pad(x, (1,) * 6, mode="replicate"), lambda x: F.pad(x, (1,) * 6, mode="reflect"),
+        lambda x: x.mean((2, 3, 4))),
+}  # fmt: skip
+
+
+@each(VOLUMES, failing={"max and average", "adaptive maximum", "resized"})
+def test_channels_pass_pools_in_three_dimensions(name):
+    assert {"a", "b"} <= free(pruned_exactly(Volume(VOLUMES[name]), image(8, 3)))
+
+
+ATTENTIONS: dict[str, Forward] = {
+    "maximum beside the mean": lambda net, x: (
+        y := net.a(x).relu(),
+        net.head(net.b(y * net.g(torch.cat([y.amax(1, keepdim=True), y.mean(1, keepdim=True)], 1)).sigmoid())))[1],
+    "max beside the mean": lambda net, x: (
+        y := net.a(x).relu(),
+        net.head(net.b(y * net.g(torch.cat([y.max(1, keepdim=True)[0], y.mean(1, keepdim=True)], 1)).sigmoid())))[1],
+    "two poolings through one layer": lambda net, x: (
+        y := net.a(x).relu(),
+        net.head(net.b(y * (net.s(y.mean((2, 3), keepdim=True)) + net.s(y.amax((2, 3), keepdim=True))).sigmoid())))[1],
+}  # fmt: skip
+
+
+@each(ATTENTIONS, failing={"max beside the mean"})
+def test_channels_pass_block_attention(name):
+    net = Body(ATTENTIONS[name], g=nn.Conv2d(2, 1, 3, padding=1), s=nn.Conv2d(16, 16, 1))
+    checks = ("readers",) if "layer" in name else ()  # a mean over the survivors differs from plain masking by design
+    assert {"a", "b"} <= free(pruned_exactly(net, image(), checks=checks))
+
+
+# Sizes written as numbers.
+
+
+class LeNet(nn.Module):
+    """Five layers, the third of which reads a flattened map."""
+
+    def __init__(self, view: Any) -> None:
+        super().__init__()
+        self.c1, self.c2 = nn.Conv2d(3, 6, 5), nn.Conv2d(6, 16, 5)
+        self.f1, self.f2, self.view = nn.Linear(16 * 5 * 5, 30), nn.Linear(30, 10), view
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.c1(x)), 2)
+        x = F.max_pool2d(F.relu(self.c2(x)), 2)
+        return self.f2(F.relu(self.f1(self.view(x))))
+
+
+FLATTENED = {
+    "view(-1, 16 * 5 * 5)": lambda x: x.view(-1, 16 * 5 * 5),
+    "view(x.size(0), 400)": lambda x: x.view(x.size(0), 400),
+    "reshape(-1, 400)": lambda x: x.reshape(-1, 400),
+    "reshape((len(x), 400))": lambda x: x.reshape((len(x), 400)),
+    "view(x.size(0), -1)": lambda x: x.view(x.size(0), -1),
+    "flatten(1)": lambda x: x.flatten(1),
+}
+
+
+@each(FLATTENED, failing=list(FLATTENED)[:4])
+def test_flattening_to_a_literal_size(name):
+    assert free(pruned_exactly(LeNet(FLATTENED[name]), image(32))) == {"c1", "c2", "f1"}
+
+
+LITERAL: dict[str, Forward] = {
+    "gate by slices": lambda net, x: (y := net.a(x), net.head(net.half(y[:, :8] * torch.sigmoid(y[:, 8:]))))[1],
+    "gate by a split": lambda net, x: (
+        y := net.a(x).split([8, 8], 1), net.head(net.half(y[0] * torch.sigmoid(y[1]))))[1],
+    "uneven split": lambda net, x: (y := net.a(x).split([4, 12], 1), net.head(net.p(y[0]) + net.q(y[1])))[1],
+    "uneven slices": lambda net, x: (y := net.a(x), net.head(net.p(y[:, :4]) + net.q(y[:, 4:])))[1],
+    "part through a layer": lambda net, x: (
+        y := net.a(x), net.head(net.b(torch.cat([net.r(y[:, :4]), y[:, 4:]], 1))))[1],
+    "shuffle": lambda net, x: (
+        y := net.a(x),
+        net.head(net.b(y.view(len(y), 2, 8, 8, 8).transpose(1, 2).reshape(len(y), 16, 8, 8))))[1],
+    "heads": lambda net, x: (
+        y := net.a(x), q := net.q16(y).view(2, 2, 8, 64), k := net.k16(y).view(2, 2, 8, 64),
+        w := (q.transpose(2, 3) @ k * 0.3).softmax(-1),
+        net.head(net.b((net.v16(y).view(2, 2, 8, 64) @ w.transpose(2, 3)).reshape(2, 16, 8, 8))))[-1],
+    "bias of a literal shape": lambda net, x: net.head(net.b(net.a(x) + net.bias.view(1, 16, 1, 1))),
+    "expand to a literal size": lambda net, x: (
+        y := net.a(x), net.head(net.b(y * y.mean((2, 3)).view(2, 16, 1, 1).expand(2, 16, 8, 8))))[1],
+    "zeros of a literal size": lambda net, x: (
+        y := net.a(x).relu(), net.head(net.b(torch.zeros(2, 16, 8, 8, dtype=y.dtype) + y)))[1],
+}  # fmt: skip
+PRODUCTS = {"heads", "expand to a literal size"}
+
+
+@each(LITERAL, failing=set(LITERAL) - {"heads"})
+def test_sizes_written_as_numbers(name):
+    layers = {"half": nn.Conv2d(8, 12, 1), "p": nn.Conv2d(4, 12, 1), "q": nn.Conv2d(12, 12, 1), "r": nn.Conv2d(4, 4, 1)}
+    layers |= {f"{own}16": nn.Conv2d(16, 16, 1) for own in "qkv"}
+    net = Body(LITERAL[name], **layers, bias=nn.Parameter(torch.randn(16)))
+    groups = pruned_exactly(net, image(), checks=("all",) if name in PRODUCTS else ("readers", "all"))
+    assert "a" in free(groups), [(g.name, g.pinned_because) for g in groups]
+
+
+# Arithmetic with a width that is read at run time.
+
+
+def non_local(net: Any, x: Tensor) -> Tensor:
+    y = net.a(x).relu()
+    t, p, g = (layer(y).flatten(2) for layer in (net.q16, net.k16, net.v16))
+    w = (t.transpose(1, 2) @ p / math.sqrt(t.shape[1])).softmax(-1)
+    return net.head(net.b(y + (g @ w.transpose(1, 2)).unflatten(2, x.shape[2:])))
+
+
+ARITHMETIC: dict[str, Forward] = {
+    "non-local": non_local,
+    "sum / width": lambda net, x: (y := net.a(x), net.head(net.b(y - y.sum(1, keepdim=True) / y.shape[1])))[1],
+    "x / sqrt(width)": lambda net, x: (y := net.a(x), net.head(net.b(y * y.shape[1] ** -0.5)))[1],
+    "width as a tensor": lambda net, x: (y := net.a(x), net.head(net.b(y / torch.tensor(float(y.shape[1])))))[1],
+    "width in full": lambda net, x: (
+        y := net.a(x), net.head(net.b(y / torch.full((1,), y.shape[1], dtype=y.dtype))))[1],
+    "sum of ones": lambda net, x: (y := net.a(x), net.head(net.b(y / torch.ones_like(y).sum(1, keepdim=True))))[1],
+    "clamp by the width": lambda net, x: (y := net.a(x), net.head(net.b(y.clamp(max=y.shape[1] / 50))))[1],
+    "slope of the width": lambda net, x: (y := net.a(x), net.head(net.b(F.leaky_relu(y, 1 / y.shape[1]))))[1],
+    "ramp over the width": lambda net, x: (
+        y := net.a(x), net.head(net.b(y + torch.linspace(0, 1, y.shape[1], dtype=y.dtype)[:, None, None])))[1],
+    "branch on the width": lambda net, x: (y := net.a(x), net.head(net.b(y if y.shape[1] >= 16 else -y)))[1],
+    "number of elements": lambda net, x: (y := net.a(x), net.head(net.b(y / y.numel())))[1],
+    "root of an attribute": lambda net, x: (y := net.a(x), net.head(net.b(y / net.a.out_channels)))[1],
+}  # fmt: skip
+WRONG = {"width as a tensor", "width in full", "sum of ones"}
+STUCK = {"non-local", "sum / width", "x / sqrt(width)", "clamp by the width", "slope of the width",
+         "branch on the width",
+         "number of elements", "root of an attribute"}  # fmt: skip
+
+
+@each(ARITHMETIC, failing=WRONG | STUCK)
+def test_numbers_that_follow_the_width(name):
+    layers = {f"{own}16": nn.Conv2d(16, 16, 1) for own in "qkv"}
+    pruned_exactly(Body(ARITHMETIC[name], **layers), image(), checks=("all",))
+
+
+# Weights that are no plain parameters of a module.
+
+
+class Gain(nn.Module):
+    def forward(self, w):
+        return 2 * w + 0.1 * w.abs()
+
+
+def gained(layer: nn.Module) -> nn.Module:
+    parametrize.register_parametrization(layer, "weight", Gain())
+    return layer
+
+
+def through(layer: nn.Module) -> nn.Module:
+    return Body(lambda net, x: net.head(net.b(net.w(net.a(x).relu()).relu())), w=layer)
+
+
+def functional(shape: tuple[int, ...], call: Any) -> nn.Module:
+    return Body(lambda net, x: net.head(net.b(call(net.a(x).relu(), net.w).relu())), w=nn.Parameter(torch.randn(shape)))
+
+
+COMPUTED = {
+    "parametrized": lambda: through(gained(nn.Conv2d(16, 16, 3, padding=1))),
+    "parametrized depthwise": lambda: through(gained(nn.Conv2d(16, 16, 3, padding=1, groups=16))),
+    "parametrized grouped": lambda: through(gained(nn.Conv2d(16, 16, 3, padding=1, groups=4))),
+    "weight_norm": lambda: through(parametrizations.weight_norm(nn.Conv2d(16, 16, 3, padding=1))),
+    "spectral_norm": lambda: through(parametrizations.spectral_norm(nn.Conv2d(16, 16, 3, padding=1))),
+    "orthogonal": lambda: through(parametrizations.orthogonal(nn.Conv2d(16, 16, 1))),
+    "old weight_norm": lambda: through(torch.nn.utils.weight_norm(nn.Conv2d(16, 16, 3, padding=1))),
+    "old weight_norm of a depthwise": lambda: through(
+        torch.nn.utils.weight_norm(nn.Conv2d(16, 16, 3, padding=1, groups=16))),
+    "old spectral_norm": lambda: through(torch.nn.utils.spectral_norm(nn.Conv2d(16, 16, 3, padding=1))),
+    "pruning masks": lambda: through(prune.random_unstructured(nn.Conv2d(16, 16, 3, padding=1), "weight", 0.3)),
+    "pruning masks of a depthwise": lambda: through(
+        prune.random_unstructured(nn.Conv2d(16, 16, 3, padding=1, groups=16), "weight", 0.3)),
+    "functional": lambda: functional((16, 16, 3, 3), lambda x, w: F.conv2d(x, w, padding=1)),
+    "functional grouped": lambda: functional((16, 4, 3, 3), lambda x, w: F.conv2d(x, w, padding=1, groups=4)),
+    "functional depthwise": lambda: functional((16, 1, 3, 3), lambda x, w: F.conv2d(x, w, padding=1, groups=16)),
+    "functional depthwise by width": lambda: functional(
+        (16, 1, 3, 3), lambda x, w: F.conv2d(x, w, padding=1, groups=x.shape[1])),
+    "functional transposed": lambda: functional((16, 16, 3, 3), lambda x, w: F.conv_transpose2d(x, w, padding=1)),
+    "functional grouped of a product": lambda: functional(
+        (16, 4, 3, 3), lambda x, w: F.conv2d(x, w * 2.0, padding=1, groups=4)),
+}  # fmt: skip
+GROUPED = {"parametrized grouped", "parametrized depthwise", "functional grouped", "functional grouped of a product",
+           "pruning masks", "pruning masks of a depthwise"}  # fmt: skip
+TRAINED = {"old spectral_norm", "old weight_norm", "old weight_norm of a depthwise"}
+
+
+@each(COMPUTED, failing=TRAINED | GROUPED)
+def test_weights_that_are_computed(name):
+    net, x = COMPUTED[name](), image()
+    if name in TRAINED:
+        net(x).sum().backward()  # now the weight belongs to a graph
+    normed = "norm" in name or name == "orthogonal"  # zeros change what such a weight is computed from
+    checks = () if normed else ("all",) if "masks" in name else ("readers", "all")
+    readers = {"w": 1, "w.parametrizations.weight.original": 1}
+    if name == "functional transposed":
+        readers["w"] = 0
+    refused_or(lambda: pruned_exactly(net, x, readers=readers, checks=checks), "remove_|parametri[sz]|weight")
+
+
+def refused_or(step: Callable[[], Any], match: str) -> Any:
+    """What a step returns, or None if it was refused with a message that says what to do."""
+    try:
+        return step()
+    except scap_hub.ScapHubError as error:
+        assert re.search(match, str(error)), error
+        return None
+
+
+def cached(net: Any, x: Tensor) -> Tensor:
+    net.feat = net.a(x).relu()
+    return net.head(net.b(net.feat))
+
+
+def cached_in_a_list(net: Any, x: Tensor) -> Tensor:
+    net.seen = [net.a(x).relu()]
+    return net.head(net.b(net.seen[0]))
+
+
+def cached_output(net: Any, x: Tensor) -> Tensor:
+    net.last = net.head(net.b(net.a(x).relu()))
+    return net.last
+
+
+@FAILS_TODAY
+@pytest.mark.parametrize("forward", [cached, cached_in_a_list, cached_output])
+def test_activations_that_the_model_keeps(forward):
+    net, x = Body(forward), image()
+    net(x).sum().backward()
+    random_values(net).eval()
+    groups = refused_or(lambda: scap_hub.channel_groups(net, x), r"feat|seen|last")
+    if groups is not None:
+        small = refused_or(lambda: scap_hub.apply_plan(net, some_plan(groups)), r"feat|seen|last")
+        assert small is None or scap_hub.verify(net, some_plan(groups), x) < 1e-9
+
+
+# Attributes that are read outside forward.
+
+
+@each(
+    ("fastvit_t8", "fastvit_sa12", "mobileone_s0", "repvgg_a0", "repvit_m0_9", "repghostnet_050", "mobileclip_s0"),
+    failing={"fastvit_t8", "fastvit_sa12"},
+)
+def test_a_pruned_model_is_reparameterised_like_a_dense_one(name):
+    timm = pytest.importorskip("timm")
+    from timm.utils.model import reparameterize_model
+
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
+    net, x = random_values(timm.create_model(name, num_classes=5)).eval(), torch.randn(1, 3, 64, 64)
+    small = scap_hub.apply_plan(net, some_plan(scap_hub.channel_groups(net, x))).eval()
+    assert difference(reparameterize_model(small)(x), small(x)) < 1e-3
