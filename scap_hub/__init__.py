@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from scap_hub.zoo import import_hooks
 
 if TYPE_CHECKING:
-    from scap_hub.channels import ChannelGroup, channel_groups, verify
+    from scap_hub.channels import ChannelGroup, ChannelGroups, channel_groups, verify
+    from scap_hub.compensation import repair
     from scap_hub.criteria import Criterion, score
     from scap_hub.errors import ScapHubError
     from scap_hub.hub.checkpoint import load
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     from scap_hub.run.pruning import prune
     from scap_hub.run.report import Report
     from scap_hub.run.result import Result
-    from scap_hub.run.steps import refine, repair
+    from scap_hub.run.steps import refine
+    from scap_hub.scores import Scores
     from scap_hub.selection.select import select
+    from scap_hub.selection.target import Target
     from scap_hub.surgery import apply_plan
     from scap_hub.timing.table import latency_table
     from scap_hub.training.finetune import finetune
@@ -31,6 +34,7 @@ __version__ = "0.1.0"
 # Where each public name lives; imported when first asked for, because timm and transformers are slow to import.
 _HOMES = {
     "ChannelGroup": "channels",
+    "ChannelGroups": "channels",
     "Comparison": "run.comparison",
     "Criterion": "criteria",
     "PruningPlan": "plan",
@@ -38,6 +42,8 @@ _HOMES = {
     "Report": "run.report",
     "Result": "run.result",
     "ScapHubError": "errors",
+    "Scores": "scores",
+    "Target": "selection.target",
     "apply_plan": "surgery",
     "bench": "run.bench",
     "channel_groups": "channels",
@@ -47,7 +53,7 @@ _HOMES = {
     "load": "hub.checkpoint",
     "prune": "run.pruning",
     "refine": "run.steps",
-    "repair": "run.steps",
+    "repair": "compensation",
     "score": "criteria",
     "select": "selection.select",
     "verify": "channels",
@@ -55,6 +61,7 @@ _HOMES = {
 
 __all__ = [
     "ChannelGroup",
+    "ChannelGroups",
     "Comparison",
     "Criterion",
     "PruningPlan",
@@ -62,6 +69,8 @@ __all__ = [
     "Report",
     "Result",
     "ScapHubError",
+    "Scores",
+    "Target",
     "apply_plan",
     "bench",
     "channel_groups",

@@ -23,6 +23,9 @@ from torch import Tensor
 # Turns the Python part of torch's dispatcher on. Without it a PreDispatchMode sees no operator, and nobody complains.
 from torch._dispatch.python import enable_python_dispatcher
 
+# The class of ATen operators, which a graph of them holds.
+from torch._ops import OpOverload
+
 # Runs a model on shapes while other inputs are real tensors. torch.export and torch.compile depend on it.
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.schema_check_mode import SchemaCheckMode
@@ -55,11 +58,13 @@ __all__ = [
     "DropoutNd",
     "FakeTensorMode",
     "NormBase",
+    "OpOverload",
     "PreDispatchMode",
     "column_types",
     "enable_python_dispatcher",
     "forget_registered",
     "is_alias_of",
+    "memory_of",
     "no_autocast",
     "register_module_forward_hook",
     "register_module_forward_pre_hook",
@@ -101,6 +106,11 @@ def no_autocast() -> Iterator[None]:
 def is_alias_of(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors share storage; on the meta device too, where there are no addresses to compare."""
     return bool(torch._C._is_alias_of(a, b))  # type: ignore[attr-defined]
+
+
+def memory_of(tensor: Tensor) -> int:
+    """A number of the memory that a tensor shows; the same for its views, on the meta device too."""
+    return tensor.untyped_storage()._cdata
 
 
 def schema(operator: Any) -> Any:

@@ -14,10 +14,13 @@ from scap_hub.errors import PlanError
 from scap_hub.graph.copies import copied
 from scap_hub.plan import PruningPlan, TensorCut
 
-CHANGEABLE = frozenset(
-    ["view", "reshape", "unflatten", "expand", "repeat", "tile", "narrow", "split", "split_with_sizes", "__getitem__", "__setitem__", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "layer_norm", "rms_norm", "group_norm", "conv1d", "conv2d", "conv3d", "mul", "mul_", "__mul__", "__rmul__", "__imul__", "div", "div_", "true_divide", "__truediv__", "__rtruediv__", "__itruediv__", "add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__rsub__", "__isub__", "rsub", "pow", "pow_", "__pow__", "__rpow__", "scaled_dot_product_attention"]
-)
-"""Functions of which a plan may change numbers: sizes, and arithmetic with a width."""
+_SIZED = (
+    "view", "reshape", "unflatten", "expand", "repeat", "tile", "narrow", "split", "split_with_sizes", "__getitem__",
+    "__setitem__", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "layer_norm", "rms_norm", "group_norm",
+    "conv1d", "conv2d", "conv3d",
+)  # fmt: skip
+CHANGEABLE = frozenset(_SIZED)
+"""Functions of which a plan may change numbers, because they are sizes; arithmetic stays as it is."""
 
 
 class Numbers(TorchFunctionMode):

@@ -143,8 +143,8 @@ def test_groups_partition_the_channels_and_predict_macs(names, seed):
     numbers = [number for group in groups for number in group.channels.tolist()]
     assert len(numbers) == len(set(numbers))
     plan = random_plan(groups, seed)
-    space = groups[0].space
-    stays = torch.ones(space.count, dtype=torch.bool).numpy()
+    partition = groups[0].whole.partition
+    stays = torch.ones(partition.count, dtype=torch.bool).numpy()
     for group in groups:
         if group.name in plan.groups:
             stays[group.channels] = False
@@ -152,5 +152,5 @@ def test_groups_partition_the_channels_and_predict_macs(names, seed):
     small = apply_plan(net, plan)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         small(x)
-    assert space.macs(stays) * 2 == counter.get_total_flops()
-    assert space.params(stays) == sum(p.numel() for p in small.parameters())
+    assert partition.macs(stays) * 2 == counter.get_total_flops()
+    assert partition.params(stays) == sum(p.numel() for p in small.parameters())

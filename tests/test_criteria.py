@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from scap_hub.channels.groups import channel_groups
+from scap_hub.channels import channel_groups
 from scap_hub.criteria import L1, Criterion, base, score
 from scap_hub.criteria.base import criterion
 from scap_hub.criteria.calibration import watch

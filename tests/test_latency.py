@@ -21,7 +21,7 @@ X = torch.randn(2, 3, 32, 32)
 
 
 def staying(groups, plan):
-    stays = np.ones(groups[0].space.count, dtype=bool)
+    stays = groups[0].whole.partition.everything()
     for group in groups:
         if group.name in plan.groups:
             stays[np.delete(group.channels, plan.kept(group.name))] = False
@@ -87,7 +87,7 @@ def test_the_table_agrees_with_the_whole_model(alone, scale, rest):
     groups = channel_groups(net, X)
     clock = Clock(rest=0.0 if alone > 1 else 2.0, alone=alone)
     table = latency_table(net, groups, X, clock)
-    assert table.ms(np.ones(groups[0].space.count, dtype=bool)) == pytest.approx(clock([(net, X)])[0])
+    assert table.ms(groups[0].whole.partition.everything()) == pytest.approx(clock([(net, X)])[0])
     assert (table.scale, table.rest) == (pytest.approx(scale), pytest.approx(rest)), "layers alone may be slower"
 
 
@@ -147,7 +147,7 @@ def test_select_asks_for_the_table():
         select(groups, random_scores(groups), "latency=0.5")
     table = scap_hub.latency_table(net, groups, X, Clock())
     plan = scap_hub.select(groups, random_scores(groups), "latency=0.5", round_to=1, latency=table)
-    everything = np.ones(groups[0].space.count, dtype=bool)
+    everything = groups[0].whole.partition.everything()
     assert 0.47 < table.ms(staying(groups, plan)) / table.ms(everything) <= 0.5
 
 

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from scap_hub import refine
 from scap_hub.channels.decoding import staying
 from scap_hub.channels.groups import channel_groups
 from scap_hub.channels.oracle import randomize
-from scap_hub.criteria import OBS, ScapSet, base, refine, score
+from scap_hub.criteria import OBS, ScapSet, base, score
 from scap_hub.criteria.obs import blocks
 from scap_hub.criteria.obs.elimination import CompensatedWeight, eliminate
 from scap_hub.criteria.patches import patches, views
@@ -178,8 +179,8 @@ def test_refinement_goes_on_with_the_compensated_weights(seed):
     x = torch.cat(IMAGES)[:, :, :8, :8]
     groups = [group for group in channel_groups(net, x) if group.prunable]
     plan = select(groups, score(net, [], "random", groups=groups), "ratio=0.5", round_to=1)
-    refined = refine(net, [x], plan, "obs", groups=groups)
-    assert refine(net, [x], plan, "obs", groups=groups, sequential=False) is plan
+    refined = refine(net, groups, [x], plan, "obs")
+    assert refine(net, groups, [x], plan, "obs", sequential=False) is plan
 
     compensated = copy.deepcopy(net)
     for name, conv in (("0", compensated[2]), ("2", compensated[4])):

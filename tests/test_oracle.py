@@ -21,7 +21,7 @@ def rolled(rule):
     """The rule with its output's ids shifted by one channel."""
 
     def shift(ids):
-        return Ids(ids.shape, tuple(np.roll(array, 1, int(np.argmax(array.shape))) for array in ids.arrays))
+        return Labels(ids.shape, tuple(np.roll(array, 1, int(np.argmax(array.shape))) for array in ids.arrays))
 
     def faulty(call):
         ids = rule(call)

@@ -55,11 +55,11 @@ def test_macs_budget_is_met_on_the_pruned_model(net, groups, scores, budget, sco
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.7])
 def test_a_rounded_budget_is_met_within_a_hundredth_or_one_step(groups, scores, kind, budget):
     plan = select(groups, scores, f"{kind}={budget}")
-    space = groups[0].space
-    cost = {"macs": space.macs, "params": space.params}[kind]
+    partition = groups[0].whole.partition
+    cost = {"macs": partition.macs, "params": partition.params}[kind]
 
     def stays(keep):
-        kept = np.ones(space.count, dtype=bool)
+        kept = partition.everything()
         for group in groups:
             if group.name in keep:
                 kept[np.delete(group.channels, keep[group.name])] = False

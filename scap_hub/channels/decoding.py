@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from scap_hub.channels.group import ChannelGroup
+from scap_hub.channels.groups import ChannelGroup
 from scap_hub.channels.labels import support
 
 
@@ -21,7 +21,7 @@ def staying(groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[int]]) -
     Returns:
         (channels of the model,) bool.
     """
-    return groups[0].space.staying({group.name: group.channels for group in groups}, keep)
+    return groups[0].whole.staying(keep)
 
 
 def position_in(group: ChannelGroup, channels: np.ndarray) -> np.ndarray:
@@ -49,7 +49,7 @@ def rows_of(group: ChannelGroup, tensor: str) -> np.ndarray:
     Returns:
         (entries,) 0 to `group.size - 1`; -1 for entries of other groups.
     """
-    return position_in(group, group.space.tensors[tensor].layers[0].reshape(-1))
+    return position_in(group, group.whole.partition.tensors[tensor].arrays[0].reshape(-1))
 
 
 def input_channels(group: ChannelGroup, weight: str, blocks: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -66,13 +66,13 @@ def input_channels(group: ChannelGroup, weight: str, blocks: int) -> Iterator[tu
     Yields:
         Number of a block, and the (inputs of the block,) channels as the model numbers them.
     """
-    tensor = group.space.tensors.get(weight)
+    tensor = group.whole.partition.tensors.get(weight)
     if tensor is None:
         return
     rows, inputs = tensor.shape[:2]
-    for layer in tensor.layers:
-        if 1 in support(layer):
-            channels = np.broadcast_to(layer.reshape(*layer.shape[:2]), (rows, inputs))
+    for array in tensor.arrays:
+        if 1 in support(array):
+            channels = np.broadcast_to(array.reshape(*array.shape[:2]), (rows, inputs))
             yield from enumerate(channels[:: rows // blocks])
 
 
@@ -84,7 +84,7 @@ def balance_classes(group: ChannelGroup) -> np.ndarray:
         balance.
     """
     rows = [
-        np.bincount(block, minlength=group.space.count)[group.channels]
+        np.bincount(block, minlength=group.whole.partition.count)[group.channels]
         for balance in group.constraint or ()
         for block in balance.blocks
     ]

@@ -7,25 +7,27 @@ the surgery is used, so a wrong index anywhere shows as a difference.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from scap_hub.channels.discovery import analyse
-from scap_hub.channels.labels import Labels, support
+from scap_hub.channels.labels import Labels, restricted, support
 from scap_hub.channels.operators import Call, Trace, flat, operator_of
-from scap_hub.channels.partition import solve
-from scap_hub.channels.proof import Run, expected_numbers
+from scap_hub.channels.partition import Partition, solve
+from scap_hub.channels.proof import expected_numbers
 from scap_hub.channels.trace import trace
-from scap_hub.errors import VerificationError
+from scap_hub.errors import ScapHubError, VerificationError
+from scap_hub.graph.copies import copied
+from scap_hub.graph.modes import evaluating
 from scap_hub.graph.node import Node, mapped
-from scap_hub.graph.record import capture, evaluating
+from scap_hub.graph.record import capture
+from scap_hub.graph.values import is_tensor, tensors_of
+from scap_hub.placement import placement
 from scap_hub.plan import PruningPlan
+from scap_hub.private import tree_map
 from scap_hub.surgery import apply_plan
 
 TOLERANCE = 1e-9
@@ -36,7 +38,7 @@ rounding error of its inputs makes of its outputs, and never by more than the se
 
 
 def verify(model: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...] | Tensor) -> float:
-    """Compares the pruned model with the masked one in float64.
+    """Compares the pruned model with the masked one, in float64 where the model runs so.
 
     Args:
         model: The dense model; untouched.
@@ -44,26 +46,33 @@ def verify(model: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...] | Tensor
         inputs: Positional arguments of its forward pass; a single tensor stands for one argument.
 
     Returns:
-        Largest absolute difference over all outputs, relative to the largest output.
+        Largest absolute difference over all outputs, relative to the largest element of each.
 
     Raises:
         VerificationError: The pruned model does not run, or its outputs differ by more than 1e-9; where the model
-            itself turns rounding errors of its inputs into more, by a hundred times that, at most 1e-6.
+            itself turns rounding errors of its inputs into more, by a hundred times that, at most 1e-6. In the
+            model's own precision the bound is a hundred of its rounding errors, or of what the model makes of them.
+            Its message says so where it is the dense model that cannot be compared: it is random, or computes what
+            its operators do not show, or has no values, or no output to compare.
         PlanError: The plan does not fit the model.
     """
-    arguments = _double((inputs,) if isinstance(inputs, Tensor) else inputs)
-    dense = copy.deepcopy(model).double().eval()
+    arguments = (inputs,) if isinstance(inputs, Tensor) else inputs
+    if any(tensor.is_meta for tensor in (*model.parameters(), *tensors_of(arguments))):
+        raise VerificationError("the model or its input has no values (meta device): load its weights, then verify it")
+    dense, arguments, tolerance, worst = _comparable(model, arguments)
     small = apply_plan(dense, plan)
     with torch.no_grad(), evaluating(small):
         try:
-            pruned = pytree.tree_leaves(small(*arguments))
+            pruned = _floats(small(*arguments))
         except Exception as error:
             raise VerificationError(f"the pruned model does not run: {type(error).__name__}: {error}") from error
-        masked = pytree.tree_leaves(masked_output(dense, plan, arguments))
-        difference, allowed = _difference(pruned, masked), TOLERANCE
+        masked = _replayed(dense, plan, arguments)
+        difference, allowed = _difference(pruned, masked), tolerance
         if difference > allowed:
-            nudged = pytree.tree_leaves(small(*_nudged(arguments)))
-            allowed = min(max(allowed, _CONDITIONING * _difference(nudged, pruned)), _WORST_CONDITIONED)
+            nudged = _floats(small(*_nudged(arguments)))
+            allowed = min(max(allowed, _CONDITIONING * _difference(nudged, pruned)), worst)
+        if not difference <= allowed:
+            _check_dense(dense, arguments, allowed)
     if not difference <= allowed:
         raise VerificationError(
             f"the pruned model differs from the masked one by {difference:.1e} (relative; allowed {allowed:.0e}): "
@@ -72,14 +81,75 @@ def verify(model: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...] | Tensor
     return difference
 
 
-def _difference(ours: list[Any], expected: list[Any]) -> float:
+def _comparable(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...], float, float]:
+    """A copy and its inputs in float64, or in the model's own precision, with the bounds that go with it.
+
+    Raises:
+        VerificationError: The model does not run on these inputs, or returns nothing that can be compared.
+    """
+    reasons = []
+    for dtype in (torch.float64, placement(model).dtype):
+        dense = copied(model).to(dtype).eval()
+        given = tree_map(lambda x: x.to(dtype) if is_tensor(x) and x.is_floating_point() else x, arguments)  # noqa: B023
+        try:
+            with torch.no_grad():
+                returned = _floats(dense(*given))
+        except Exception as error:
+            reasons.append(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            continue
+        if not returned:
+            raise VerificationError("the model returns no floating-point tensor, so there is nothing to compare")
+        if dtype == torch.float64:
+            return dense, given, TOLERANCE, _WORST_CONDITIONED
+        rounding = torch.finfo(dtype).eps
+        return dense, given, _CONDITIONING * rounding, _CONDITIONING**2 * rounding
+    raise VerificationError(f"the dense model does not run on these inputs, in float64 or its own type: {reasons[-1]}")
+
+
+def _check_dense(dense: nn.Module, arguments: tuple[Any, ...], allowed: float) -> None:
+    """Tells whether it is the dense model that cannot be compared, once a comparison has failed."""
+    with evaluating(dense):
+        once, again = _floats(dense(*arguments)), _floats(dense(*arguments))
+    if not _difference(once, again) <= allowed:
+        raise VerificationError(
+            "the dense model differs from itself between two runs, so nothing can be compared with it: something in it "
+            "is random in eval mode (a dropout that is always on?)"
+        )
+    nothing = PruningPlan(keeps=(), groups={}, tensors={})
+    if not _difference(_replayed(dense, nothing, arguments), once) <= allowed:
+        raise VerificationError(
+            "the dense model computes something that its recorded operators do not show (a fast path, values that pass "
+            "through .data or numpy), so the pruned model cannot be compared with it"
+        )
+
+
+def _replayed(dense: nn.Module, plan: PruningPlan, arguments: tuple[Any, ...]) -> list[Tensor]:
+    try:
+        return [value for value in masked_output(dense, plan, arguments) if value.is_floating_point()]
+    except ScapHubError:
+        raise
+    except Exception as error:
+        raise VerificationError(
+            f"the dense model with the pruned channels masked does not run: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _floats(output: Any) -> list[Tensor]:
+    """The floating-point tensors of an output."""
+    return [tensor for tensor in tensors_of(output) if tensor.is_floating_point()]
+
+
+def _difference(ours: list[Tensor], expected: list[Tensor]) -> float:
     """Largest difference over all outputs, each relative to its own largest element."""
+    if len(ours) != len(expected) or not ours:
+        raise VerificationError(f"{len(ours)} outputs cannot be compared with {len(expected)}")
     worst = 0.0
-    for own, other in zip(_tensors(ours), _tensors(expected), strict=True):
+    for own, other in zip(ours, expected, strict=True):
         if own.shape != other.shape:
             raise VerificationError(f"an output has shape {tuple(own.shape)} instead of {tuple(other.shape)}")
-        scale = other.abs().max().clamp(min=torch.finfo(other.dtype).tiny)
-        worst = max(worst, float((own - other).abs().max() / scale))
+        if other.numel():
+            scale = other.abs().max().clamp(min=torch.finfo(other.dtype).tiny)
+            worst = max(worst, float(((own - other).abs().max() / scale).nan_to_num(nan=float("inf"))))
     return worst
 
 
@@ -92,23 +162,56 @@ def _nudged(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return x
         return x * (1 + torch.finfo(x.dtype).eps * torch.randn(x.shape, generator=generator).to(x))
 
-    return pytree.tree_map(nudge, inputs)
+    return tree_map(nudge, inputs)
 
 
-def masked_output(dense: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...]) -> Any:
+def masked_output(dense: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...]) -> list[Tensor]:
     """Output of the dense graph with everything that the plan removes masked; a flat list of its outputs."""
     captured = capture(dense, inputs)
     found = trace(captured)
     partition = solve(captured, found, dense)
-    channels = {group.name: group.channels for group in analyse(Run(captured, found), partition)}
-    stays = partition.staying(channels, {name: plan.kept(name) for name in plan.groups})[partition.channel_of]
-    masked = _Masked(found, stays)
+    masked = _Masked(found, _staying(plan, partition)[partition.channel_of])
     for node in captured.given:
         assert node.tensor is not None
-        masked.values[node] = _masked(node.tensor.detach(), node.state, plan) if node.state else node.tensor
+        # A copy, because the graph may write to it.
+        masked.values[node] = _masked(node.tensor.detach(), node.state, plan) if node.state else node.tensor.clone()
     for node in captured.called:
         masked.values[node] = masked.run(node)
     return [masked.values[node] for node in captured.outputs]
+
+
+def _staying(plan: PruningPlan, partition: Partition) -> np.ndarray:
+    """(channels,) whether each channel stays, by what the plan does to tensors.
+
+    Raises:
+        VerificationError: A tensor is cut without others that hold the same channels.
+    """
+    stays = partition.everything()
+    for name, cut in plan.tensors.items():
+        labels = partition.tensors.get(name)
+        for dim, entry in cut.keep.items():
+            line = labels.along(dim) if labels is not None else None
+            if line is None:
+                raise VerificationError(f"the plan cuts dimension {dim} of {name!r}, which carries no channels")
+            stays[np.delete(line, plan.indices(entry))] = False
+        if cut.blocks is not None and labels is not None:
+            array = next((own for own in labels.arrays if support(own) == (0, 1)), None)
+            if array is None:
+                raise VerificationError(f"the plan cuts {name!r} by blocks, which it does not have")
+            rows = np.split(array.reshape(labels.shape[:2]), len(cut.blocks))
+            for block, entry in zip(rows, cut.blocks, strict=True):
+                stays[np.delete(block, plan.indices(entry), axis=1)] = False
+    for name, labels in partition.tensors.items():
+        own = plan.tensors.get(name)
+        left = restricted(labels, stays).shape
+        cuts = {dim: len(plan.indices(entry)) for dim, entry in own.keep.items()} if own else {}
+        if own and own.blocks is not None:
+            cuts[1] = len(plan.indices(own.blocks[0]))
+        if left != tuple(cuts.get(dim, size) for dim, size in enumerate(labels.shape)):
+            raise VerificationError(
+                f"the plan is wrong: of the channels of {name!r} a tensor of shape {left} stays, not what the plan leaves"
+            )
+    return stays
 
 
 class _Masked:
@@ -198,14 +301,6 @@ def _masked(tensor: Tensor, name: str, plan: PruningPlan) -> Tensor:
             gone[plan.indices(entry)] = False
             rows.index_fill_(1, gone.nonzero().flatten(), False)
     return torch.where(mask, tensor, 0)
-
-
-def _double(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
-
-
-def _tensors(values: list[Any]) -> list[Tensor]:
-    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:

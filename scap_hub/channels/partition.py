@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from scap_hub.channels.labels import Labels, restricted, support
-from scap_hub.channels.operators import Cost, Trace, adapting
+from scap_hub.channels.operators import Cost, Trace
+from scap_hub.channels.operators.table import Adapting, ModuleKind, adapting
 from scap_hub.channels.trace import count_staying
 from scap_hub.errors import PlanError
 from scap_hub.graph.record import Capture
@@ -47,16 +49,47 @@ class WeightedModule:
         path: Module path.
         weight: Full name of its weight.
         module: The module as it is in the dense model, without values.
+        kind: What it is.
+        adapt: What says how its integers follow.
     """
 
     path: str
     weight: str
     module: nn.Module
 
+    kind: ModuleKind
+    adapt: Adapting = field(repr=False)
+
+    @classmethod
+    def of(cls, path: str, module: nn.Module) -> WeightedModule | None:
+        """The description of a module; None for one whose integers do not follow from its weight."""
+        known = adapting(module)
+        return cls(path, f"{path}.weight" if path else "weight", module, *known) if known else None
+
     def integers(self, shape: tuple[int, ...]) -> dict[str, int | list[int]]:
         """The module's integers once its weight has `shape`."""
-        function = adapting(self.module)
-        return function(self.module, shape) if function else {}
+        return self.adapt(self.module, shape)
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution; 1 for anything else."""
+        return getattr(self.module, "groups", 1)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is laid (in, out / groups, ...)."""
+        return getattr(self.module, "transposed", False)
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each group of a convolution reads one channel, so that the groups shrink with the channels."""
+        return self.groups > 1 and getattr(self.module, "in_channels", None) == self.groups
+
+    @property
+    def rows_a_group(self) -> int:
+        """Output channels of each group of a convolution."""
+        module: Any = self.module
+        return module.out_channels // module.groups if self.kind == "conv" else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,9 +221,7 @@ def solve(captured: Capture, found: Trace, model: nn.Module) -> Partition:
         costs=tuple(Cost(translated(cost.labels), cost.times, cost.weight) for cost in found.costs),
         balances=tuple(balances),
         modules=tuple(
-            WeightedModule(path, f"{path}.weight" if path else "weight", module)
-            for path, module in model.named_modules()
-            if adapting(module)
+            layer for path, module in model.named_modules() if (layer := WeightedModule.of(path, module)) is not None
         ),
         parameters=frozenset(name for name in tensors if isinstance(captured.tensors[name], nn.Parameter)),
         blocks=dict(found.blocks),

@@ -21,7 +21,7 @@ from scap_hub.channels.operators import Call, Trace, flat, sizes_of
 from scap_hub.channels.trace import label
 from scap_hub.graph.modes import emptied_caches, running, untouched
 from scap_hub.graph.node import Node, mapped
-from scap_hub.graph.record import Capture, Recorder
+from scap_hub.graph.record import VALUES, Capture, Recorder
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,17 +130,32 @@ class _Proof(Recorder):
         for node in self._given:  # parameters, buffers and inputs
             self._same(node)
 
+    def called(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Checks the call before it runs, because torch may refuse wrong numbers; see `Recorder.called`."""
+        if target in VALUES:
+            return
+        call = Node(target, args, kwargs)
+        for source in call.sources:  # it is not part of the graph
+            source.users.remove(call)
+        self._check_arguments(call, self._expected(call))
+
     def made(self, node: Node, value: Any) -> None:
         """See `Recorder.made`."""
+        expected = self._expected(node)
+        if not node.is_operator:
+            self._check_sources(node.args, expected.args)
+        self.same[node] = expected
+        self._check_labels(node, expected)
+        self.position += 1
+
+    def _expected(self, node: Node) -> Node:
+        """What the dense model does next, which must be the same operator."""
         if self.position == len(self.dense.captured.called):
             raise RuntimeError(f"{node.target} runs after the last operator of the dense model")
         expected = self.dense.captured.called[self.position]
         if node.target is not expected.target:
             raise RuntimeError(f"{node.target} runs instead of {expected.target}")
-        self.same[node] = expected
-        self._check_arguments(node, expected)
-        self._check_labels(node, expected)
-        self.position += 1
+        return expected
 
     def finish(self) -> None:
         """Checks that the forward pass did all that it should, and returns the same."""
@@ -169,9 +184,6 @@ class _Proof(Recorder):
 
     def _check_arguments(self, node: Node, expected: Node) -> None:
         """The call must read the same tensors and compute with the right numbers."""
-        if not node.is_operator:
-            self._check_sources(node.args, expected.args)
-            return
         call = Call(expected, self.dense.found)
         numbers = {(number.argument, number.index): number for number in expected_numbers(call, self.stays)}
         for name, dense in expected.arguments.items():

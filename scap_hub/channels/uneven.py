@@ -61,7 +61,7 @@ def _clusters(
             for balance, numbers in zip(balances, touched, strict=True)
             if numbers.size and cluster_of[numbers[0]] == cluster
         ]
-        yield [groups[number] for number in members], bound
+        yield [groups[int(number)] for number in members], bound
 
 
 class _Cluster:

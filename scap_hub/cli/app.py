@@ -28,7 +28,7 @@ for command in (
     app.command()(command)
 app.add_typer(recipes, name="recipe")
 
-# typer's base of all usage errors, which it keeps in another module from version to version.
+# The base of all usage errors has no public name: up to typer 0.25 it is click's, from 0.26 on a private copy of it.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 

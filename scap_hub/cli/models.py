@@ -14,7 +14,7 @@ from scap_hub.cli.output import output, print_table, say
 from scap_hub.progress import announce
 
 if TYPE_CHECKING:
-    from scap_hub.channels import ChannelGroup
+    from scap_hub.channels import ChannelGroup, ChannelGroups
     from scap_hub.plan import PruningPlan
     from scap_hub.zoo import LoadedModel
 
@@ -95,7 +95,7 @@ def verify(
         say(f"{name}: pruned equals masked, relative difference {error:.1e}", quiet or as_json)
 
 
-def _random_plans(groups: list[ChannelGroup]) -> dict[str, PruningPlan]:
+def _random_plans(groups: ChannelGroups) -> dict[str, PruningPlan]:
     import torch
 
     from scap_hub.selection.select import select
@@ -147,7 +147,7 @@ def bench(
         )  # fmt: skip
 
 
-def _groups(model: str, untrained: bool, size: int | None) -> tuple[LoadedModel, list[ChannelGroup]]:
+def _groups(model: str, untrained: bool, size: int | None) -> tuple[LoadedModel, ChannelGroups]:
     import torch
 
     from scap_hub.channels import channel_groups
@@ -159,8 +159,8 @@ def _groups(model: str, untrained: bool, size: int | None) -> tuple[LoadedModel,
         return loaded, channel_groups(loaded.module, torch.zeros(1, *loaded.preprocessing.input_size))
 
 
-def _mac_shares(groups: list[ChannelGroup]) -> list[float]:
+def _mac_shares(groups: ChannelGroups) -> list[float]:
     """Share of the model's MACs in the layers that compute each group."""
-    layers = groups[0].space.layer_macs() if groups else {}
+    layers = groups[0].whole.partition.layer_macs() if groups else {}
     total = sum(layers.values())
     return [sum(layers.get(path, 0) for path in group.producers) / total for group in groups]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scap_hub.cli.criteria import criterion_name
 from scap_hub.cli.options import AsJson, Out, Quiet, Settings, overrides
 from scap_hub.cli.output import is_main_process, output, print_report, print_table, say
 from scap_hub.errors import PlanError
+from scap_hub.selection.target import EXAMPLES
 
 if TYPE_CHECKING:
     from scap_hub.run.result import Result
@@ -22,9 +22,7 @@ def prune(
     model: Annotated[str | None, typer.Argument(help="timm name, Hub id or folder; the recipe's if left out.")] = None,
     data: Annotated[str | None, typer.Option(help="Data set: Hub id, folder, or digits.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Shipped name or YAML file; see `scap-hub recipe list`.")] = None,
-    target: Annotated[
-        str | None, typer.Option(help="What stays: macs=0.5, params=0.3, ratio=0.5, threshold=0.6.")
-    ] = None,
+    target: Annotated[str | None, typer.Option(help=f"What stays: {EXAMPLES}.")] = None,
     criterion: Annotated[
         str | None, typer.Option(metavar="NAME|FILE.py:CLASS", help="What scores the channels; also one of your own.")
     ] = None,
@@ -43,7 +41,7 @@ def prune(
         import scap_hub
 
         # The criterion first, because a new one replaces the old one's options.
-        changes: dict[str, Any] = {"criterion": criterion_name(criterion)} if criterion is not None else {}
+        changes: dict[str, Any] = {"criterion": criterion} if criterion is not None else {}
         changes |= overrides(settings)
         if target is not None:
             changes["target"] = target
@@ -98,7 +96,7 @@ def compare(
 
         found = scap_hub.compare(
             model, data, recipe, targets=targets.split(","), output=out, seeds=seeds,
-            criteria="all" if criteria == "all" else [criterion_name(text) for text in criteria.split(",")],
+            criteria="all" if criteria == "all" else criteria.split(","),
             **overrides(settings),
         )  # fmt: skip
     if as_json and is_main_process():

@@ -23,7 +23,6 @@ from scap_hub.criteria.rows import RowCriterion
 from scap_hub.criteria.scap.criterion import Scap
 from scap_hub.criteria.scap.scap_set import ScapSet
 from scap_hub.errors import CalibrationError, RecipeError
-from scap_hub.plan import PruningPlan
 from scap_hub.scores import DEFAULT_CRITERION, Scores
 
 __all__ = [
@@ -40,7 +39,6 @@ __all__ = [
     "Scap",
     "ScapSet",
     "Taylor",
-    "refine",
     "score",
 ]
 
@@ -80,33 +78,6 @@ def score(
         found = Scores(found, criterion.scope)
     importance = _checked(found, type(criterion).__name__, groups)
     return Scores(importance, found.scope, found.fidelity)
-
-
-def refine(
-    model: nn.Module,
-    batches: Iterable[Any],
-    plan: PruningPlan,
-    criterion: str | Criterion = DEFAULT_CRITERION,
-    *,
-    groups: Sequence[ChannelGroup],
-    **options: Any,
-) -> PruningPlan:
-    """Chooses anew which channels stay, at the numbers that a plan gives every group, as `prune` does after `select`.
-
-    Criteria that judge channels one by one give the plan back as it is.
-
-    Args:
-        model: The dense model; unchanged on return.
-        batches: As for `score`.
-        plan: What `select` made of the scores.
-        criterion: As for `score`.
-        groups: The model's channel groups.
-        **options: As for `score`.
-
-    Raises:
-        RecipeError, CalibrationError, ModelError: As for `score`.
-    """
-    return _ready(criterion, options).refine(model, groups, batches, plan)
 
 
 def _ready(criterion: str | Criterion, options: dict[str, Any]) -> Criterion:

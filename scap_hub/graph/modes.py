@@ -8,9 +8,7 @@ import sys
 from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
-from unittest import mock
 
-import torch
 from torch import nn
 
 
@@ -96,16 +94,6 @@ def _caches_in(value: Any) -> Iterator[Any]:
             with contextlib.suppress(ValueError):  # an empty cell
                 if isinstance(cell.cell_contents, _CACHE):
                     yield cell.cell_contents
-
-
-@contextlib.contextmanager
-def no_autocast() -> Iterator[None]:
-    # An autocast region becomes an opaque subgraph in the export; precision does not matter for shapes.
-    with (
-        mock.patch.object(torch.autocast, "__enter__", lambda self: self),
-        mock.patch.object(torch.autocast, "__exit__", lambda self, *_: None),
-    ):
-        yield
 
 
 def running(model: nn.Module, error: BaseException) -> list[str]:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from scap_hub.private import OpOverload, schema
+
 
 class Site(NamedTuple):
     """A call of a torch function in a module's forward pass, as its source code has it.
@@ -75,7 +77,7 @@ class Node:
     @property
     def is_operator(self) -> bool:
         """Whether an ATen operator made it, whose arguments have names."""
-        return hasattr(self.target, "_schema")
+        return isinstance(self.target, OpOverload)
 
     @functools.cached_property
     def arguments(self) -> Mapping[str, Any]:
@@ -96,7 +98,7 @@ def _op(target: Any) -> str:
 
 @functools.cache
 def _defaults(target: Any) -> dict[str, Any]:
-    return {argument.name: argument.default_value for argument in target._schema.arguments}
+    return {argument.name: argument.default_value for argument in schema(target).arguments}
 
 
 def numbers_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[int | float]:

@@ -12,20 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.schema_check_mode import SchemaCheckMode
-from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from scap_hub.errors import ModelError
-from scap_hub.graph.modes import emptied_caches, evaluating, no_autocast, running, untouched
+from scap_hub.graph.modes import emptied_caches, evaluating, running, untouched
 from scap_hub.graph.node import Node, Site, flattened, mapped, numbers_in, rebuilt
 from scap_hub.graph.shapes import in_place, run
 from scap_hub.graph.values import is_tensor, tensors_of, without_values
+from scap_hub.private import (
+    PreDispatchMode,
+    enable_python_dispatcher,
+    memory_of,
+    no_autocast,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 _ATEN = torch.ops.aten
-_VALUES = (_ATEN.item.default, _ATEN._local_scalar_dense.default, _ATEN.is_nonzero.default)
+VALUES = (_ATEN.item.default, _ATEN._local_scalar_dense.default, _ATEN.is_nonzero.default)
 """Operators that turn a tensor into a Python number."""
 _LOOKS = ("tolist", "numpy", "__array__", "__dlpack__", "data_ptr")
 """Functions of a tensor that look at its values without an operator."""
@@ -94,14 +98,14 @@ class _Running:
     functions: Counter[str] = field(default_factory=Counter)
 
 
-class Recorder(SchemaCheckMode):
+class Recorder(PreDispatchMode):
     """Writes every ATen operator into a graph before composite ones are taken apart.
 
     Torch lets few classes of dispatch mode see operators that early; deriving from one of them is the way in.
     """
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], training: bool = False) -> None:
-        TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)
+        super().__init__()
         self.model, self.inputs, self.training = model, inputs, training
         self.running: Any = None
         self.site: Site | None = None
@@ -137,6 +141,9 @@ class Recorder(SchemaCheckMode):
             self._outputs = [self.node(leaf) for leaf in returned]
         return output
 
+    def called(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Called before an operator runs, with nodes in the place of tensors."""
+
     def made(self, node: Node, value: Any) -> None:
         """Called for each operator, and for each part of a result that has parts."""
 
@@ -154,8 +161,8 @@ class Recorder(SchemaCheckMode):
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
         """Follows which module is running."""
-        before = module_hooks.register_module_forward_pre_hook(self._enter)
-        after = module_hooks.register_module_forward_hook(self._leave, always_call=True)
+        before = register_module_forward_pre_hook(self._enter)
+        after = register_module_forward_hook(self._leave, always_call=True)
         try:
             yield
         finally:
@@ -190,10 +197,11 @@ class Recorder(SchemaCheckMode):
         form, leaves = flattened(args, kwargs or {})
         nodes = [self.node(leaf) if is_tensor(leaf) else leaf for leaf in leaves]
         varies = any(isinstance(node, Node) and node.varies for node in nodes)
-        if func in _VALUES and varies:
+        if func in VALUES and varies:
             raise RuntimeError("it looks at the value of a tensor that depends on the input")
+        self.called(func, *rebuilt(form, nodes))
         result = run(func, form, leaves)
-        if func not in _VALUES:
+        if func not in VALUES:
             whole = self._call(func, *rebuilt(form, nodes), result, varies)
             for index, item in enumerate(result if isinstance(result, tuple | list) else ()):
                 if is_tensor(item):
@@ -220,7 +228,7 @@ class Recorder(SchemaCheckMode):
         if is_tensor(value):
             self._nodes[id(value)] = made
             self._alive.append(value)
-            self._sharing.setdefault(value.untyped_storage()._cdata, []).append(value)
+            self._sharing.setdefault(memory_of(value), []).append(value)
         return made
 
     def _alias(self, tensor: Tensor, source: Tensor) -> None:
@@ -232,7 +240,7 @@ class Recorder(SchemaCheckMode):
 
         A tensor that is the whole of what was written is that result; of any other, no rule says what is where.
         """
-        for other in self._sharing.get(view.untyped_storage()._cdata, ()):
+        for other in self._sharing.get(memory_of(view), ()):
             if other is view:
                 continue
             if _same_place(other, view):

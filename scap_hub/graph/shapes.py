@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scap_hub.graph.node import Form, rebuilt
 from scap_hub.graph.values import is_tensor
+from scap_hub.private import is_alias_of, schema
 
 _ATEN = torch.ops.aten
 ATOMS = (bool, int, float, str, NoneType)
@@ -60,16 +61,16 @@ def run(func: Any, form: Form, leaves: list[Any]) -> Any:
 @functools.cache
 def in_place(func: Any) -> bool:
     """Whether it writes to its first argument, returns that, and leaves its shape."""
-    returned = [value.alias_info for value in func._schema.returns]
-    first = func._schema.arguments[0].alias_info
+    returned = [value.alias_info for value in schema(func).returns]
+    first = schema(func).arguments[0].alias_info
     writes = len(returned) == 1 and first is not None and first.is_write and returned[0] is not None
-    return writes and torch.Tag.inplace_view not in func.tags and func._schema.name.endswith("_")
+    return writes and torch.Tag.inplace_view not in func.tags and schema(func).name.endswith("_")
 
 
 @functools.lru_cache(maxsize=2**14, typed=True)
 def result_like(func: Any, form: Form, *leaves: Any) -> _Like | None:
     """What an operator makes of such tensors, if that is one new tensor, not a view or an argument itself."""
-    if len(func._schema.returns) != 1 or func._schema.returns[0].alias_info is not None:
+    if len(schema(func).returns) != 1 or schema(func).returns[0].alias_info is not None:
         return None
     if (shape := _layer(func, *leaves)) is not None:
         return _Like.contiguous(shape, leaves[0].dtype)
@@ -83,7 +84,7 @@ def result_like(func: Any, form: Form, *leaves: Any) -> _Like | None:
     result = func(*args, **kwargs)
     if not is_tensor(result) or not result.is_meta:
         return None
-    if any(is_tensor(leaf) and torch._C._is_alias_of(leaf, result) for leaf in empty):  # type: ignore[attr-defined]
+    if any(is_tensor(leaf) and is_alias_of(leaf, result) for leaf in empty):
         return None
     return _Like.of(result)
 

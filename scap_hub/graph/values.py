@@ -8,7 +8,8 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from scap_hub.private import tree_map
 
 _LEAVES = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, nn.Module)
 
@@ -25,7 +26,7 @@ def without_values(leaf: Any) -> Any:
 
 def on_meta(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same inputs as shapes only."""
-    return pytree.tree_map(without_values, inputs)
+    return tree_map(without_values, inputs)
 
 
 def tensors_of(value: Any) -> list[Tensor]:

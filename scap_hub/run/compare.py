@@ -12,8 +12,8 @@ from typing import Any
 from accelerate.utils import set_seed
 from torch import nn
 
-from scap_hub.channels.groups import channel_groups
-from scap_hub.compensation.least_squares import recalibrate
+from scap_hub.channels import channel_groups
+from scap_hub.compensation import recalibrate
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.criteria.base import known_criteria
 from scap_hub.errors import DataError, ScapHubError
@@ -24,6 +24,7 @@ from scap_hub.run.comparison import Cell, Comparison, found_in
 from scap_hub.run.inputs import data_for, example, load_dense, shard_calibration
 from scap_hub.run.pruning import prune_loaded
 from scap_hub.run.report import Measures, measure
+from scap_hub.selection.target import Target
 from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator, from_main
 from scap_hub.training.evaluate import evaluate
@@ -81,7 +82,7 @@ def compare(
     if not found.dense:
         found.dense = _dense(loaded, data)
     done = {_key(cell) for cell in found.cells if "error" not in cell}
-    left = [key for key in recipes if key not in done and _fits(key[2], key[1])]
+    left = [key for key in recipes if key not in done and _fits(key[2], recipes[key].target.target)]
     seeded = {base.seed: data}
     with tempfile.TemporaryDirectory() as scores:
         for key in track(left, "comparison"):
@@ -126,9 +127,9 @@ def _criteria(criteria: str | Sequence[str]) -> list[str]:
     return names
 
 
-def _fits(name: str, target: str) -> bool:
+def _fits(name: str, target: Target) -> bool:
     """Torch-Pruning knows ratios, which are matched to these budgets."""
-    return name not in peers.PEERS or target.partition("=")[0] in ("macs", "params")
+    return name not in peers.PEERS or target.kind in peers.MATCHED
 
 
 def _shared(recipe: Recipe) -> dict[str, Any]:
@@ -196,14 +197,12 @@ def _peer(job: _Job) -> Cell:
     """Torch-Pruning's choice, then the same training; repaired only where its name says so."""
     loaded, recipe = job.loaded, job.recipe
     small, history = loaded.module, []
-    kind, fraction = recipe.target.budget
-    assert isinstance(fraction, float)
+    target = recipe.target.target.share(1 / recipe.schedule.steps)
     for _ in range(recipe.schedule.steps):
         images = example(small, loaded)
         groups = channel_groups(small, images)
-        step = (kind, fraction ** (1 / recipe.schedule.steps))
         try:
-            small = peers.prune_with_peer(small, groups, images, job.name, step, recipe.target.round_to)
+            small = peers.prune_with_peer(small, groups, images, job.name, target, recipe.target.round_to)
         except Exception as error:
             # Whatever another library raises is a result here: it does not prune this model.
             return {"error": f"{type(error).__name__}: {error}"}

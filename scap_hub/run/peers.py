@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def check_available(name: str) -> None:
 
 
 def prune_with_peer(
-    model: nn.Module, groups: list[ChannelGroup], images: Tensor, name: str, target: Target, round_to: int
+    model: nn.Module, groups: Sequence[ChannelGroup], images: Tensor, name: str, target: Target, round_to: int
 ) -> nn.Module:
     """Prunes a copy with the largest ratio that stays within the budget.
 
@@ -71,7 +72,7 @@ def prune_with_peer(
 
 def _pruned(
     model: nn.Module,
-    groups: list[ChannelGroup],
+    groups: Sequence[ChannelGroup],
     images: Tensor,
     ratio: float,
     round_to: int,

@@ -10,24 +10,26 @@ from typing import Any
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from scap_hub.channels.groups import ChannelGroup
+from scap_hub.channels.groups import ChannelGroups
+from scap_hub.compensation import repair
 from scap_hub.criteria.base import Criterion
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.criteria.diagnostics import Diagnosis, diagnose
 from scap_hub.hub.checkpoint import check_output
 from scap_hub.hub.uniform import plain_config
 from scap_hub.plan import PruningPlan
-from scap_hub.recipe import Recipe, TargetSettings
+from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
 from scap_hub.run.inputs import example, load_dense, shard_calibration
 from scap_hub.run.report import GroupReport, Measures, Report, Selection, measure
 from scap_hub.run.result import Result
 from scap_hub.run.score_cache import kept_scores
 from scap_hub.run.stages import Stages
-from scap_hub.run.steps import refine, repair
+from scap_hub.run.steps import refine
 from scap_hub.run.unfinished import kept_beside
 from scap_hub.scores import Scores
-from scap_hub.selection.select import kept_importance, select, select_latency
+from scap_hub.selection.latency import select_latency
+from scap_hub.selection.select import kept_importance, select
 from scap_hub.surgery import apply_plan
 from scap_hub.timing.clock import milliseconds
 from scap_hub.training.data import Data
@@ -131,7 +133,7 @@ def prune_loaded(
 class _Step:
     """What one step of the schedule found and did; the channels are those of the model that the step started from."""
 
-    groups: list[ChannelGroup]
+    groups: ChannelGroups
     scores: Scores
     diagnoses: dict[str, Diagnosis]
     plan: PruningPlan
@@ -182,7 +184,7 @@ class _Pipeline:
         return small, _Step(groups, scores, diagnoses, plan, selection, history)
 
     def _selected(
-        self, model: nn.Module, groups: list[ChannelGroup], scores: Scores, number: int
+        self, model: nn.Module, groups: ChannelGroups, scores: Scores, number: int
     ) -> tuple[PruningPlan, Selection]:
         """Decided once: ranks may differ in the last bit of a score, never in the plan."""
         recipe = self.recipe
@@ -194,7 +196,7 @@ class _Pipeline:
 def _select(
     dense: nn.Module,
     small: nn.Module,
-    groups: list[ChannelGroup],
+    groups: ChannelGroups,
     scores: Scores,
     recipe: Recipe,
     scope: str,
@@ -203,32 +205,21 @@ def _select(
 ) -> tuple[PruningPlan, Selection]:
     """The plan of one step, and what it came to."""
     settings, steps = recipe.target, recipe.schedule.steps
-    target: str | dict[str, float]
     table = share = None
-    if settings.latency is not None:
+    met = True
+    if settings.target.kind == "latency":
         # Of the dense model's time, so that what one step misses the next makes good.
-        fraction = settings.latency ** ((step + 1) / steps)
         choice = select_latency(
-            small, groups, scores, fraction, images, settings.round_to,
+            small, groups, scores, settings.target.share((step + 1) / steps).number, images, settings.round_to,
             floor=settings.floor, scope=scope, reference=dense,
         )  # fmt: skip
-        plan, share, target, table = choice.plan, choice.share, choice.target, choice.table
+        plan, share, target, table, met = choice.plan, choice.share, choice.target, choice.table, choice.met
     else:
-        target = _step_target(settings, steps)
+        target = settings.target.share(1 / steps)
         plan = select(groups, scores, target, settings.round_to, floor=settings.floor, scope=scope)
     importance = kept_importance(plan, scores)
     free = select(groups, scores, target, 1, floor=settings.floor, scope=scope, latency=table)
-    return plan, Selection(importance, max(0.0, kept_importance(free, scores) - importance), share)
-
-
-def _step_target(settings: TargetSettings, steps: int) -> str | dict[str, float]:
-    """What stays in each of equal steps: their product is the target."""
-    kind, value = settings.budget
-    if kind == "threshold":
-        return f"threshold={value}"
-    if isinstance(value, Mapping):
-        return {name: fraction ** (1 / steps) for name, fraction in value.items()}
-    return f"{kind}={value ** (1 / steps)}"
+    return plan, Selection(importance, max(0.0, kept_importance(free, scores) - importance), share, met)
 
 
 def _joined(steps: Sequence[_Step]) -> PruningPlan:

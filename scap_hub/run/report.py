@@ -52,6 +52,7 @@ class Selection:
         rounding_price: How much larger it were if channel counts were not multiples of `target.round_to`.
         latency: Measured share of the dense model's time; None where the target is another.
         met: Whether a latency budget is met within 1 %; the other kinds of target always are, or `select` raises.
+        met: Whether a latency budget is met within 1 %; the other kinds of target always are, or `select` raises.
     """
 
     importance: float

@@ -1,4 +1,4 @@
-"""Steps of `prune` that can be called alone, beside those that have a home of their own."""
+"""A step of `prune` that can be called alone, beside those that have a home of their own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from scap_hub.channels.groups import ChannelGroup
-from scap_hub.compensation.least_squares import compensate, recalibrate
 from scap_hub.criteria.base import Criterion
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.errors import RecipeError
 from scap_hub.plan import PruningPlan
+from scap_hub.scores import DEFAULT_CRITERION
 from scap_hub.training.distributed import from_main
 
 
@@ -21,7 +21,7 @@ def refine(
     groups: Sequence[ChannelGroup],
     batches: Iterable[Any],
     plan: PruningPlan,
-    criterion: str | Criterion = "scap-set",
+    criterion: str | Criterion = DEFAULT_CRITERION,
     **options: Any,
 ) -> PruningPlan:
     """Chooses anew which channels stay, at the numbers that a plan gives every group.
@@ -49,34 +49,3 @@ def refine(
         raise RecipeError(f"options {', '.join(options)} beside a ready criterion; set them when you build it")
     refined = criterion.refine(model, groups, batches, plan)
     return from_main(lambda: refined)
-
-
-def repair(
-    dense: nn.Module,
-    small: nn.Module,
-    plan: PruningPlan,
-    batches: Iterable[Any],
-    *,
-    least_squares: bool = True,
-    ridge: float = 0.01,
-    batch_norm: bool = True,
-) -> dict[str, tuple[float, float]]:
-    """Makes good in place, without training, what can be made good of the channels that left.
-
-    Args:
-        dense: The model before surgery, unchanged.
-        small: `apply_plan(dense, plan)`; changed in place.
-        plan: What stays.
-        batches: Calibration batches; this process's share.
-        least_squares: Whether to re-solve the weights of each layer that lost inputs.
-        ridge: Of that least-squares problem, relative to the mean energy of an input.
-        batch_norm: Whether batch norms take their statistics anew.
-
-    Returns:
-        For each layer that was solved anew the relative squared error of its output, before and after.
-    """
-    if least_squares:
-        return compensate(dense, small, plan, batches, ridge, batch_norm=batch_norm)
-    if batch_norm:
-        recalibrate(small, batches)
-    return {}

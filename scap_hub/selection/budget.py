@@ -43,7 +43,7 @@ class BudgetSearch:
         Raises:
             TargetError: Every group at its floor costs more.
         """
-        everything = self.cost(np.ones(self.chooser.space.count, dtype=bool))
+        everything = self.cost(self.chooser.partition.everything())
         least = self._spent(self.smallest())
         budget = target.number * everything
         if least > budget * (1 + 1e-9):
@@ -116,7 +116,7 @@ class BudgetSearch:
 
     def _price(self, channels: np.ndarray) -> float:
         """What one channel of a group costs; from half of them, because one alone may save no measurable time."""
-        stays = np.ones(self.chooser.space.count, dtype=bool)
+        stays = self.chooser.partition.everything()
         whole = self.cost(stays)
         stays[channels[::2]] = False
         return (whole - self.cost(stays)) / len(channels[::2])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from scap_hub.channels.group import ChannelGroup
+from scap_hub.channels.groups import ChannelGroup
 from scap_hub.selection.balanced import rows_to_lose
 from scap_hub.selection.cluster import Cluster, clustered, worst_first
 
@@ -17,13 +17,13 @@ class Chooser:
     Attributes:
         groups: The groups that have scores, by name.
         scores: (group.size,) importances by group name.
-        space: The channels of the whole model.
+        partition: The channels of the whole model.
     """
 
     def __init__(self, groups: Sequence[ChannelGroup], scores: Mapping[str, np.ndarray]) -> None:
         self.groups = {group.name: group for group in groups if group.name in scores}
         self.scores = dict(scores)
-        self.space = groups[0].space
+        self.partition = groups[0].whole.partition
         self._alone: list[str] = []
         self._clusters: list[Cluster] = []
         for members, balances in clustered(self.groups.values()):
@@ -60,8 +60,8 @@ class Chooser:
         return self._without_whole(chosen)
 
     def stays(self, counts: Mapping[str, int]) -> np.ndarray:
-        """(space.count,) whether each channel of the model stays."""
-        return self.space.staying({name: group.channels for name, group in self.groups.items()}, self.keep(counts))
+        """(partition.count,) whether each channel of the model stays."""
+        return self.partition.staying({name: group.channels for name, group in self.groups.items()}, self.keep(counts))
 
     def _best(self, counts: Mapping[str, int]) -> dict[str, np.ndarray]:
         """The best channels of each group that no balance ties."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scap_hub.channels.group import ChannelGroup
+from scap_hub.channels.groups import ChannelGroup
 from scap_hub.errors import TargetError
 from scap_hub.scores import Scores
 from scap_hub.text import did_you_mean

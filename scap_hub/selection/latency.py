@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from scap_hub.channels.group import ChannelGroup
+from scap_hub.channels.groups import ChannelGroup
 from scap_hub.plan import PruningPlan
 from scap_hub.selection.budget import TOLERANCE
 from scap_hub.selection.select import select, smallest_plan
@@ -138,7 +138,7 @@ class _Shares:
 
 def _predicted_share(table: LatencyTable, groups: Sequence[ChannelGroup], plan: PruningPlan) -> float:
     """What share of the model's time a plan takes, as the table says."""
-    space = groups[0].space
+    partition = groups[0].whole.partition
     kept = {name: plan.kept(name) for name in plan.groups}
-    stays = space.staying({group.name: group.channels for group in groups}, kept)
-    return table.ms(stays) / table.ms(np.ones(space.count, dtype=bool))
+    stays = partition.staying({group.name: group.channels for group in groups}, kept)
+    return table.ms(stays) / table.ms(partition.everything())

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from scap_hub.channels.group import ChannelGroup
+from scap_hub.channels.groups import ChannelGroup
 from scap_hub.plan import PruningPlan
 from scap_hub.selection.budget import BudgetSearch
 from scap_hub.selection.choice import Chooser
@@ -52,7 +52,7 @@ def select(
     chooser = Chooser(groups, checked_scores(groups, scores))
     sizes = {name: group.size for name, group in chooser.groups.items()}
     if target.kind in BUDGETS:
-        search = BudgetSearch(chooser, limits, scope, target.cost(chooser.space, latency))
+        search = BudgetSearch(chooser, limits, scope, target.cost(chooser.partition, latency))
         keep = chooser.keep(search.counts(target))
     elif target.kind == "threshold":
         above = {name: int((own >= target.number).sum()) for name, own in chooser.scores.items()}

@@ -14,7 +14,7 @@ from scap_hub.text import did_you_mean
 if TYPE_CHECKING:
     import numpy as np
 
-    from scap_hub.channels.partition import ChannelSpace
+    from scap_hub.channels.partition import Partition
     from scap_hub.timing.table import LatencyTable
 
 BUDGETS = ("macs", "params", "latency")
@@ -23,7 +23,7 @@ KINDS = (*BUDGETS, "ratio", "threshold")
 EXAMPLES = ", ".join(f"{kind}=0.5" for kind in KINDS)
 
 ModelCost = Callable[["np.ndarray"], float]
-"""Takes a mask over all channels, (ChannelSpace.count,), and gives what the model costs when only those in it stay."""
+"""Takes a mask over all channels, (Partition.count,), and gives what the model costs when only those in it stay."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Target:
                 )
         return dict(self.value)
 
-    def cost(self, space: ChannelSpace, latency: LatencyTable | None) -> ModelCost:
+    def cost(self, partition: Partition, latency: LatencyTable | None) -> ModelCost:
         """What a budget counts: multiply-accumulates, parameters, or milliseconds as a table predicts them.
 
         Raises:
@@ -144,7 +144,7 @@ class Target:
                     "groups, images), or use scap_hub.prune, which measures them"
                 )
             return latency.ms
-        return {"macs": space.macs, "params": space.params}[self.kind]
+        return {"macs": partition.macs, "params": partition.params}[self.kind]
 
     def unreachable(self, least: float) -> TargetError:
         """The error that says how far a budget can go.

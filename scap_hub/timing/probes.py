@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from scap_hub.channels.labels import Ids, support
-from scap_hub.channels.modules import Layer
-from scap_hub.channels.partition import ChannelSpace
+from scap_hub.channels.labels import Labels, support
+from scap_hub.channels.partition import Partition, WeightedModule
 from scap_hub.graph.record import evaluating
 from scap_hub.timing.clock import Timer
 
@@ -84,7 +83,7 @@ class Probe:
     """
 
     module: nn.Module
-    layer: Layer | None
+    layer: WeightedModule | None
     x: tuple[int, ...]
     dim: int
     like: Tensor
@@ -125,7 +124,7 @@ class Probe:
         return module, self.like.new_empty(shape).normal_()
 
 
-def _cut(module: nn.Module, layer: Layer, rows: int, columns: int) -> tuple[nn.Module, int]:
+def _cut(module: nn.Module, layer: WeightedModule, rows: int, columns: int) -> tuple[nn.Module, int]:
     """A copy with a weight of this size, and its input channels."""
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -145,14 +144,14 @@ def _cut(module: nn.Module, layer: Layer, rows: int, columns: int) -> tuple[nn.M
         name: None if tensor is None else nn.Parameter(part(name, tensor), requires_grad=False)  # type: ignore[arg-type]
         for name, tensor in module._parameters.items()
     }
-    for name, value in layer.attributes(shape).items():
+    for name, value in layer.integers(shape).items():
         setattr(small, name, type(getattr(module, name))(value))
     return small, new[0]
 
 
-def _widths(layer: Layer, shape: tuple[int, ...]) -> tuple[int, int]:
+def _widths(layer: WeightedModule, shape: tuple[int, ...]) -> tuple[int, int]:
     """Input and output channels of a layer whose weight has `shape`."""
-    own = layer.attributes(shape)
+    own = layer.integers(shape)
     if layer.kind == "conv":
         return own["in_channels"], own["out_channels"]  # type: ignore[return-value]
     return (shape[1], shape[0]) if layer.kind == "linear" else (shape[0], shape[0])
@@ -166,16 +165,16 @@ def _points(width: Width, unit: int) -> list[int]:
     return sorted({max(step, round(share * width.size / step) * step) for share in WIDTHS[:-1]} | {width.size})
 
 
-def find_probes(model: nn.Module, space: ChannelSpace, images: Tensor) -> list[Probe]:
+def find_probes(model: nn.Module, partition: Partition, images: Tensor) -> list[Probe]:
     """The layers that channels make faster, in the order of one forward pass under hooks.
 
     Args:
         model: Unchanged on return.
-        space: Its channels.
+        partition: Its channels.
         images: Its input, (N, C, H, W).
     """
-    layers = {layer.path: layer for layer in space.layers if layer.weight in space.tensors}
-    watch = _Watch(space)
+    layers = {layer.path: layer for layer in partition.modules if layer.weight in partition.tensors}
+    watch = _Watch(partition)
     with contextlib.ExitStack() as stack, evaluating(model), torch.no_grad():
         for path, module in model.named_modules():
             if (path in layers and "weight" in module._parameters) or _is_bare(module):
@@ -199,9 +198,9 @@ class _Watch:
         probes: What was noticed.
     """
 
-    def __init__(self, space: ChannelSpace) -> None:
+    def __init__(self, partition: Partition) -> None:
         self.probes: list[Probe] = []
-        self._space = space
+        self._partition = partition
         self._inside: list[nn.Module] = []  # a norm may hold its activation: the outer one is timed with it
         # (Width, dim) of the tensors that the layers made: an activation's channels are those of its input.
         self._made = WeakTensorKeyDictionary()
@@ -210,7 +209,7 @@ class _Watch:
         """Before a layer runs."""
         self._inside.append(module)
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any, layer: Layer | None) -> None:
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any, layer: WeightedModule | None) -> None:
         """After it ran."""
         self._inside.pop()
         if self._inside or len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
@@ -229,22 +228,22 @@ class _Watch:
         if rows.channels is not None or columns.channels is not None:
             self.probes.append(Probe(module, layer, tuple(x.shape), dim, x.new_empty(0), rows, columns))
 
-    def _widths(self, layer: Layer) -> tuple[Width, Width]:
+    def _widths(self, layer: WeightedModule) -> tuple[Width, Width]:
         """The first two dimensions of a layer's weight; the second is 1 where it does not count input channels."""
-        ids = self._space.tensors[layer.weight]
-        rows, columns = Width(ids.shape[0], _along(ids, 0)), Width(1)
+        labels = self._partition.tensors[layer.weight]
+        rows, columns = Width(labels.shape[0], _along(labels, 0)), Width(1)
         if layer.kind in ("conv", "linear") and not layer.depthwise:
-            columns = Width(ids.shape[1], _along(ids, 1))
+            columns = Width(labels.shape[1], _along(labels, 1))
         return rows, columns
 
 
-def _channel_dim(module: Any, layer: Layer, x: Tensor) -> int:
+def _channel_dim(module: Any, layer: WeightedModule, x: Tensor) -> int:
     """The dimension of a layer's input that its channels stand along."""
     # A layer norm with a forward pass of its own may normalise dimension 1.
     last = type(module).forward is nn.LayerNorm.forward or x.shape[1] != len(module.weight)
     return x.ndim - 1 if layer.kind == "linear" or (layer.kind == "layer_norm" and last) else 1
 
 
-def _along(ids: Ids, dim: int) -> np.ndarray | None:
+def _along(labels: Labels, dim: int) -> np.ndarray | None:
     """Channels along a dimension, and along others that are tracked with it; None where there are none."""
-    return next((channels for channels in ids.layers if dim in support(channels)), None)
+    return next((channels for channels in labels.arrays if dim in support(channels)), None)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from scap_hub.channels.group import ChannelGroup
+from scap_hub.channels.groups import ChannelGroup
 from scap_hub.progress import track
 from scap_hub.timing.clock import Timer, milliseconds
 from scap_hub.timing.probes import LayerTimes, Width, find_probes
@@ -49,7 +49,7 @@ class LatencyTable:
     rest: float = 0.0
 
     def ms(self, stays: np.ndarray) -> float:
-        """Predicted milliseconds when only the channels in this mask, (ChannelSpace.count,), stay."""
+        """Predicted milliseconds when only the channels in this mask, (Partition.count,), stay."""
         return self.rest + self.scale * sum(entry.ms(stays) for entry in self.entries)
 
 
@@ -66,13 +66,13 @@ def latency_table(
     """
     whole = (timer or milliseconds)([(model, images)])[0]
     quick = timer or functools.partial(milliseconds, seconds=0.02, turns=5)
-    space = groups[0].space
+    partition = groups[0].whole.partition
     measured: dict[Any, LayerTimes] = {}
     entries = []
-    for probe in track(find_probes(model, space, images), "layer times"):
+    for probe in track(find_probes(model, partition, images), "layer times"):
         if probe.key not in measured:
             measured[probe.key] = probe.measure(quick)
         entries.append(Entry(measured[probe.key], probe.rows, probe.columns))
-    alone = sum(entry.ms(np.ones(space.count, dtype=bool)) for entry in entries)
+    alone = sum(entry.ms(partition.everything()) for entry in entries)
     # Layers may be slower alone than in the model, where their input is in the cache.
     return LatencyTable(tuple(entries), min(1.0, whole / alone) if entries else 1.0, max(0.0, whole - alone))

@@ -6,13 +6,13 @@ import copy
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from scap_hub.errors import DataError
 from scap_hub.graph.record import evaluating
 from scap_hub.placement import placement
+from scap_hub.private import FakeTensorMode
 from scap_hub.progress import track
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Task
 from scap_hub.training.distributed import accelerator, shard

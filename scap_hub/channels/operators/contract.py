@@ -154,7 +154,7 @@ def distances(call: Call) -> Labels:
     return Labels(call.shape)
 
 
-@module_integers(nn.Linear)
+@module_integers("linear", nn.Linear)
 def linear_integers(module: Any, weight: tuple[int, ...]) -> Integers:
     """Of linear layers."""
     return {"in_features": weight[1], "out_features": weight[0]}

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from scap_hub.channels.labels import Labels, line, support
 from scap_hub.channels.operators.contract import positions
@@ -20,6 +19,7 @@ from scap_hub.channels.operators.table import (
     module_integers,
     operator,
 )
+from scap_hub.private import ConvNd
 
 
 def _slides_over_channels(call: Call) -> bool:
@@ -143,7 +143,7 @@ def _pin_all_but(call: Call, labels: Labels, *allowed: tuple[int, ...]) -> None:
             call.ledger.pin(array, f"lies along the window of {call.place}")
 
 
-@module_integers(nn.modules.conv._ConvNd)
+@module_integers("conv", ConvNd)
 def conv_integers(module: Any, weight: tuple[int, ...]) -> Integers:
     """Of convolutions; a transposed one has its weight laid (in, out / groups, ...)."""
     rows, columns = (weight[1], weight[0]) if module.transposed else weight[:2]

@@ -10,6 +10,7 @@ from torch import nn
 
 from scap_hub.channels.labels import Labels, broadcast
 from scap_hub.channels.operators.table import Call, Integers, Size, always, module_integers, operator
+from scap_hub.private import NormBase
 
 
 def _affine(call: Call, x: Labels, names: tuple[str, ...], dims: tuple[int, ...]) -> Labels:
@@ -71,19 +72,19 @@ def group_norm(call: Call) -> Labels:
     return _affine(call, x, ("weight", "bias"), (1,))
 
 
-@module_integers(nn.modules.batchnorm._NormBase)
+@module_integers("norm", NormBase)
 def batch_norm_integers(module: Any, weight: tuple[int, ...]) -> Integers:
     """Of batch and instance norms."""
     return {"num_features": weight[0]}
 
 
-@module_integers(nn.GroupNorm)
+@module_integers("group_norm", nn.GroupNorm)
 def group_norm_integers(module: Any, weight: tuple[int, ...]) -> Integers:
     """The number of groups is found with the call's own sizes."""
     return {"num_channels": weight[0]}
 
 
-@module_integers(nn.LayerNorm, nn.RMSNorm)
+@module_integers("layer_norm", nn.LayerNorm, nn.RMSNorm)
 def layer_norm_integers(module: Any, weight: tuple[int, ...]) -> Integers:
     """Of layer norms."""
     return {"normalized_shape": list(weight)}

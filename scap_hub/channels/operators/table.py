@@ -278,21 +278,27 @@ def out_sizes(argument: str, first: int = 0) -> Sizes:
 Integers = dict[str, "int | list[int]"]
 Adapting = Callable[[Any, tuple[int, ...]], Integers]
 """From a module as it is and the new shape of its weight, the integers that it must hold then."""
-_MODULES: dict[type[nn.Module], Adapting] = {}
+ModuleKind = Literal["conv", "linear", "norm", "group_norm", "layer_norm"]
+_MODULES: dict[type[nn.Module], tuple[ModuleKind, Adapting]] = {}
 
 
-def module_integers(*kinds: type[nn.Module]) -> Callable[[Adapting], Adapting]:
-    """Says which integers of a class of modules follow from the shape of its weight."""
+def module_integers(kind: ModuleKind, *classes: type[nn.Module]) -> Callable[[Adapting], Adapting]:
+    """Says which integers of a class of modules follow from the shape of its weight.
+
+    Args:
+        kind: What such modules are.
+        *classes: Their classes.
+    """
 
     def register(function: Adapting) -> Adapting:
-        _MODULES.update(dict.fromkeys(kinds, function))
+        _MODULES.update(dict.fromkeys(classes, (kind, function)))
         return function
 
     return register
 
 
-def adapting(module: nn.Module) -> Adapting | None:
-    """The function for a module whose integers follow from its weight; None for any other."""
+def adapting(module: nn.Module) -> tuple[ModuleKind, Adapting] | None:
+    """The kind and the function of a module whose integers follow from its weight; None for any other."""
     if getattr(module, "weight", None) is None:
         return None
-    return next((function for kind, function in _MODULES.items() if isinstance(module, kind)), None)
+    return next((known for kind, known in _MODULES.items() if isinstance(module, kind)), None)

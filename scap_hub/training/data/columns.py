@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scap_hub.errors import DataError
+from scap_hub.private import column_types
 from scap_hub.recipe import DataSettings
 from scap_hub.tasks import Task
 
@@ -35,7 +36,7 @@ def find_columns(rows: Any, name: str, settings: DataSettings, task: Task) -> Co
     Raises:
         DataError: No column may be meant, or several, or one that is named is not there or of a wrong type.
     """
-    kinds = {column: _kind(feature) for column, feature in features(rows).items()}
+    kinds = {column: _kind(feature) for column, feature in column_types(rows).items()}
     listing = f"the columns of {name!r} are {', '.join(f'{column} ({kind})' for column, kind in kinds.items())}"
     for asked in (settings.image_column, settings.label_column):
         if asked is not None and asked not in kinds:
@@ -45,11 +46,6 @@ def find_columns(rows: Any, name: str, settings: DataSettings, task: Task) -> Co
         raise DataError(f"{len(images) or 'no'} image columns; {listing}; set data.image_column")
     image = settings.image_column or images[0]
     return Columns(image, task.target_column(kinds, settings.label_column, listing) if settings.labels else None)
-
-
-def features(rows: Any) -> Any:
-    """Column types; a stream without a schema finds its own from the first rows."""
-    return rows.features or rows._resolve_features().features
 
 
 def _kind(feature: Any) -> str:

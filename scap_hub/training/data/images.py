@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from scap_hub.errors import DataError
+from scap_hub.private import column_types
 from scap_hub.tasks import Batch, Task
-from scap_hub.training.data.columns import Columns, features
+from scap_hub.training.data.columns import Columns
 from scap_hub.training.data.transforms import pixels
 from scap_hub.zoo.base import Preprocessing
 
@@ -47,7 +48,7 @@ class RowReader:
         """A split's images, by index or, where it is streamed, as they come."""
         import datasets
 
-        target = self.columns.target if self.columns.target in features(rows) else None
+        target = self.columns.target if self.columns.target in column_types(rows) else None
         rows = rows.with_format(None).select_columns([self.columns.image, *([target] if target else [])])
         # Decoding is ours, so that a broken image can be named.
         rows = rows.cast_column(self.columns.image, datasets.Image(decode=False))
@@ -135,7 +136,7 @@ class Stream(IterableDataset):
         """Keeps the first images in memory."""
         import datasets
 
-        rows = datasets.Dataset.from_list(list(self.rows.take(count)), features=features(self.rows))
+        rows = datasets.Dataset.from_list(list(self.rows.take(count)), features=column_types(self.rows))
         return Images(rows, self.where, self.target, self.reader)
 
     def set_epoch(self, epoch: int) -> None:

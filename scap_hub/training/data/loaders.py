@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from scap_hub.errors import DataError
+from scap_hub.private import column_types
 from scap_hub.recipe import DataSettings
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Batch, Task
-from scap_hub.training.data.columns import features, find_columns
+from scap_hub.training.data.columns import find_columns
 from scap_hub.training.data.images import Images, RowReader, Stream
 from scap_hub.training.data.sources import as_splits, open_splits, split_names
 from scap_hub.training.data.transforms import as_batch, finish
@@ -115,7 +116,7 @@ def _from_splits(
     if train is None:
         raise DataError(f"which split of {name!r} to train on? It has {', '.join(splits)}; set data.train_split")
     columns = find_columns(splits[train], name, settings, task)
-    names = task.class_names(features(splits[train])[columns.target]) if columns.target else None
+    names = task.class_names(column_types(splits[train])[columns.target]) if columns.target else None
     if names and num_classes and len(names) != num_classes:
         if not new_head:
             raise DataError(
