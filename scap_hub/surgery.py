@@ -50,9 +50,7 @@ class Numbers(TorchFunctionMode):
                 return value
             old, new = changes[seen[0] - 1]
             if value != old:
-                raise ValueError(
-                    f"this model was pruned where its forward pass computes {old}, and it computes {value}"
-                )
+                raise ValueError(f"pruned for a forward pass that computes {old} where it now computes {value}")
             return new
         if isinstance(value, slice):
             return slice(*(self.changed(part, changes, seen) for part in (value.start, value.stop, value.step)))

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from scap_hub import refine
+from scap_hub.channels import channel_groups
 from scap_hub.channels.decoding import staying
-from scap_hub.channels.groups import channel_groups
 from scap_hub.channels.oracle import randomize
 from scap_hub.criteria import OBS, ScapSet, base, score
 from scap_hub.criteria.obs import blocks

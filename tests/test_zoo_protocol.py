@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import scap_hub
-from scap_hub.channels.groups import channel_groups
+from scap_hub.channels import channel_groups
 from scap_hub.errors import CheckpointError, ModelError
 from scap_hub.hub.checkpoint import load, save_checkpoint
 from scap_hub.plan import PruningPlan

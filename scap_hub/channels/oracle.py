@@ -209,7 +209,7 @@ def _staying(plan: PruningPlan, partition: Partition) -> np.ndarray:
             cuts[1] = len(plan.indices(own.blocks[0]))
         if left != tuple(cuts.get(dim, size) for dim, size in enumerate(labels.shape)):
             raise VerificationError(
-                f"the plan is wrong: of the channels of {name!r} a tensor of shape {left} stays, not what the plan leaves"
+                f"the plan is wrong: {left} is what stays of the channels of {name!r}, and not what it leaves"
             )
     return stays
 

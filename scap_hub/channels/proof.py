@@ -94,7 +94,7 @@ def prove(small: nn.Module, inputs: tuple[Any, ...], runs: tuple[Run, ...], stay
         except Exception as error:
             message = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             failed = tuple(running(small, error))
-            return Outcome(finished + proof.position, failed, message, tuple(proof.wrong))
+            return Outcome(finished + proof.position, failed, message, tuple(proof.wrong or proof.changing()))
         finished += proof.position
     return Outcome(float("inf"))
 
@@ -168,6 +168,14 @@ class _Proof(Recorder):
             raise RuntimeError(
                 f"outputs of shapes {[shape for _, shape in ours]} instead of {[shape for _, shape in theirs]}"
             )
+
+    def changing(self) -> list[Number]:
+        """The numbers that change in the call that the dense model makes where this one has failed."""
+        if self.position == len(self.dense.captured.called):
+            return []
+        expected = self.dense.captured.called[self.position]
+        numbers = expected_numbers(Call(expected, self.dense.found), self.stays) if expected.is_operator else ()
+        return [number for number in numbers if number.pruned != number.dense]
 
     def _same(self, node: Node) -> Node:
         """The dense model's node that a node of the pruned model stands for."""

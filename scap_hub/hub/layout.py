@@ -34,7 +34,8 @@ def cut_of(plan: PruningPlan, loaded: LoadedModel) -> dict[str, Any]:
         if name not in saved
     }
     cut = {"version": VERSION, "shapes": shapes, "attributes": {path: new for path, new in changed.items() if new}}
-    return {**cut, "buffers": buffers} if buffers else cut
+    calls = {path: [list(dict(change).values()) for change in changes] for path, changes in plan.calls.items()}
+    return {**cut, **({"buffers": buffers} if buffers else {}), **({"calls": calls} if calls else {})}
 
 
 def _sizes(cut: TensorCut, plan: PruningPlan) -> list[str]:

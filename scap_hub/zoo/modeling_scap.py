@@ -16,23 +16,55 @@ from torch.overrides import TorchFunctionMode
 VERSION, WEIGHTS = 1, "model.safetensors"
 
 
-class Reshaping(TorchFunctionMode):
-    """Where a forward pass reshapes to a width that it read off another tensor, the tensor's own width counts."""
+_SIZED = (
+    "view", "reshape", "unflatten", "expand", "repeat", "tile", "narrow", "split", "split_with_sizes", "__getitem__",
+    "__setitem__", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "layer_norm", "rms_norm", "group_norm",
+    "conv1d", "conv2d", "conv3d",
+)  # fmt: skip
+CHANGEABLE = frozenset(_SIZED)
+"""Functions of which a plan may change numbers, because they are sizes; arithmetic stays as it is."""
 
-    def __init__(self, *places: int) -> None:
-        self.dims = dict(zip(places[::2], places[1::2], strict=True))
+
+class Numbers(TorchFunctionMode):
+    """Gives calls of torch functions other numbers than the forward pass has for them."""
+
+    def __init__(self, changes: Any) -> None:
+        super().__init__()
+        self.changes: dict[Any, dict[int, Any]] = {}
+        for function, call, position, old, new in changes:
+            self.changes.setdefault((function, call), {})[position] = (old, new)
+        self.calls = {function: 0 for function, _ in self.changes}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.reshape, torch.Tensor.view, torch.reshape) and len(args) > 1:
-            sizes = args[1] if isinstance(args[1], tuple | list) else args[1:]
-            if len(sizes) in self.dims and -1 not in sizes and torch.Size(sizes).numel() != args[0].numel():
-                args = (args[0], [-1 if dim == self.dims[len(sizes)] else size for dim, size in enumerate(sizes)])
-        return func(*args, **kwargs or {})
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in self.calls:
+            self.calls[name] += 1
+            if changes := self.changes.get((name, self.calls[name])):
+                seen = [0]
+                args = self.changed(args, changes, seen)
+                kwargs = {key: self.changed(value, changes, seen) for key, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+    def changed(self, value: Any, changes: dict[int, Any], seen: list[int]) -> Any:
+        if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
+            seen[0] += 1
+            if seen[0] - 1 not in changes:
+                return value
+            old, new = changes[seen[0] - 1]
+            if value != old:
+                raise ValueError(f"pruned for a forward pass that computes {old} where it now computes {value}")
+            return new
+        if isinstance(value, slice):
+            return slice(*(self.changed(part, changes, seen) for part in (value.start, value.stop, value.step)))
+        if isinstance(value, tuple | list):
+            parts = [self.changed(part, changes, seen) for part in value]
+            return parts if isinstance(value, list) else tuple(parts)
+        return value
 
 
-def reshaping(module: nn.Module, places: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
-    """The forward pass of its class; `places` says to how many sizes it reshapes and which one is such a width, ..."""
-    with Reshaping(*places):
+def renumbered(module: nn.Module, changes: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward pass of a module's class, with other numbers in some calls of torch functions."""
+    with Numbers(changes):
         return type(module).forward(module, *args, **kwargs)
 
 
@@ -40,7 +72,8 @@ def shrink(model: nn.Module, cut: dict[str, Any], prefix: str = "") -> None:
     """Narrows a dense model in place; its values are to be overwritten by the pruned weights.
 
     `cut`: "shapes", sizes by tensor ("32,*,3,3"); "attributes", integers by module; "buffers", kept indices ("0-3,5")
-    of what no weight overwrites. The model may lack some, and the names' `prefix`. ValueError leaves it unchanged.
+    of what no weight overwrites; "calls", numbers that forward passes give to torch functions. The model may lack some,
+    and the names' `prefix`. ValueError leaves it unchanged.
     """
     if not isinstance(cut, dict) or cut.get("version") != VERSION:
         raise ValueError("config.json was written by another version of scap_hub: upgrade scap_hub")
@@ -56,16 +89,27 @@ def shrink(model: nn.Module, cut: dict[str, Any], prefix: str = "") -> None:
             smaller[id(old)] = (old, sizes, cut.get("buffers", {}).get(name, {}))
     for path, attributes in cut["attributes"].items():
         module = modules.get(f"{path}.".removeprefix(prefix)[:-1], nn.Module())
-        if reshape := attributes.get("forward.reshape"):
-            values.append((module, "forward", partial(reshaping, module, tuple(map(int, reshape)))))
         for name in attributes.keys() & vars(module).keys():
             values.append((module, name, _value(f"{path}.{name}", vars(module)[name], attributes[name])))
+    for path, changes in cut.get("calls", {}).items():
+        if (module := modules.get(f"{path}.".removeprefix(prefix)[:-1])) is not None:
+            values.append((module, "forward", partial(renumbered, module, [_change(*change) for change in changes])))
     tensors = {key: _narrowed(*job) for key, job in smaller.items()}
     for module in modules.values():
         for table in (module._parameters, module._buffers):
             table.update({leaf: tensors[id(old)] for leaf, old in table.items() if id(old) in tensors})
     for module, name, value in values:
         setattr(module, name, value)
+
+
+def _change(function: str, call: int, position: int, old: float, new: float) -> tuple[Any, ...]:
+    if (
+        function not in CHANGEABLE
+        or {type(call), type(position)} != {int}
+        or not {type(old), type(new)} <= {int, float}
+    ):
+        raise ValueError(f"config.json changes numbers of {function!r}, which it may not")
+    return function, call, position, old, new
 
 
 def _value(name: str, old: Any, new: Any) -> Any:

@@ -89,6 +89,9 @@ def _grouped(call: Call, x: Labels, w: Labels, channels: np.ndarray | None) -> n
     many_in, many_out = w.shape[1], w.shape[0] // groups
     fixed, reason = f"is convolved with a weight that cannot shrink ({call.place})", f"{groups} groups of {call.place}"
     columns = next((array for array in w.arrays if support(array) == (0, 1)), None)
+    if call.node.arguments["weight"].state is None or call.state("weight") != f"{call.node.owner}.weight":
+        # Which columns a block of a computed weight drops cannot be said of the tensors that it is computed from.
+        fixed, columns = f"is read by {groups} groups of a weight that no convolution owns ({call.place})", None
     if channels is not None and columns is not None:
         block_of_row = np.arange(w.shape[0]) // many_out
         call.ledger.equate(columns.reshape(w.shape[:2]), channels.reshape(groups, many_in)[block_of_row], fixed)
