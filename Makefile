@@ -34,6 +34,7 @@ docs: setup
 	$(BIN)/mkdocs build --quiet
 
 lint: setup
+	$(BIN)/python tools/imports.py
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
