@@ -46,6 +46,8 @@ class TensorCut(_Strict):
     Attributes:
         shape: Shape before.
         keep: Entry of `PruningPlan.keeps` for each dimension that shrinks alike everywhere.
+        refers: For a buffer of channel numbers, such as a fixed permutation: entry of the channels that stay of those
+            that it refers to; its numbers become their positions among these.
         blocks: For the weight of a grouped convolution, where each block of rows keeps its own columns: the entry
             of each block, for dimension 1.
     """
@@ -53,6 +55,7 @@ class TensorCut(_Strict):
     shape: tuple[NonNegativeInt, ...]
     keep: dict[NonNegativeInt, NonNegativeInt] = Field(default_factory=dict)
     blocks: tuple[NonNegativeInt, ...] | None = None
+    refers: NonNegativeInt | None = None
 
 
 class CallNumber(_Strict):
@@ -115,6 +118,8 @@ class PruningPlan(_Strict):
                 if dim >= len(cut.shape):
                     raise ValueError(f"tensor {name!r} has no dimension {dim}")
                 self._check(f"tensor {name!r}", entry, cut.shape[dim])
+            if cut.refers is not None and (cut.refers >= len(self.keeps) or cut.blocks is not None):
+                raise ValueError(f"tensor {name!r} refers to keeps[{cut.refers}], which is missing")
             if cut.blocks is not None:
                 if len(cut.shape) < 2 or not cut.blocks or cut.shape[0] % len(cut.blocks) or 1 in cut.keep:
                     raise ValueError(f"tensor {name!r} cannot have {len(cut.blocks)} blocks")

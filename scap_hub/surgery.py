@@ -199,6 +199,8 @@ def _cut(tensor: Tensor, cut: TensorCut, plan: PruningPlan) -> Tensor:
         small = _cut_blocks(small, [plan.indices(entry) for entry in cut.blocks])
     for dim, indices in kept.items():
         small = small.index_select(dim, indices)
+    if cut.refers is not None and not small.is_meta:
+        small = torch.searchsorted(torch.tensor(plan.indices(cut.refers), device=small.device), small).to(small.dtype)
     small = small.clone(memory_format=torch.preserve_format)
     return nn.Parameter(small, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else small
 

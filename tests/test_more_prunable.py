@@ -39,7 +39,7 @@ OPERATORS: dict[str, Forward] = {
     "permutation by a list": lambda net, x: net.head(net.b(net.a(x).relu()[:, [3, 1, 0, 2, *range(15, 3, -1)]])),
     "permutation by index_select": lambda net, x: net.head(net.b(net.a(x).relu().index_select(1, net.order))),
     "copy_": lambda net, x: (y := net.a(x), z := torch.empty_like(y), z.copy_(y), net.head(net.b(z)))[-1],
-    "maximum over pairs": lambda net, x: (y := net.a(x), net.head(net.half(y.view(2, 2, 8, 8, 8).amax(1))))[1],
+    "maximum over pairs": lambda net, x: (y := net.a(x), net.head(net.eight(y.view(2, 2, 8, 8, 8).amax(1))))[1],
     "local response norm": lambda net, x: net.head(net.b(F.local_response_norm(net.a(x), 3))),
     "flip": lambda net, x: net.head(net.b(net.a(x).flip(1))),
     "roll": lambda net, x: net.head(net.b(net.a(x).roll(3, 1))),
@@ -146,9 +146,9 @@ def test_flattening_to_a_literal_size(name):
 
 
 LITERAL: dict[str, Forward] = {
-    "gate by slices": lambda net, x: (y := net.a(x), net.head(net.half(y[:, :8] * torch.sigmoid(y[:, 8:]))))[1],
+    "gate by slices": lambda net, x: (y := net.a(x), net.head(net.eight(y[:, :8] * torch.sigmoid(y[:, 8:]))))[1],
     "gate by a split": lambda net, x: (
-        y := net.a(x).split([8, 8], 1), net.head(net.half(y[0] * torch.sigmoid(y[1]))))[1],
+        y := net.a(x).split([8, 8], 1), net.head(net.eight(y[0] * torch.sigmoid(y[1]))))[1],
     "uneven split": lambda net, x: (y := net.a(x).split([4, 12], 1), net.head(net.p(y[0]) + net.q(y[1])))[1],
     "uneven slices": lambda net, x: (y := net.a(x), net.head(net.p(y[:, :4]) + net.q(y[:, 4:])))[1],
     "part through a layer": lambda net, x: (
@@ -171,7 +171,12 @@ PRODUCTS = {"heads", "expand to a literal size"}
 
 @each(LITERAL, failing=set(LITERAL) - {"heads"})
 def test_sizes_written_as_numbers(name):
-    layers = {"half": nn.Conv2d(8, 12, 1), "p": nn.Conv2d(4, 12, 1), "q": nn.Conv2d(12, 12, 1), "r": nn.Conv2d(4, 4, 1)}
+    layers = {
+        "eight": nn.Conv2d(8, 12, 1),
+        "p": nn.Conv2d(4, 12, 1),
+        "q": nn.Conv2d(12, 12, 1),
+        "r": nn.Conv2d(4, 4, 1),
+    }
     layers |= {f"{own}16": nn.Conv2d(16, 16, 1) for own in "qkv"}
     net = Body(LITERAL[name], **layers, bias=nn.Parameter(torch.randn(16)))
     groups = pruned_exactly(net, image(), checks=("all",) if name in PRODUCTS else ("readers", "all"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from scap_hub.channels.taps import module_calls, tap
 from scap_hub.channels.trace import trace
 from scap_hub.channels.uneven import uneven
 from scap_hub.errors import ModelError
-from scap_hub.graph.copies import copied, without_weights
+from scap_hub.graph.copies import copied, index_buffers, without_weights
 from scap_hub.graph.record import capture
 from scap_hub.graph.values import on_meta
 
@@ -157,29 +157,33 @@ class _Analysis:
 
 def _recorded(model: nn.Module, inputs: tuple[Any, ...]) -> _Analysis:
     """Records a model in eval and in training mode, without weights where it runs so."""
-    bare, shapes = without_weights(model), on_meta(inputs)
+    bare, shapes, numbers = without_weights(model), on_meta(inputs), index_buffers(model)
     try:
-        captured = capture(bare, shapes)
+        captured = capture(bare, shapes, numbers=numbers)
     except ModelError:
         # Its forward pass makes tensors on a device of its own, or looks at their values.
         bare, shapes = copied(model), inputs
-        captured = capture(bare, shapes)
+        captured = capture(bare, shapes, numbers=numbers)
     found = trace(captured)
     runs = [Run(captured, found)]
     training_only: list[np.ndarray] = []
-    if any(True for _ in bare.children()) and (trained := _training_run(bare, shapes, found, training_only)):
+    if any(True for _ in bare.children()) and (trained := _training_run(bare, shapes, found, training_only, numbers)):
         runs.append(trained)
     return _Analysis(bare, shapes, tuple(runs), found, training_only, list(found.ledger.equal))
 
 
 def _training_run(
-    model: nn.Module, inputs: tuple[Any, ...], found: Trace, training_only: list[np.ndarray]
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    found: Trace,
+    training_only: list[np.ndarray],
+    numbers: Mapping[str, Tensor],
 ) -> Run | None:
     """What it does in training mode, if it runs so on these inputs; adds to the trace what layers that run then only
     read and compute.
     """
     try:
-        captured = capture(model, inputs, training=True)
+        captured = capture(model, inputs, training=True, numbers=numbers)
     except ModelError:
         return None
     costs, producers, consumers = len(found.costs), len(found.producers), len(found.consumers)

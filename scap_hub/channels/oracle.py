@@ -20,7 +20,7 @@ from scap_hub.channels.partition import Partition, solve
 from scap_hub.channels.proof import expected_numbers
 from scap_hub.channels.trace import trace
 from scap_hub.errors import ScapHubError, VerificationError
-from scap_hub.graph.copies import copied
+from scap_hub.graph.copies import copied, index_buffers
 from scap_hub.graph.modes import evaluating
 from scap_hub.graph.node import Node, mapped
 from scap_hub.graph.record import capture
@@ -167,7 +167,7 @@ def _nudged(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def masked_output(dense: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...]) -> list[Tensor]:
     """Output of the dense graph with everything that the plan removes masked; a flat list of its outputs."""
-    captured = capture(dense, inputs)
+    captured = capture(dense, inputs, numbers=index_buffers(dense))
     found = trace(captured)
     partition = solve(captured, found, dense)
     masked = _Masked(found, _staying(plan, partition)[partition.channel_of])

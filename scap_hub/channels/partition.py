@@ -104,6 +104,7 @@ class Partition:
         modules: Modules whose integers follow from their weights.
         parameters: Names in `tensors` that are parameters, not buffers.
         blocks: Into how many blocks of rows the weight of a grouped convolution falls.
+        refers: For a buffer of channel numbers, the channels that these are numbers of.
         channel_of: Channel number of every label of the trace.
     """
 
@@ -114,6 +115,7 @@ class Partition:
     modules: tuple[WeightedModule, ...]
     parameters: frozenset[str]
     blocks: dict[str, int]
+    refers: dict[str, np.ndarray]
     channel_of: np.ndarray
 
     def everything(self) -> np.ndarray:
@@ -193,7 +195,12 @@ class Partition:
             else:
                 rows = np.split(mask.reshape(labels.shape[:2]), self.blocks[name])
                 blocks = tuple(cutting.entry(np.flatnonzero(block[0])) for block in rows)
-        return TensorCut(shape=labels.shape, keep=keep, blocks=blocks) if keep or blocks else None
+        refers = None
+        if name in self.refers and not stays[self.refers[name]].all():
+            refers = cutting.entry(np.flatnonzero(stays[self.refers[name]]))
+        if not keep and blocks is None and refers is None:
+            return None
+        return TensorCut(shape=labels.shape, keep=keep, blocks=blocks, refers=refers)
 
 
 def solve(captured: Capture, found: Trace, model: nn.Module) -> Partition:
@@ -210,6 +217,10 @@ def solve(captured: Capture, found: Trace, model: nn.Module) -> Partition:
         return Labels(labels.shape, tuple(channel_of[array] for array in labels.arrays))
 
     tensors = {node.state: translated(found.labels[node]) for node in found.labels if node.state}
+    refers = {name: channel_of[labels] for name, labels in found.indices.items()}
+    for name, channels in refers.items():
+        numbers = captured.numbers[name]
+        tensors[name] = Labels((len(numbers),), (channels[numbers],))
     balances = []
     for equal in found.ledger.equal:
         blocks = tuple(channel_of[block] for block in equal.blocks)
@@ -225,5 +236,6 @@ def solve(captured: Capture, found: Trace, model: nn.Module) -> Partition:
         ),
         parameters=frozenset(name for name in tensors if isinstance(captured.tensors[name], nn.Parameter)),
         blocks=dict(found.blocks),
+        refers=refers,
         channel_of=channel_of,
     )

@@ -28,6 +28,17 @@ def _computed(model: nn.Module) -> list[Tensor]:
     return [tensor for tensor in tensors_of(held) if tensor.grad_fn is not None]
 
 
+def index_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The one-dimensional integer buffers that are saved with a model's weights: they may hold channel numbers."""
+    saved = model.state_dict().keys()
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if buffer.ndim == 1 and not buffer.is_floating_point() and buffer.dtype != torch.bool and name in saved
+        and not buffer.is_meta
+    }  # fmt: skip
+
+
 def without_weights(model: nn.Module) -> nn.Module:
     """A copy on the meta device: it can be run for its shapes, and takes no memory."""
     memo: dict[int, Any] = {id(tensor): tensor.detach() for tensor in _computed(model)}

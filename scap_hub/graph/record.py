@@ -6,10 +6,11 @@ import contextlib
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -46,15 +47,22 @@ class Capture:
         called: The operators' results, in the order in which they were computed.
         outputs: The nodes that the forward pass returns.
         tensors: The parameters and buffers by name.
+        numbers: Values of the integer buffers by name, (n,) each, where they are known.
     """
 
     given: list[Node]
     called: list[Node]
     outputs: list[Node]
     tensors: dict[str, Tensor]
+    numbers: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def capture(model: nn.Module, inputs: tuple[Any, ...], training: bool = False) -> Capture:
+def capture(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    training: bool = False,
+    numbers: Mapping[str, Tensor] | None = None,
+) -> Capture:
     """Records one forward pass of `model`; the model is left as it was.
 
     On the meta device nothing is computed. `torch.export` records the same operators at five times the price, because
@@ -64,6 +72,7 @@ def capture(model: nn.Module, inputs: tuple[Any, ...], training: bool = False) -
         model: Any module whose forward pass does not depend on the values of its inputs.
         inputs: Example positional arguments, on the model's device.
         training: Whether to record what it does in training mode; by default eval mode.
+        numbers: Values of one-dimensional integer buffers, which a model without weights has lost.
 
     Raises:
         ModelError: The forward pass fails, looks at values, or returns no tensor; names the module and the operator.
@@ -81,7 +90,12 @@ def capture(model: nn.Module, inputs: tuple[Any, ...], training: bool = False) -
             f"{f'module {path!r}' if path else 'its forward()'}{at}: {message[0]}. Check that it runs on these inputs; "
             "prune the submodules that can be captured, or remove what depends on values of tensors from forward()"
         ) from error
-    return recorder.captured()
+    captured = recorder.captured()
+    for node in captured.given:
+        if node.state in (numbers or {}):
+            node.tensor = numbers[node.state]  # type: ignore[index]
+            captured.numbers[node.state] = node.tensor.detach().cpu().numpy()  # type: ignore[index]
+    return captured
 
 
 def overwritten(tensor: Tensor, written: Tensor) -> Tensor:
@@ -188,8 +202,11 @@ class Recorder(PreDispatchMode):
             result = func(*args, **kwargs)
         finally:
             self.site = outer
-        if name in _SAME and subject is not None and is_tensor(result):
-            self._alias(result, subject)
+        if is_tensor(result) and id(result) not in self._nodes:
+            if name in _SAME and subject is not None:
+                self._alias(result, subject)
+            elif (made := self._shown_by(result)) is not None:  # torch wraps what a factory such as zeros has made
+                self._alias(result, made)
         return result
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -234,6 +251,11 @@ class Recorder(PreDispatchMode):
     def _alias(self, tensor: Tensor, source: Tensor) -> None:
         """A tensor with the values of another, that no operator made."""
         self._known_as(self.node(source), tensor)
+
+    def _shown_by(self, tensor: Tensor) -> Tensor | None:
+        """A known tensor that shows the same elements of the same memory."""
+        known = self._sharing.get(memory_of(tensor), ())
+        return next((other for other in reversed(known) if _same_place(other, tensor)), None)
 
     def _written(self, view: Tensor, made: Node) -> None:
         """What else shows the memory that an operator has just written to has new values too.

@@ -61,6 +61,8 @@ class Trace:
     """Fresh labels by the operator that asked for them."""
     blocks: dict[str, int] = field(default_factory=dict)
     """Into how many blocks of rows the weight of a grouped convolution falls, by its name."""
+    indices: dict[str, np.ndarray] = field(default_factory=dict)
+    """For a buffer of channel numbers, the labels of the channels that it refers to, by its name."""
     owned: dict[int, Labels] = field(default_factory=dict)
     """Labels of parameters and buffers, by the tensor: tied ones share theirs."""
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from scap_hub.channels.labels import Labels, line, merge, support
 from scap_hub.channels.operators.table import Call, Size, operator, out_sizes
+from scap_hub.graph.node import Node
 
 
 @operator("permute", role="layout")
@@ -281,10 +282,38 @@ def unbind(call: Call) -> list[Labels]:
     return [Labels(shape, arrays) for shape in call.shapes]
 
 
+def _picked(call: Call, x: Labels, dim: int, index: Node) -> Labels:
+    """Elements at the numbers that a buffer holds: the buffer's numbers leave with what they refer to.
+
+    Any other index is pinned: a list in the code cannot be changed.
+    """
+    line_, numbers = x.along(dim), index.tensor
+    others = [array for array in x.arrays if dim not in support(array)]
+    alone = all(support(array) == (dim,) for array in x.arrays if dim in support(array))
+    if line_ is None or numbers is None or numbers.is_meta or numbers.ndim != 1 or index.state is None or not alone:
+        return Labels(call.shape, tuple(_free(call, x, dim)))
+    picked = line_[numbers.cpu().numpy()]
+    before = call.trace.indices.setdefault(index.state, line_)
+    if not np.array_equal(before, line_):
+        call.ledger.pin(np.concatenate([before, line_]), f"is one of two that {index.state!r} refers to")
+    return Labels(call.shape, (*others, line(picked, dim, len(call.shape))))
+
+
+@operator("index")
+def index(call: Call) -> Labels:
+    """Numbers along one dimension, such as a fixed permutation of channels that a buffer holds."""
+    x = call.labels("self")
+    indices = [(dim, node) for dim, node in enumerate(call["indices"]) if node is not None]
+    if len(indices) == 1 and not indices[0][1].varies and len(indices[0][1].value.shape) == 1:
+        return _picked(call, x, *indices[0])
+    call.ledger.pin_all(call.tensors, f"is taken apart by index ({call.place})")
+    return Labels(call.shape)
+
+
 @operator("index_select")
 def index_select(call: Call) -> Labels:
-    """Indices along one dimension, which therefore cannot shrink."""
-    return Labels(call.shape, tuple(_free(call, call.labels("self"), call.dim())))
+    """The same as a function."""
+    return _picked(call, call.labels("self"), call.dim(), call["index"])
 
 
 @operator("roll")
