@@ -221,16 +221,16 @@ def solve(captured: Capture, found: Trace, model: nn.Module) -> Partition:
     for name, channels in refers.items():
         numbers = captured.numbers[name]
         tensors[name] = Labels((len(numbers),), (channels[numbers],))
-    balances = []
+    balances: dict[tuple[bytes, ...], Balance] = {}  # training mode says again what eval mode has said
     for equal in found.ledger.equal:
         blocks = tuple(channel_of[block] for block in equal.blocks)
         if any(not np.array_equal(np.sort(blocks[0]), np.sort(block)) for block in blocks[1:]):
-            balances.append(Balance(blocks, equal.reason))
+            balances.setdefault(tuple(block.tobytes() for block in blocks), Balance(blocks, equal.reason))
     return Partition(
         count=int(channel_of.max()) + 1,
         tensors=tensors,
         costs=tuple(Cost(translated(cost.labels), cost.times, cost.weight) for cost in found.costs),
-        balances=tuple(balances),
+        balances=tuple(balances.values()),
         modules=tuple(
             layer for path, module in model.named_modules() if (layer := WeightedModule.of(path, module)) is not None
         ),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scap_hub.channels.labels import Labels, Ledger, restricted, support
+from scap_hub.channels.labels import STAYS, Labels, Ledger, restricted, support
 from scap_hub.channels.operators import Call, Trace, flat, sizes_of
 from scap_hub.channels.trace import label
 from scap_hub.graph.modes import emptied_caches, running, untouched
@@ -249,11 +249,22 @@ class _Proof(Recorder):
             if shape is not None and shape != left.shape:
                 raise RuntimeError(f"{node.target} makes shape {list(shape)} instead of {list(left.shape)}")
         ours = label(self.found, node)
-        self.found.labels[node] = ours
-        for own, labels in zip(flat(ours), flat(theirs), strict=True):
-            left = restricted(labels, self.stays)
-            if not all(_found_in(array, own.arrays) for array in left.arrays):
-                raise RuntimeError(f"{node.target} reads other channels than those that stay")
+        if not self._single(expected):
+            for own, labels in zip(flat(ours), flat(theirs), strict=True):
+                left = restricted(labels, self.stays)
+                if not all(_found_in(array, own.arrays) for array in left.arrays):
+                    raise RuntimeError(f"{node.target} reads other channels than those that stay")
+        self.found.labels[node] = mapped(theirs, lambda own: own and restricted(own, self.stays))
+
+    def _single(self, expected: Node) -> bool:
+        """Whether a dimension that is tracked has a single element left, of which rules cannot tell which it is."""
+        found = self.dense.found.labels
+        return any(
+            self.stays[line].sum() == 1
+            for node in (expected, *expected.sources)
+            for labels in flat(found[node])
+            for _, line in labels.lines()
+        )
 
 
 class _Replay(Ledger):
@@ -279,9 +290,14 @@ def _found_in(left: np.ndarray, arrays: tuple[np.ndarray, ...]) -> bool:
         return True
     return any(
         all(own in (1, size) for own, size in zip(array.shape, left.shape, strict=True))
-        and np.array_equal(np.broadcast_to(array, left.shape), left)
+        and _agree(np.broadcast_to(array, left.shape), left)
         for array in arrays
     )
+
+
+def _agree(ours: np.ndarray, left: np.ndarray) -> bool:
+    """Whether labels are the same; of a part with a single element left a rule says STAYS."""
+    return bool(((ours == left) | (ours == STAYS)).all())
 
 
 def _alike(node: Node, dense: Node) -> bool:

@@ -33,7 +33,8 @@ def uneven(
     generator = np.random.default_rng(seed)
     gone = [np.zeros(0, dtype=np.int64)]
     for own, bound in _clusters(groups, balances):
-        wanted = [min(group.size - 1, max(1, round(generator.uniform(*share) * group.size))) for group in own]
+        # Two stay at least: of a single one no rule can tell which it is.
+        wanted = [min(max(group.size - 2, 1), max(1, round(generator.uniform(*share) * group.size))) for group in own]
         if bound:
             gone.append(_Cluster(own, bound, generator).without(wanted))
         else:
@@ -91,7 +92,7 @@ class _Cluster:
             before = self.left[number]
             for _ in range(min(count, _ROUNDS)):
                 own = np.flatnonzero((self.group_of == number) & ~gone)
-                if own.size < 2 or before - own.size >= count:
+                if own.size < 3 or before - own.size >= count:
                     break
                 chosen = self._completed(int(self.generator.choice(own)), gone)
                 if chosen is not None:
@@ -111,7 +112,7 @@ class _Cluster:
             if not behind.any():
                 return chosen
             useful = self.places[behind].sum(0)
-            candidates = np.flatnonzero((useful > 0) & ~taken & (left[self.group_of] > 1))
+            candidates = np.flatnonzero((useful > 0) & ~taken & (left[self.group_of] > 2))
             if not candidates.size:
                 return None
             best = candidates[np.lexsort((noise[candidates], self._harm(lost, candidates)))[0]]

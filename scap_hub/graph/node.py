@@ -28,7 +28,7 @@ class Site(NamedTuple):
     numbers: tuple[int | float, ...]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Node:
     """One value of a forward pass: what an operator returned, or a tensor that was there before.
 
@@ -57,6 +57,9 @@ class Node:
     site: Site | None = None
     sources: list[Node] = field(init=False)
     users: list[Node] = field(default_factory=list, init=False)
+
+    def __repr__(self) -> str:
+        return f"<{self.state or self.op} {tuple(getattr(self.value, 'shape', ()))} in {self.owner!r}>"
 
     def __post_init__(self) -> None:
         read = [leaf for leaf in each((*self.args, *self.kwargs.values())) if isinstance(leaf, Node)]

@@ -226,6 +226,7 @@ def slice_(call: Call) -> Labels:
             if support(array) == (dim,):
                 call.ledger.balance(np.split(array.reshape(-1), x.shape[dim] // width), f"equal parts of {call.place}")
     window = slice(call["start"], call["end"], call["step"])
+    _hold_single(call, x, dim, window)
     return _mapped(call, lambda array: _taken(array, dim, window))
 
 
@@ -264,6 +265,7 @@ def _range(call: Call) -> Iterator[Size]:
 def narrow(call: Call) -> Labels:
     """A range along one dimension, by start and length."""
     window = slice(call["start"], call["start"] + call["length"])
+    _hold_single(call, call.labels("self"), call.dim(), window)
     return _mapped(call, lambda array: _taken(array, call.dim(), window))
 
 
@@ -354,6 +356,8 @@ def split(call: Call) -> list[Labels]:
     starts = ends - [shape[dim] for shape in call.shapes]
     parts = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
     equal = len({shape[dim] for shape in call.shapes}) == 1
+    for part in parts:
+        _hold_single(call, x, dim, part)
     for array in x.arrays:
         if dim in support(array) and (equal or "sizes" not in call.op):
             call.ledger.balance([_taken(array, dim, part) for part in parts], f"equal parts of {call.place}")
@@ -361,6 +365,13 @@ def split(call: Call) -> list[Labels]:
         Labels(shape, tuple(_taken(array, dim, part) for array in x.arrays))
         for shape, part in zip(call.shapes, parts, strict=True)
     ]
+
+
+def _hold_single(call: Call, x: Labels, dim: int, window: slice) -> None:
+    """A single element that is taken out stays: of one element no label tells which it is."""
+    for array in x.arrays:
+        if dim in support(array) and len(range(*window.indices(x.shape[dim]))) == 1:
+            call.ledger.pin(_taken(array, dim, window), f"is taken out alone ({call.place})")
 
 
 def _taken(array: np.ndarray, dim: int, window: slice) -> np.ndarray:
