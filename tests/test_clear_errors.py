@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import scap_hub
 from tests.independent import random_values
-from tests.small_cases import FAILS_TODAY, Body, each, image, some_plan
+from tests.small_cases import Body, each, image, some_plan
 
 
 class Lazy(nn.Module):
@@ -84,10 +84,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "no module": lambda: scap_hub.channel_groups(torch.relu, (image(),)),
     "inputs of the wrong size": lambda: scap_hub.channel_groups(Plain(), (torch.randn(2, 4, 8, 8),)),
 }
-RAW = {"uninitialised lazy modules", "scripted", "traced", "on meta", "no module", "detector with lists of boxes"}
 
 
-@each(MODELS, failing=RAW)
+@each(MODELS)
 def test_a_model_works_or_is_refused_by_an_error_of_ours(name):
     try:
         MODELS[name]()
@@ -138,7 +137,7 @@ UNCHECKED = {"a number as target", "no target", "too few scores", "scores with N
              "indices that are floats", "indices with a fraction"}  # fmt: skip
 
 
-@each(ARGUMENTS, failing=UNCHECKED)
+@each(ARGUMENTS)
 def test_wrong_arguments_are_refused(name):
     tried(ARGUMENTS[name])
 
@@ -164,7 +163,6 @@ ANSWERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
-@FAILS_TODAY
 @each(ANSWERS)
 def test_prune_of_a_module_that_returns_more_than_logits_works_or_says_so(name):
     labels = torch.randint(0, 5, (8,))

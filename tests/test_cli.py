@@ -121,22 +121,22 @@ def test_a_criterion_of_a_file(run, tmp_path):
     assert (code, error) == (0, "")
     groups = json.loads(printed)["groups"].values()
     assert all(group["scores"] == [float(channel) ** 2 for channel in range(group["size"])] for group in groups)
-    assert Recipe.from_yaml(tmp_path / "out" / "recipe.yaml").criterion.name == "backwards-of-a-file"
+    assert Recipe.from_yaml(tmp_path / "out" / "recipe.yaml").criterion.name == f"{file}:Backwards"
     code, printed, _ = run(
         "compare", *arguments[1:4], "--targets", "macs=0.6", "--criteria", f"l1,{file}:Backwards", "--seeds", 1,
         *arguments[6:], "--set", "finetune_epochs=0", "--json",
     )  # fmt: skip
     assert code == 0, printed
-    assert [cell["criterion"] for cell in json.loads(printed)["cells"]] == ["l1", "backwards-of-a-file"]
+    assert [cell["criterion"] for cell in json.loads(printed)["cells"]] == ["l1", f"{file}:Backwards"]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("{}/mine.py:Backward", "mine.py has no criterion 'Backward'; did you mean 'Backwards'? (it has Backwards)"),
-        ("{}/mine.py:Unnamed", "mine.py has no criterion 'Unnamed'"),
-        ("{}/nowhere.py:Mine", "nowhere.py' cannot be run: FileNotFoundError"),
-        ("{}/broken.py:Mine", "broken.py' cannot be run: NameError: name 'undefined' is not defined"),
+        ("{}/mine.py:Backward", "did you mean 'Backwards'?"),
+        ("{}/mine.py:Unnamed", "mine.py:Unnamed'"),
+        ("{}/nowhere.py:Mine", "nowhere.py:Mine': there is no file"),
+        ("{}/broken.py:Mine", "name 'undefined' is not defined"),
         ("l3", "unknown criterion 'l3'"),
     ],
 )

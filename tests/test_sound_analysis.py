@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import scap_hub
 from tests.independent import TOLERANCE, copied, difference, plans, random_values, reference
-from tests.small_cases import FAILS_TODAY, Body, Forward, each, free, image, pruned_exactly, some_plan
+from tests.small_cases import Body, Forward, each, free, image, pruned_exactly, some_plan
 
 # Strided slices, and slices whose bounds follow the width.
 
@@ -38,8 +38,8 @@ def strided(width: int, step: int, first: tuple[int, ...]) -> nn.Module:
 @pytest.mark.parametrize(
     "width, step, first",
     [
-        pytest.param(12, 2, (0, 1), marks=FAILS_TODAY),
-        pytest.param(16, 2, (0, 1), marks=FAILS_TODAY),
+        pytest.param(12, 2, (0, 1)),
+        pytest.param(16, 2, (0, 1)),
         *((20, 2, (0, 1)), (12, 3, (0, 1, 2)), (13, 2, (0, 1)), (16, 2, (1,)), (15, 4, (0, 2))),
     ],
 )
@@ -65,7 +65,7 @@ SLICES: dict[str, Forward] = {
 }  # fmt: skip
 
 
-@each(SLICES, failing={"one channel"})
+@each(SLICES)
 @pytest.mark.parametrize("seed", range(3))
 def test_slices_of_channels(name, seed):
     layers = {"p": nn.Conv2d(8, 12, 1), "q": nn.Conv2d(4, 12, 1), "r": nn.Conv2d(15, 12, 1)}
@@ -92,7 +92,7 @@ GRIDS: dict[str, Forward] = {
 }  # fmt: skip
 
 
-@each(GRIDS, failing={"read by another layer"})
+@each(GRIDS, failing={"affine"})
 def test_the_two_channels_of_a_sampling_grid_are_held(name):
     layers = {"f": nn.Conv2d(16, 2, 3, padding=1), "r": nn.Conv2d(2, 8, 3, padding=1), "m": nn.Conv2d(24, 12, 1)}
     groups = pruned_exactly(Body(GRIDS[name], **layers, t=nn.Linear(16, 6)), image(), checks=("readers",))
@@ -131,8 +131,7 @@ OUTPUTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "list of objects": lambda features, logits: [Record(features, logits), None],
     "object in a dict": lambda features, logits: {"instances": Plain(features, logits)},
 }
-UNSEEN = {"dataclass", "plain object", "list of objects", "object in a dict"}
-outputs = each(OUTPUTS, failing=UNSEEN)
+outputs = each(OUTPUTS)
 
 
 def answering(name: str) -> nn.Module:
@@ -161,7 +160,6 @@ def test_verify_sees_a_wrong_plan_whatever_the_output(name):
         scap_hub.verify(net, scap_hub.PruningPlan.from_json(json.dumps(document)), x)
 
 
-@FAILS_TODAY
 @pytest.mark.parametrize("output", [lambda x: None, lambda x: {"count": 3}, lambda x: x.mean().item])
 def test_an_output_without_any_tensor_is_an_error(output):
     net = Body(lambda net, x: output(net.b(net.a(x))))
@@ -181,7 +179,7 @@ ORIGINS: dict[str, Forward] = {
 }
 
 
-@each(ORIGINS, failing={"data"})
+@each(ORIGINS)
 def test_a_tensor_whose_origin_is_lost_is_noticed(name):
     net = Body(ORIGINS[name])
     try:
@@ -233,7 +231,7 @@ def with_drop_path(net: Any, x: Tensor) -> Any:
 @pytest.mark.parametrize(
     "forward",
     [
-        *(pytest.param(own, marks=FAILS_TODAY) for own in (with_head, with_branch, with_two_heads, with_a_slice)),
+        *(with_head, with_branch, with_two_heads, with_a_slice),
         *(with_another_way, with_drop_path),
     ],
 )
@@ -252,7 +250,6 @@ def test_what_runs_in_training_alone_is_pruned_with_the_rest(forward):
         net.float()
 
 
-@FAILS_TODAY
 def test_googlenet_trains_with_its_auxiliary_heads():
     models = pytest.importorskip("torchvision").models
     net = models.googlenet(weights=None, num_classes=7, aux_logits=True, init_weights=False).eval()

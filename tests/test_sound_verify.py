@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import scap_hub
 from tests.independent import TOLERANCE, plans, random_values
-from tests.small_cases import FAILS_TODAY, Body, Forward, each, free, image, pruned_exactly, some_plan
+from tests.small_cases import Body, Forward, each, free, image, pruned_exactly, some_plan
 
 # Verify accuses the right one.
 
@@ -38,7 +38,7 @@ BLAMELESS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 }  # fmt: skip
 
 
-@each(BLAMELESS, failing=BLAMELESS)
+@each(BLAMELESS)
 def test_verify_does_not_call_the_plan_wrong_where_the_model_cannot_be_compared(name):
     build, images = BLAMELESS[name]
     net, x = random_values(build()).eval(), images()
@@ -55,7 +55,6 @@ def test_verify_does_not_call_the_plan_wrong_where_the_model_cannot_be_compared(
         assert "the pruned model does not run" not in str(error)
 
 
-@FAILS_TODAY
 @pytest.mark.parametrize("layers", [1, 2])
 def test_verify_of_torchs_transformer_encoder_does_not_call_the_plan_wrong(layers):
     class Tokens(nn.Module):
@@ -120,7 +119,6 @@ def test_a_model_that_has_run_has_the_groups_of_a_fresh_one(forward):
     pruned_exactly(Cached(forward), image())
 
 
-@FAILS_TODAY
 @pytest.mark.parametrize("backbone, heads", [([16, 24, 32, 40], 2), ([16, 16, 32, 32], 4)])
 def test_what_is_called_prunable_in_detr_can_be_pruned(backbone, heads):
     import transformers
@@ -182,13 +180,13 @@ FLOAT32: dict[str, Forward] = {
 ACCUMULATORS = ("add", "slice", "copy", "rows", "index_add", "view", "out")
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=FAILS_TODAY) for kind in ACCUMULATORS])
+@pytest.mark.parametrize("kind", ACCUMULATORS)
 def test_a_tensor_that_forward_fills_in_place(kind):
     convs = nn.ModuleList(nn.Conv2d(16, 12, 1) for _ in range(3))
     groups = pruned_exactly(Body(filled(kind), list=convs), image(), trains=False)
     assert "a" in free(groups)
 
 
-@each(FLOAT32, failing={"accumulator from zeros_like"})
+@each(FLOAT32)
 def test_tensors_that_forward_makes_and_writes(name):
     pruned_exactly(Body(FLOAT32[name], p=nn.Conv2d(3, 6, 1), q=nn.Conv2d(3, 10, 1)), image(), trains=False)

@@ -64,10 +64,16 @@ def check_plain(model: nn.Module) -> None:
     Raises:
         ModelError: A scripted, traced or quantised model, or one with lazy layers.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a {type(model).__name__} is no torch.nn.Module, so it has no channels to find")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ModelError(f"{type(model).__name__} only copies a model to devices: prune its .module")
     for path, module in model.named_modules():
         where = f"module {path!r}" if path else "the model"
         if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(f"{where} is TorchScript, whose forward pass cannot be changed: prune the model it is of")
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise ModelError(f"{where} is quantised: prune the model first, and quantise what is left")
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if isinstance(tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
                 raise ModelError(f"{where} has not got its {name!r} yet (a lazy layer): run the model once first")

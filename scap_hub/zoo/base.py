@@ -271,8 +271,18 @@ class Zoo(Protocol):
 
 
 def logits(output: Any) -> Tensor:
-    """The logits in a model's output: the tensor itself, or a transformers output's `.logits`."""
-    return output if isinstance(output, Tensor) else output.logits
+    """The logits in a model's output: the tensor itself, or a transformers output's `.logits`.
+
+    Raises:
+        ModelError: It is neither; of several tensors in a tuple, nothing says which are the logits.
+    """
+    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(found, Tensor):
+        raise ModelError(
+            f"the model returns a {type(output).__name__}, not one tensor of logits: wrap it in a module whose output "
+            "is the logits"
+        )
+    return found
 
 
 def default_preprocessing(input_size: tuple[int, int, int]) -> Preprocessing:

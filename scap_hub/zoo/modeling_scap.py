@@ -30,34 +30,27 @@ class Numbers(TorchFunctionMode):
 
     def __init__(self, changes: Any) -> None:
         super().__init__()
-        self.changes: dict[Any, dict[int, Any]] = {}
-        for function, call, position, old, new in changes:
-            self.changes.setdefault((function, call), {})[position] = (old, new)
-        self.calls = {function: 0 for function, _ in self.changes}
+        self.changes = {tuple(change[:3]): tuple(change[3:]) for change in changes}
+        self.calls = {function: 0 for function, _, _ in self.changes}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        name, place = getattr(func, "__name__", ""), iter(range(2**31))
         if name in self.calls:
             self.calls[name] += 1
-            if changes := self.changes.get((name, self.calls[name])):
-                seen = [0]
-                args = self.changed(args, changes, seen)
-                kwargs = {key: self.changed(value, changes, seen) for key, value in kwargs.items()}
-        return func(*args, **kwargs)
+            args = self.changed(args, name, place)
+            kwargs = {key: self.changed(value, name, place) for key, value in (kwargs or {}).items()}
+        return func(*args, **kwargs or {})
 
-    def changed(self, value: Any, changes: dict[int, Any], seen: list[int]) -> Any:
+    def changed(self, value: Any, name: str, place: Any) -> Any:
         if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
-            seen[0] += 1
-            if seen[0] - 1 not in changes:
-                return value
-            old, new = changes[seen[0] - 1]
+            old, new = self.changes.get((name, self.calls[name], next(place)), (value, value))
             if value != old:
                 raise ValueError(f"pruned for a forward pass that computes {old} where it now computes {value}")
             return new
         if isinstance(value, slice):
-            return slice(*(self.changed(part, changes, seen) for part in (value.start, value.stop, value.step)))
+            return slice(*(self.changed(part, name, place) for part in (value.start, value.stop, value.step)))
         if isinstance(value, tuple | list):
-            parts = [self.changed(part, changes, seen) for part in value]
+            parts = [self.changed(part, name, place) for part in value]
             return parts if isinstance(value, list) else tuple(parts)
         return value
 

@@ -43,11 +43,12 @@ class PlainZoo(Zoo):
         device, dtype = placement(module)
         try:
             with torch.no_grad():
-                output = logits(module.eval()(torch.zeros(1, *input_size, device=device, dtype=dtype)))
+                returned = module.eval()(torch.zeros(1, *input_size, device=device, dtype=dtype))
         except Exception as error:
             raise ModelError(
                 f"{name} does not run on one image {input_size}: {one_line(error)}; set input_size"
             ) from error
+        output = logits(returned)
         if output.ndim != 2:
             raise ModelError(f"{name} returns a tensor {tuple(output.shape)}, not logits (images, classes)")
         return LoadedModel(

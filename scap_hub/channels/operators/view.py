@@ -24,7 +24,13 @@ def transpose(call: Call) -> Labels:
     return _mapped(call, lambda array: np.swapaxes(array, *(call[name] for name in names)))
 
 
-@operator("t", "numpy_T", "mT")
+@operator("numpy_T")
+def reversed_dimensions(call: Call) -> Labels:
+    """All dimensions in reverse order."""
+    return _mapped(call, np.transpose)
+
+
+@operator("t", "mT", "matrix_H", "adjoint")
 def matrix_transpose(call: Call) -> Labels:
     """Last two dimensions swapped."""
     return _mapped(call, lambda array: array.swapaxes(-1, -2) if array.ndim > 1 else array)
