@@ -61,8 +61,8 @@ class TensorCut(_Strict):
 class CallNumber(_Strict):
     """A number that a module's forward pass gives to a torch function, and the one that it gives once it is pruned.
 
-    It is for sizes that are written into the code, such as 400 in `x.view(-1, 400)`, and for numbers that follow a
-    width while the function should stay the same, such as the scale in `x / x.shape[1]`.
+    It is for sizes that are written into the code, such as 400 in `x.view(-1, 400)`. Numbers of arithmetic never
+    change.
 
     Attributes:
         function: Name of the function, such as "view" or "__getitem__".
