@@ -232,18 +232,15 @@ class _Proof(Recorder):
         self.found.ledger.next = iter([array[self.stays[array]] for array in fresh])
         shapes = mapped(node.value, lambda value: tuple(value.shape) if isinstance(value, torch.Tensor) else None)
         theirs = self.dense.found.labels[expected]
-        for shape, labels in zip(shapes if isinstance(shapes, list) else [shapes], _listed(theirs), strict=False):
-            if labels is None:
-                continue
-            left = restricted(labels, self.stays)
-            if shape is not None and shape != left.shape:
-                raise RuntimeError(f"{node.target} makes shape {list(shape)} instead of {list(left.shape)}")
-        ours = label(self.found, node)
-        self.found.labels[node] = ours
-        for own, labels in zip(flat(ours), flat(theirs), strict=True):
-            left = restricted(labels, self.stays)
-            if not all(_found_in(array, own.arrays) for array in left.arrays):
+        left = mapped(theirs, lambda labels: restricted(labels, self.stays) if isinstance(labels, Labels) else None)
+        for shape, labels in zip(shapes if isinstance(shapes, list) else [shapes], _listed(left), strict=False):
+            if labels is not None and shape is not None and shape != labels.shape:
+                raise RuntimeError(f"{node.target} makes shape {list(shape)} instead of {list(labels.shape)}")
+        for own, labels in zip(flat(label(self.found, node)), flat(left), strict=True):
+            if not all(_found_in(array, own.arrays) for array in labels.arrays):
                 raise RuntimeError(f"{node.target} reads other channels than those that stay")
+        # The rules lose sight of a dimension with a single element left; what is proven is known of it too.
+        self.found.labels[node] = left
 
 
 class _Replay(Ledger):
@@ -264,9 +261,11 @@ class _Replay(Ledger):
 
 
 def _found_in(left: np.ndarray, arrays: tuple[np.ndarray, ...]) -> bool:
-    """Whether one of the arrays says the same; along a dimension with a single element left nothing is to be said."""
+    """Whether one of the arrays says the same."""
     if not support(left):
-        return True
+        # Of a dimension with a single element left: rules may keep its label, which must be right, or forget it.
+        single = [array for array in arrays if not support(array)]
+        return not single or any(int(array.item()) == int(left.item()) for array in single)
     return any(
         all(own in (1, size) for own, size in zip(array.shape, left.shape, strict=True))
         and np.array_equal(np.broadcast_to(array, left.shape), left)
