@@ -69,7 +69,10 @@ def measure(library: str, name: str, size: int) -> dict[str, Any]:
     from scap_hub import apply_plan, channel_groups, select, verify
     from scap_hub.channels.oracle import randomize
     from scap_hub.errors import ModelError
-    from scap_hub.graph.record import capture, on_meta, result_like, without_weights
+    from scap_hub.graph.copies import without_weights
+    from scap_hub.graph.record import capture
+    from scap_hub.graph.shapes import result_like
+    from scap_hub.graph.values import on_meta
     from scap_hub.training.evaluate import count
 
     model = randomize(build(library, name)).eval()
@@ -85,7 +88,7 @@ def measure(library: str, name: str, size: int) -> dict[str, Any]:
     row["capture_s"] = time.process_time() - start
     row["groups"], row["prunable"] = len(groups), sum(group.prunable for group in groups)
     row["pinned"] = sorted({group.pinned_because for group in groups if group.pinned_because})
-    free = np.zeros(groups[0].whole.partition.count, dtype=bool)
+    free = np.zeros(groups.whole.partition.count, dtype=bool)
     for group in groups:
         free[group.channels] = group.prunable
     rows: dict[str, list[int]] = {"conv": [0, 0], "linear": [0, 0]}
@@ -93,7 +96,7 @@ def measure(library: str, name: str, size: int) -> dict[str, Any]:
         kind = (
             "conv" if isinstance(module, nn.Conv1d | nn.Conv2d) else "linear" if isinstance(module, nn.Linear) else None
         )
-        ids = groups[0].whole.partition.tensors.get(f"{path}.weight")
+        ids = groups.whole.partition.tensors.get(f"{path}.weight")
         if kind and ids is not None and module.weight.shape[0] > 1:
             own = ids.along(0)
             rows[kind][0] += 0 if own is None else int(free[own].sum())

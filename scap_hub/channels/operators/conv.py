@@ -43,7 +43,7 @@ def conv(call: Call) -> Labels:
     """
     x, w, groups, name = call.labels("input"), call.labels("weight"), call["groups"], call.state("weight")
     batched = len(call.shape) == len(w.shape)
-    if w.shape[:2] == (1, 1) and call.shape == x.shape and batched:
+    if w.shape[:2] == (1, 1) and call.shape == x.shape and batched and _slides_over_channels(call):
         # Channel attention (ECA) slides over the channels: what is left of them are neighbours then.
         call.trace.costs.append(Cost(x, int(np.prod(w.shape[2:])), name))
         return x

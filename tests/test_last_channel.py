@@ -1,0 +1,50 @@
+"""Plans that leave a single channel of a group: no rule may lose sight of the last one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import scap_hub
+from tests.independent import TOLERANCE, difference, random_values, reference
+
+
+class Parts(nn.Module):
+    """Equal parts of a feature map, each with a layer of its own, joined again; `how` does so."""
+
+    def __init__(self, how: Any) -> None:
+        super().__init__()
+        self.how, self.sizes = how, (4, 4, 4)
+        self.stem, self.head = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 5, 1)
+        self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1, groups=4) for _ in range(2))
+        self.third = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.how(self, self.stem(x).relu())).mean((2, 3))
+
+
+def split_and_joined(net: Parts, x: Tensor) -> Tensor:
+    a, b, c = x.split(net.sizes, 1)
+    return torch.cat([net.first(a), b, net.second(c)], 1)
+
+
+def chunked_and_swapped(net: Parts, x: Tensor) -> Tensor:
+    a, b, c = x.chunk(3, 1)
+    return torch.cat([net.second(c).relu(), a + net.first(b), net.third(b)], 1)
+
+
+@pytest.mark.parametrize("how", [split_and_joined, chunked_and_swapped])
+@pytest.mark.parametrize("last", [0, -1])
+def test_one_channel_of_each_group_is_left(how, last):
+    net, x = random_values(Parts(how)).eval(), torch.randn(1, 3, 8, 8)
+    groups = scap_hub.channel_groups(net, x)
+    assert all(group.prunable for group in groups if "head" not in group.producers)
+    plan = scap_hub.PruningPlan.from_keep(groups, {group.name: [range(group.size)[last]] for group in groups.prunable})
+    small = scap_hub.apply_plan(net, plan).double()
+    assert small.stem.out_channels == 3
+    x = x.double()
+    assert difference(small(x), reference(net, plan, "readers")(x)) < TOLERANCE
+    assert scap_hub.verify(net, plan, x.float()) < TOLERANCE
