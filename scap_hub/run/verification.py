@@ -101,8 +101,9 @@ def failing_plan_beside(output_dir: str | Path | None) -> Iterator[None]:
             raise
         output = Path(output_dir).expanduser()
         path, plan = output.with_name(f"{output.name}-failing-plan.json"), error.plan
-        from_main(lambda: write_plan(plan, path))
-        error.args = (f"{error}; that plan is in {str(path)!r}: send it along",)
+        with contextlib.suppress(OSError):  # a full disk must not hide what was found
+            from_main(lambda: write_plan(plan, path))
+            error.args = (f"{error}; that plan is in {str(path)!r}: send it along",)
         raise
 
 
