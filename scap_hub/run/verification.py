@@ -61,19 +61,14 @@ def verified(
 
 def _verdict(model: nn.Module, groups: ChannelGroups, plan: PruningPlan, images: Tensor, insist: bool) -> Verdict:
     try:
-        try:
-            return Verdict(check(model, plan, images))
-        except UnverifiableError:
-            raise
-        except VerificationError as error:
-            guilty, smallest = guilty_groups(groups, plan, error, lambda part: check(model, part, images))
+        return Verdict(check(model, plan, images))
     except (UnverifiableError, ModelError) as error:
         if insist:
-            raise UnverifiableError(
-                f"{error}; with evaluate.verify=false the run goes on without that proof"
-            ) from error
+            raise UnverifiableError(f"{error}; with evaluate.verify=false the run goes on without it") from error
         warnings.warn(f"the pruned model is not verified: {error}", stacklevel=2)
         return Verdict(unverified=str(error))
+    except VerificationError as error:
+        guilty, smallest = guilty_groups(groups, plan, error, lambda part: check(model, part, images))
     if not guilty:
         raise smallest
     warnings.warn(
