@@ -17,7 +17,8 @@ from scap_hub.channels import oracle
 from scap_hub.channels.labels import Labels
 from scap_hub.channels.operators import table
 from scap_hub.hub.card import Measured
-from scap_hub.run import verification
+from scap_hub.plan import ranges
+from scap_hub.run import pruning, verification
 from scap_hub.run.guilty import smallest_failing
 from tests.independent import TOLERANCE, difference, double, random_values, reference
 
@@ -101,6 +102,16 @@ def test_the_guilty_group_is_found_and_pinned_and_the_rest_is_right(faulty):
     assert_right(net, result)
 
 
+def test_several_guilty_groups_are_found_at_once(faulty):
+    faulty("silu")
+    net = random_values(Four(F.silu, F.relu, F.silu, F.relu)).eval()
+    with pytest.warns(UserWarning, match=r"made anew without 'layers\.(0|2)', 'layers\.(0|2)'") as told:
+        result = scap_hub.prune(net, images(), QUICK, target="params=0.8")
+    assert len([warning for warning in told if "made anew" in str(warning.message)]) == 1
+    assert set(result.plan.groups) <= {"layers.1", "layers.3"} and result.plan.groups
+    assert_right(net, result)
+
+
 def test_a_run_in_which_everything_is_guilty_ends_with_the_smallest_failing_plan(faulty, tmp_path):
     faulty("silu")
     net = random_values(Four(F.silu, F.silu, F.silu, F.silu)).eval()
@@ -122,6 +133,25 @@ def test_groups_pinned_in_one_step_stay_whole_in_the_next(faulty):
     assert len([warning for warning in told if "made anew" in str(warning.message)]) == 1
     assert "layers.1" not in result.plan.groups and result.report.verified < 1e-9
     assert_right(net, result)
+
+
+def wrong(plan):
+    """The plan, but another channel is read by the second layer than the first one makes."""
+    document = json.loads(plan.to_json())
+    cut = document["tensors"]["layers.1.weight"]["keep"]
+    kept = plan.indices(cut["1"])
+    other = next(channel for channel in range(10) if channel not in kept)
+    document["keeps"].append(ranges(sorted([other, *kept[1:]])))
+    cut["1"] = len(document["keeps"]) - 1
+    return scap_hub.PruningPlan.from_json(json.dumps(document))
+
+
+def test_what_several_steps_do_together_is_verified_before_the_training(monkeypatch):
+    net, joined = random_values(Four(F.relu, F.relu, F.relu, F.relu)).eval(), pruning._joined
+    monkeypatch.setattr(pruning, "_joined", lambda *arguments: wrong(joined(*arguments)))
+    with pytest.raises(errors.VerificationError, match="the plan is wrong") as caught:
+        scap_hub.prune(net, images(), QUICK, schedule_steps=2)
+    assert len(caught.value.plan.groups) > 1
 
 
 class Random(Four):
@@ -163,14 +193,6 @@ def test_the_smallest_failing_set_is_found(guilty):
 
 
 # apply_plan
-
-
-def wrong(plan):
-    """The plan with another channel read by the second layer than the first one makes."""
-    document = json.loads(plan.to_json())
-    document["keeps"].append("1-8")
-    document["tensors"]["layers.1.weight"]["keep"]["1"] = len(document["keeps"]) - 1
-    return scap_hub.PruningPlan.from_json(json.dumps(document))
 
 
 def test_apply_plan_verifies_where_it_has_inputs():

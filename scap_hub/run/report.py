@@ -112,14 +112,14 @@ class Report:
         if before.latency_ms is not None and after.latency_ms is not None:
             faster = f"{before.latency_ms / after.latency_ms:.2f}x faster"
             rows.append(("latency", f"{before.latency_ms:.2f} ms", f"{after.latency_ms:.2f} ms", faster))
-        if self.selections:
-            last = self.selections[-1]
-            price = f"rounding cost {100 * last.rounding_price:.2f} points"
-            rows.append(("importance", "100 %", f"{100 * last.importance:.2f} %", price))
         if self.verified is not None:
             rows.append(("verified", "masked", "the same", f"difference {self.verified:.1e}"))
         if self.unverified is not None:
             rows.append(("not verified", "", "", self.unverified))
+        if self.selections:
+            last = self.selections[-1]
+            price = f"rounding cost {100 * last.rounding_price:.2f} points"
+            rows.append(("importance", "100 %", f"{100 * last.importance:.2f} %", price))
         return rows
 
 
