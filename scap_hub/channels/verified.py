@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scap_hub import surgery
 from scap_hub.channels.oracle import verify as check
-from scap_hub.errors import PlanError, UnverifiableError
+from scap_hub.errors import ModelError, PlanError, UnverifiableError
 from scap_hub.graph.modes import evaluating
 from scap_hub.placement import placement
 from scap_hub.plan import PruningPlan
@@ -62,6 +62,9 @@ def _own_images(model: nn.Module) -> Tensor | None:
     device, dtype = placement(model)
     if not zoo.rebuilds or device.type == "meta":
         return None
-    with evaluating(model):
-        size = zoo.from_module(model, type(model).__name__, None).preprocessing.input_size
+    try:
+        with evaluating(model):
+            size = zoo.from_module(model, type(model).__name__, None).preprocessing.input_size
+    except ModelError:  # it has no classifier, so its zoo does not describe it
+        return None
     return torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
