@@ -9,6 +9,7 @@ from scap_hub.zoo import import_hooks
 
 if TYPE_CHECKING:
     from scap_hub.channels import ChannelGroup, ChannelGroups, channel_groups, verify
+    from scap_hub.channels.verified import apply_plan
     from scap_hub.compensation import repair
     from scap_hub.criteria import Criterion, score
     from scap_hub.errors import ScapHubError
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from scap_hub.scores import Scores
     from scap_hub.selection.select import select
     from scap_hub.selection.target import Target
-    from scap_hub.surgery import apply_plan
     from scap_hub.timing.table import latency_table
     from scap_hub.training.finetune import finetune
 
@@ -44,7 +44,7 @@ _HOMES = {
     "ScapHubError": "errors",
     "Scores": "scores",
     "Target": "selection.target",
-    "apply_plan": "surgery",
+    "apply_plan": "channels.verified",
     "bench": "run.bench",
     "channel_groups": "channels",
     "compare": "run.compare",

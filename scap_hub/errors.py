@@ -1,5 +1,9 @@
 """Every error that a user can cause. Each message says what was wrong, which value, and what to do next."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class ScapHubError(Exception):
     """Base of all errors raised on purpose by scap_hub."""
@@ -42,4 +46,17 @@ class PublishError(ScapHubError):
 
 
 class VerificationError(ScapHubError):
-    """The pruned model's output differs from the masked model's."""
+    """The pruned model's output differs from the masked model's: the plan is wrong.
+
+    Attributes:
+        difference: How much, relative to the largest element of the output; None where it cannot be said, such as when
+            the pruned model does not run.
+        plan: The smallest `PruningPlan` that was found to fail; None where none was looked for.
+    """
+
+    difference: float | None = None
+    plan: Any = None
+
+
+class UnverifiableError(VerificationError):
+    """The dense model cannot be compared with anything, so nothing can be said of the plan."""

@@ -117,6 +117,14 @@ UNARY = {
     "logical_or": lambda x: x * ((x < -0.1).logical_or(x > 0.3)),
     **{"masked_fill": lambda x: x.masked_fill(x > 0.2, 0.1), "type_as": lambda x: x.type_as(x)},
     "rsub_scalar": lambda x: torch.rsub(x, 2.0),
+    "copy": lambda x: torch.zeros_like(x).copy_(x),
+    **{"to_device": lambda x: x.to("cpu", x.dtype), "to_dtype_layout": lambda x: x.to(x.device)},
+    "to_other": lambda x: x.to(x.relu()),
+    **{"rand": lambda x: x * (torch.rand(6, 6) >= 0), "randn": lambda x: x + 0 * torch.randn(6, 6).to(x)},
+    **{"randint": lambda x: x + torch.randint(0, 1, (6, 6)), "randperm": lambda x: x + torch.randperm(1)},
+    **{"bernoulli": lambda x: x * torch.bernoulli(torch.ones(6, 6)).to(x)},
+    "uniform": lambda x: x + 0 * torch.empty(6, 6, dtype=x.dtype).uniform_(),
+    **{"tril": lambda x: x * torch.ones(6, 6).tril().to(x), "triu": lambda x: x * torch.ones(6, 6).triu().to(x)},
 }
 SPATIAL = {
     **{"max_pool2d": lambda x: F.max_pool2d(x, 2), "avg_pool2d": lambda x: F.avg_pool2d(x, 2)},
@@ -135,6 +143,10 @@ SPATIAL = {
     "reflection_pad2d": lambda x: aten.reflection_pad2d(x, [1, 1, 1, 1]),
     "replication_pad2d": lambda x: aten.replication_pad2d(x, [1, 1, 1, 1]),
     "unfold": lambda x: x.unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5)),
+    "pixel_unshuffle": lambda x: F.pixel_shuffle(F.pixel_unshuffle(x, 2), 2),
+    "index": lambda x: x[:, :, torch.tensor([4, 1, 1])],
+    "where_default": lambda x: x.index_select(2, torch.where(torch.ones(6) > 0)[0]),
+    "tensor_split": lambda x: x.tensor_split(2, 2)[1],
     "im2col": lambda x: F.fold(F.unfold(x, 2, stride=2), (6, 6), 2, stride=2),
 }  # fmt: skip
 LINES = {
@@ -143,6 +155,13 @@ LINES = {
     "adaptive_max_pool1d": lambda x: F.adaptive_max_pool1d(x, 3),
     "upsample_linear1d": lambda x: F.interpolate(x, scale_factor=2, mode="linear"),
     "upsample_nearest1d": lambda x: F.interpolate(x, scale_factor=2, mode="nearest"),
+}
+VOLUMES = {
+    **{"max_pool3d": lambda x: F.max_pool3d(x, 2), "avg_pool3d": lambda x: F.avg_pool3d(x, 2)},
+    "adaptive_avg_pool3d": lambda x: F.adaptive_avg_pool3d(x, 3),
+    "adaptive_max_pool3d": lambda x: F.adaptive_max_pool3d(x, 3),
+    "upsample_trilinear3d": lambda x: F.interpolate(x, scale_factor=2, mode="trilinear"),
+    "upsample_nearest3d": lambda x: F.interpolate(x, scale_factor=2, mode="nearest"),
 }
 VIEWS = {
     **{"permute": lambda x: x.permute(0, 1, 3, 2), "transpose": lambda x: x.transpose(2, 3)},
@@ -180,6 +199,8 @@ VIEWS = {
 }
 """Along space and over whole channels: nothing here may hold a channel."""
 CHANNEL_VIEWS = {
+    "channel_shuffle": unary(lambda x: torch.channel_shuffle(x, 2)),
+    "argmin_channels": unary(lambda x: x + x.argmin(1, keepdim=True), free=False),
     "slice_channels": unary(lambda x: x[:, : x.shape[1] // 2] * x[:, x.shape[1] // 2 :], out=half),
     "narrow_channels": unary(lambda x: x.narrow(1, 2, x.shape[1] - 2), out=lambda width: width - 2),
     "chunk_channels": unary(lambda x: x.chunk(2, 1)[0] * x.chunk(2, 1)[1], out=half),
@@ -382,6 +403,7 @@ CASES: dict[str, Case] = {
     "elementwise-assertion": unary(asserted),
     **{f"spatial-{name}": unary(function) for name, function in SPATIAL.items()},
     **{f"line-{name}": unary(function, dims=1) for name, function in LINES.items()},
+    **{f"volume-{name}": unary(function, dims=3) for name, function in VOLUMES.items()},
     **{f"view-{name}": unary(function) for name, function in VIEWS.items()},
     **{f"channels-{name}": case for name, case in CHANNEL_VIEWS.items()},
     **{f"over_space-{name}": unary(function) for name, function in OVER_SPACE.items()},

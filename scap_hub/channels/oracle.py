@@ -19,7 +19,7 @@ from scap_hub.channels.operators import Call, Trace, flat, operator_of
 from scap_hub.channels.partition import Partition, solve
 from scap_hub.channels.proof import expected_numbers
 from scap_hub.channels.trace import trace
-from scap_hub.errors import ScapHubError, VerificationError
+from scap_hub.errors import ScapHubError, UnverifiableError, VerificationError
 from scap_hub.graph.copies import copied, index_buffers
 from scap_hub.graph.modes import evaluating
 from scap_hub.graph.node import Node, mapped
@@ -35,6 +35,7 @@ TOLERANCE = 1e-9
 _CONDITIONING, _WORST_CONDITIONED = 100, 1e-6
 """A chaotic model (products of activations, large weights) amplifies rounding: it may differ by this many times what a
 rounding error of its inputs makes of its outputs, and never by more than the second number."""
+_NOTHING = PruningPlan(keeps=(), groups={}, tensors={})
 
 
 def verify(model: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...] | Tensor) -> float:
@@ -52,13 +53,13 @@ def verify(model: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...] | Tensor
         VerificationError: The pruned model does not run, or its outputs differ by more than 1e-9; where the model
             itself turns rounding errors of its inputs into more, by a hundred times that, at most 1e-6. In the
             model's own precision the bound is a hundred of its rounding errors, or of what the model makes of them.
-            Its message says so where it is the dense model that cannot be compared: it is random, or computes what
-            its operators do not show, or has no values, or no output to compare.
+        UnverifiableError: It is the dense model that cannot be compared: it is random, or computes what its operators
+            do not show, or has no values, or no output to compare.
         PlanError: The plan does not fit the model.
     """
     arguments = (inputs,) if isinstance(inputs, Tensor) else inputs
     if any(tensor.is_meta for tensor in (*model.parameters(), *tensors_of(arguments))):
-        raise VerificationError("the model or its input has no values (meta device): load its weights, then verify it")
+        raise UnverifiableError("the model or its input has no values (meta device): load its weights, then verify it")
     dense, arguments, tolerance, worst = _comparable(model, arguments)
     small = apply_plan(dense, plan)
     with torch.no_grad(), evaluating(small):
@@ -74,10 +75,12 @@ def verify(model: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...] | Tensor
         if not difference <= allowed:
             _check_dense(dense, arguments, allowed)
     if not difference <= allowed:
-        raise VerificationError(
+        wrong = VerificationError(
             f"the pruned model differs from the masked one by {difference:.1e} (relative; allowed {allowed:.0e}): "
             "the plan is wrong for this model, do not use it, and please report it"
         )
+        wrong.difference = difference
+        raise wrong
     return difference
 
 
@@ -85,25 +88,25 @@ def _comparable(model: nn.Module, arguments: tuple[Any, ...]) -> tuple[nn.Module
     """A copy and its inputs in float64, or in the model's own precision, with the bounds that go with it.
 
     Raises:
-        VerificationError: The model does not run on these inputs, or returns nothing that can be compared.
+        UnverifiableError: The model does not run on these inputs, or returns nothing that can be compared.
     """
     reasons = []
     for dtype in (torch.float64, placement(model).dtype):
-        dense = copied(model).to(dtype).eval()
-        given = tree_map(lambda x: x.to(dtype) if is_tensor(x) and x.is_floating_point() else x, arguments)  # noqa: B023
         try:
+            dense = copied(model).to(dtype).eval()
+            given = tree_map(lambda x: x.to(dtype) if is_tensor(x) and x.is_floating_point() else x, arguments)  # noqa: B023
             with torch.no_grad():
                 returned = _floats(dense(*given))
         except Exception as error:
             reasons.append(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
             continue
         if not returned:
-            raise VerificationError("the model returns no floating-point tensor, so there is nothing to compare")
+            raise UnverifiableError("the model returns no floating-point tensor, so there is nothing to compare")
         if dtype == torch.float64:
             return dense, given, TOLERANCE, _WORST_CONDITIONED
         rounding = torch.finfo(dtype).eps
         return dense, given, _CONDITIONING * rounding, _CONDITIONING**2 * rounding
-    raise VerificationError(f"the dense model does not run on these inputs, in float64 or its own type: {reasons[-1]}")
+    raise UnverifiableError(f"the dense model does not run on these inputs, in float64 or its own type: {reasons[-1]}")
 
 
 def _check_dense(dense: nn.Module, arguments: tuple[Any, ...], allowed: float) -> None:
@@ -111,13 +114,12 @@ def _check_dense(dense: nn.Module, arguments: tuple[Any, ...], allowed: float) -
     with evaluating(dense):
         once, again = _floats(dense(*arguments)), _floats(dense(*arguments))
     if not _difference(once, again) <= allowed:
-        raise VerificationError(
+        raise UnverifiableError(
             "the dense model differs from itself between two runs, so nothing can be compared with it: something in it "
             "is random in eval mode (a dropout that is always on?)"
         )
-    nothing = PruningPlan(keeps=(), groups={}, tensors={})
-    if not _difference(_replayed(dense, nothing, arguments), once) <= allowed:
-        raise VerificationError(
+    if not _difference(_replayed(dense, _NOTHING, arguments), once) <= allowed:
+        raise UnverifiableError(
             "the dense model computes something that its recorded operators do not show (a fast path, values that pass "
             "through .data or numpy), so the pruned model cannot be compared with it"
         )
@@ -129,6 +131,9 @@ def _replayed(dense: nn.Module, plan: PruningPlan, arguments: tuple[Any, ...]) -
     except ScapHubError:
         raise
     except Exception as error:
+        if plan is _NOTHING:
+            raise UnverifiableError(f"the dense model cannot be replayed: {type(error).__name__}: {error}") from error
+        _replayed(dense, _NOTHING, arguments)  # accuses the dense model, if it is at fault
         raise VerificationError(
             f"the dense model with the pruned channels masked does not run: {type(error).__name__}: {error}"
         ) from error
@@ -269,14 +274,14 @@ class _Masked:
         value, labels = self.values[leaf], self.labels[leaf]
         if isinstance(value, Tensor) and isinstance(labels, Labels):
             for dim, kept in self._kept(labels):
-                value = value.take_along_dim(_stretched(kept, value.shape, dim), dim)
+                value = value.take_along_dim(_stretched(kept.to(value.device), value.shape, dim), dim)
         return value
 
     def _scatter(self, value: Tensor, labels: Labels) -> Tensor:
         for dim, kept in reversed(self._kept(labels)):
             full = list(value.shape)
             full[dim] = labels.shape[dim]
-            value = value.new_zeros(full).scatter(dim, _stretched(kept, value.shape, dim), value)
+            value = value.new_zeros(full).scatter(dim, _stretched(kept.to(value.device), value.shape, dim), value)
         return value
 
 
@@ -292,12 +297,12 @@ def _masked(tensor: Tensor, name: str, plan: PruningPlan) -> Tensor:
         return tensor.clone()
     mask = torch.ones_like(tensor, dtype=torch.bool)
     for dim, entry in cut.keep.items():
-        gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        gone = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
         gone[plan.indices(entry)] = False
         mask.index_fill_(dim, gone.nonzero().flatten(), False)
     if cut.blocks is not None:
         for rows, entry in zip(mask.chunk(len(cut.blocks)), cut.blocks, strict=True):
-            gone = torch.ones(tensor.shape[1], dtype=torch.bool)
+            gone = torch.ones(tensor.shape[1], dtype=torch.bool, device=tensor.device)
             gone[plan.indices(entry)] = False
             rows.index_fill_(1, gone.nonzero().flatten(), False)
     return torch.where(mask, tensor, 0)

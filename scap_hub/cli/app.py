@@ -9,7 +9,8 @@ import typer
 from scap_hub.cli import folders, models, runs
 from scap_hub.cli.output import fail
 from scap_hub.cli.recipes import recipes
-from scap_hub.errors import ScapHubError, VerificationError
+from scap_hub.cli.verify import verify
+from scap_hub.errors import ScapHubError, UnverifiableError, VerificationError
 
 EXIT_CODES = (
     "Exit code 0: done; 1: a fault of scap_hub; 2: a mistake in what it was given, named in one line; 130: interrupted."
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (
-    runs.prune, runs.compare, models.inspect, models.verify, models.bench, folders.push, folders.export, runs.demo,
+    runs.prune, runs.compare, models.inspect, verify, models.bench, folders.push, folders.export, runs.demo,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(recipes, name="recipe")
@@ -37,7 +38,8 @@ def main() -> None:
     try:
         sys.exit(app(args=sys.argv[1:] or ["--help"], prog_name="scap-hub", standalone_mode=False))
     except ScapHubError as error:
-        fail(str(error), 1 if isinstance(error, VerificationError) else 2)
+        ours = isinstance(error, VerificationError) and not isinstance(error, UnverifiableError)
+        fail(str(error), 1 if ours else 2)
     except UsageError as error:
         command = error.ctx.command_path if getattr(error, "ctx", None) else "scap-hub"  # type: ignore[attr-defined]
         fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)  # type: ignore[attr-defined]

@@ -1,21 +1,19 @@
-"""Commands that ask something of a model: inspect, verify, bench."""
+"""Commands that ask something of a model: inspect, bench."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from scap_hub.cli.options import AsJson, Model, Quiet, Size
-from scap_hub.cli.output import output, print_table, say
+from scap_hub.cli.output import output, print_table
 from scap_hub.progress import announce
 
 if TYPE_CHECKING:
     from scap_hub.channels import ChannelGroup, ChannelGroups
-    from scap_hub.plan import PruningPlan
     from scap_hub.zoo import LoadedModel
 
 
@@ -31,7 +29,7 @@ def inspect(
     Example: scap-hub inspect resnet18 --untrained
     """
     with output(quiet or as_json):
-        groups = _groups(model, untrained, size)[1]
+        groups = groups_of(model, untrained, size)[1]
     rows = [_described(group, share) for group, share in zip(groups, _mac_shares(groups), strict=True)]
     if as_json:
         print(json.dumps(rows))
@@ -60,52 +58,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
     producers = f"{first} +{len(others)}" if others else first
     constraint, reason = "; ".join(row["constraint"]), row["pinned_because"] or ""
     return [row["name"], str(row["size"]), producers, f"{row['macs']:.1%}", constraint, reason]
-
-
-def verify(
-    model: Model,
-    plan: Annotated[
-        Path | None, typer.Option(help="A pruning_plan.json; random plans if left out.", exists=True, dir_okay=False)
-    ] = None,
-    size: Size = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Prove that pruning a model equals masking it, in float64, on random weights.
-
-    Example: scap-hub verify resnet18
-    """
-    with output(quiet or as_json):
-        import torch
-
-        from scap_hub.channels import oracle
-        from scap_hub.plan import PruningPlan
-
-        loaded, groups = _groups(model, True, size)
-        net = oracle.randomize(loaded.module)
-        plans = _random_plans(groups) if plan is None else {str(plan): PruningPlan.from_json(plan.read_bytes())}
-        example = torch.randn(1, *loaded.preprocessing.input_size)
-        errors = {}
-        for name, pruning in plans.items():
-            with announce(f"proving: {name}"):
-                errors[name] = oracle.verify(net, pruning, example)
-    if as_json:
-        print(json.dumps(errors))
-    for name, error in errors.items():
-        say(f"{name}: pruned equals masked, relative difference {error:.1e}", quiet or as_json)
-
-
-def _random_plans(groups: ChannelGroups) -> dict[str, PruningPlan]:
-    import torch
-
-    from scap_hub.selection.select import select
-
-    scores = {group.name: torch.rand(group.size) for group in groups if group.prunable}
-    fractions = {name: float(0.2 + 0.8 * torch.rand(())) for name in scores}
-    return {
-        "half of each group": select(groups, scores, "ratio=0.5", round_to=1),
-        "random fractions": select(groups, scores, fractions, round_to=1),
-    }
 
 
 def bench(
@@ -147,7 +99,8 @@ def bench(
         )  # fmt: skip
 
 
-def _groups(model: str, untrained: bool, size: int | None) -> tuple[LoadedModel, ChannelGroups]:
+def groups_of(model: str, untrained: bool, size: int | None) -> tuple[LoadedModel, ChannelGroups]:
+    """Loads a model by name and finds its channel groups."""
     import torch
 
     from scap_hub.channels import channel_groups

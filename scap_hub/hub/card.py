@@ -19,6 +19,7 @@ from scap_hub.zoo.base import CODE, LoadedModel
 HERE = "path/to/this/folder"
 """Stands for the repository until the card is published."""
 PICTURE = "channels.png"
+_CHANNELS = f"![channels before and after]({PICTURE})"
 BEGIN = "<!-- scap_hub: begin; the next push rewrites this block, write before or after it -->"
 END = "<!-- scap_hub: end -->"
 
@@ -44,6 +45,8 @@ class Measured:
         dataset_id: Its Hub id, if it has one.
         device: What latency was measured on.
         task: What the model is for, and how top1 is called.
+        verified: Largest relative difference between the pruned model, before repair, and the masked dense one.
+        unverified: Why they could not be compared.
     """
 
     dense: Mapping[str, float | None] = field(default_factory=dict)
@@ -52,6 +55,8 @@ class Measured:
     dataset_id: str | None = None
     device: str | None = None
     task: Task = IMAGE_CLASSIFICATION
+    verified: float | None = None
+    unverified: str | None = None
 
 
 def model_card(
@@ -91,7 +96,7 @@ def model_card(
         title=title,
         origin=f"`{loaded.name}` with {loaded.num_classes} classes{origin}",
         measurements=_measurements(measured),
-        removed=(f"![channels before and after]({PICTURE})\n\n" if picture else "") + _removed(plan),
+        removed="\n\n".join(filter(None, [_CHANNELS if picture else "", _removed(plan), _verified(measured)])),
         doors=_doors(loaded, plain),
         input_size=" x ".join(map(str, preprocessing.input_size)),
         mean=_numbers(preprocessing.mean),
@@ -189,6 +194,18 @@ def _removed(plan: PruningPlan) -> str:
     rows = ["| channels made by | before | after |", "|---|---|---|"]
     rows += [f"| `{name}` | {cut.size} | {len(plan.kept(name))} |" for name, cut in plan.groups.items()]
     return "\n".join(rows)
+
+
+def _verified(measured: Measured) -> str:
+    """Whether it is proven that only these channels are gone."""
+    if measured.unverified is not None:
+        return f"**Not verified**, that nothing but these channels is gone: {measured.unverified}."
+    if measured.verified is None:
+        return ""
+    return (
+        "Verified: before repair and training it computed what the dense model computes with these channels masked "
+        f"(largest relative difference {measured.verified:.1e})."
+    )
 
 
 def _doors(loaded: LoadedModel, plain: bool) -> str:

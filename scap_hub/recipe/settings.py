@@ -228,6 +228,9 @@ class EvaluateSettings(Block):
     """Measure the latency of the dense and the pruned model."""
     batch_size: Count = 1
     """Images at once when latency is measured."""
+    verify: bool = True
+    """Refuse a model that cannot be compared with its masked one, such as one that is random in eval mode; false only
+    warns. A plan that is found to be wrong is never used."""
 
 
 class PublishSettings(Block):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate.utils import set_seed
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from scap_hub.compensation import repair
 from scap_hub.criteria.base import Criterion
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.criteria.diagnostics import Diagnosis, diagnose
+from scap_hub.errors import TargetError, VerificationError
 from scap_hub.hub.checkpoint import check_output
 from scap_hub.hub.uniform import plain_config
 from scap_hub.plan import PruningPlan
@@ -27,6 +28,7 @@ from scap_hub.run.score_cache import kept_scores
 from scap_hub.run.stages import Stages
 from scap_hub.run.steps import refine
 from scap_hub.run.unfinished import kept_beside
+from scap_hub.run.verification import Verdict, beyond_repair, failing_plan_beside, verified
 from scap_hub.scores import Scores
 from scap_hub.selection.latency import select_latency
 from scap_hub.selection.select import kept_importance, select
@@ -59,6 +61,7 @@ def prune(
 
     Raises:
         ScapHubError: One of its subclasses, for anything wrong with the model, the data, the recipe or the target.
+        VerificationError: No plan was found that is right; `error.plan` is the smallest that is wrong.
     """
     if isinstance(model, str | Path):
         overrides["model_name"] = str(model)
@@ -71,7 +74,7 @@ def prune(
     set_seed(recipe.seed)
     stages = Stages()
 
-    with kept_beside(output_dir) as work:
+    with kept_beside(output_dir) as work, failing_plan_beside(output_dir):
         loaded, data = load_dense(model, dataset, recipe, work, stages)
         result = prune_loaded(loaded, data, recipe, work=work, scores=work and work / "scores", stages=stages)
         if output_dir is not None:
@@ -112,9 +115,10 @@ def prune_loaded(
             before = measure(dense, loaded.preprocessing.input_size, data)
 
     pipeline = _Pipeline(loaded, data, recipe, criterion, calibration, work, scores, stages)
-    small, steps = dense, []
-    for number in range(recipe.schedule.steps):
-        small, step = pipeline.step(small, number)
+    small: nn.Module = dense
+    steps: list[_Step] = []
+    while len(steps) < recipe.schedule.steps:
+        small, step = pipeline.step(small, steps)
         steps.append(step)
 
     with stages("measure pruned"):
@@ -125,7 +129,7 @@ def prune_loaded(
             images = example(small, loaded, recipe.evaluate.batch_size)
             times = milliseconds([(dense, images), (small, images)])
             before, after = replace(before, latency_ms=times[0]), replace(after, latency_ms=times[1])
-    plan = _joined(steps)
+    plan = _joined(steps[0].groups, [step.plan for step in steps])
     return Result(small, plan, _report(before, after, plan, steps, stages, data), recipe, loaded, data.task)
 
 
@@ -138,7 +142,27 @@ class _Step:
     diagnoses: dict[str, Diagnosis]
     plan: PruningPlan
     selection: Selection
+    verdicts: list[Verdict]
     history: list[dict[str, float]]
+
+    @property
+    def pinned(self) -> dict[str, str]:
+        """Groups that cannot be pruned, with the reason."""
+        return {group.name: group.pinned_because for group in self.groups if group.pinned_because}
+
+
+_ROUNDS = 4
+"""How often a plan is made before the run gives up, if each is found to be wrong."""
+
+
+class _Proven(NamedTuple):
+    """A plan that was verified, or that cannot be; groups that were found guilty on the way are pinned."""
+
+    groups: ChannelGroups
+    plan: PruningPlan
+    selection: Selection
+    small: nn.Module
+    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -154,25 +178,23 @@ class _Pipeline:
     cache: Path | None
     stages: Stages
 
-    def step(self, model: nn.Module, number: int) -> tuple[nn.Module, _Step]:
-        """Makes a model one step smaller; a model without any reduction is the dense one."""
+    def step(self, model: nn.Module, earlier: Sequence[_Step]) -> tuple[nn.Module, _Step]:
+        """Makes a model one step smaller than the earlier ones; without any it is the dense one."""
         recipe, stages, calibration = self.recipe, self.stages, self.calibration
+        number = len(earlier)
         with stages("channel groups"):
             groups = candidates(model, example(model, self.loaded), recipe.protect)
+            groups = groups.pinned(_still_guilty(groups, earlier))
         with stages("scores"):
             scores = kept_scores(self.cache, model, calibration, self.criterion, groups)
         diagnoses = {}
         if number == 0 and recipe.criterion.diagnostics:
             with stages("diagnostics"):
                 diagnoses = diagnose(model, groups, calibration, self.criterion, scores)
-        with stages("selection"):
-            plan, selection = self._selected(model, groups, scores, number)
-        with stages("refinement"):
-            plan = refine(model, groups, calibration, plan, self.criterion)
-        with stages("surgery"):
-            small = apply_plan(model, plan)
-            if recipe.publish.layout == "uniform" and number + 1 == recipe.schedule.steps:
-                plain_config(self.loaded, small)  # refuses before the training what saving would refuse after it
+        groups, plan, selection, small, verdict = self._proven(model, groups, scores, number)
+        verdicts = [verdict, *self._joined_verdict(earlier, plan)]
+        if recipe.publish.layout == "uniform" and number + 1 == recipe.schedule.steps:
+            plain_config(self.loaded, small)  # refuses before the training what saving would refuse after it
         with stages("repair"):
             repair(model, small, plan, calibration, **recipe.repair.model_dump())
         history = []
@@ -181,7 +203,44 @@ class _Pipeline:
                 folder = self.work and self.work / f"training-{number}"
                 dense = self.loaded.module
                 history = finetune(small, self.data, recipe.finetune, dense, folder, seed=recipe.seed)
-        return small, _Step(groups, scores, diagnoses, plan, selection, history)
+        return small, _Step(groups, scores, diagnoses, plan, selection, verdicts, history)
+
+    def _proven(self, model: nn.Module, groups: ChannelGroups, scores: Scores, number: int) -> _Proven:
+        """Selection, refinement and surgery, made anew without the groups that the verification finds guilty."""
+        fault: VerificationError | None = None
+        for _ in range(_ROUNDS):
+            try:
+                with self.stages("selection"):
+                    plan, selection = self._selected(model, groups, scores, number)
+            except TargetError as error:
+                if fault is None:
+                    raise
+                raise beyond_repair(fault) from error  # too little is left to prune
+            with self.stages("refinement"):
+                plan = refine(model, groups, self.calibration, plan, self.criterion)
+            with self.stages("surgery"):
+                small = apply_plan(model, plan)
+            verdict = self._verdict(model, groups, plan)
+            if verdict.fault is None:
+                return _Proven(groups, plan, selection, small, verdict)
+            fault, groups = verdict.fault, groups.pinned(verdict.guilty)
+        assert fault is not None
+        raise beyond_repair(fault)
+
+    def _verdict(self, model: nn.Module, groups: ChannelGroups, plan: PruningPlan) -> Verdict:
+        with self.stages("verification"):
+            return verified(model, groups, plan, self.calibration[0], insist=self.recipe.evaluate.verify)
+
+    def _joined_verdict(self, earlier: Sequence[_Step], plan: PruningPlan) -> list[Verdict]:
+        """Verifies what all steps do together to the dense model, which is the plan that is saved."""
+        if not earlier:
+            return []
+        groups = earlier[0].groups
+        joined = _joined(groups, [*(step.plan for step in earlier), plan])
+        verdict = self._verdict(self.loaded.module, groups, joined)
+        if verdict.fault is not None:
+            raise beyond_repair(verdict.fault)
+        return [verdict]
 
     def _selected(
         self, model: nn.Module, groups: ChannelGroups, scores: Scores, number: int
@@ -222,14 +281,21 @@ def _select(
     return plan, Selection(importance, max(0.0, kept_importance(free, scores) - importance), share, met)
 
 
-def _joined(steps: Sequence[_Step]) -> PruningPlan:
-    """One plan for the dense model that does what the steps have done one after another."""
+def _still_guilty(groups: ChannelGroups, earlier: Sequence[_Step]) -> dict[str, str]:
+    """Groups that an earlier step found guilty."""
+    names = groups.by_name
+    found = {name: why for step in earlier for name, why in step.pinned.items()}
+    return {name: why for name, why in found.items() if name in names}
+
+
+def _joined(groups: ChannelGroups, plans: Sequence[PruningPlan]) -> PruningPlan:
+    """One plan for the dense model that does what several do one after another."""
     kept: dict[str, list[int]] = {}
-    for step in steps:
-        for name in step.plan.groups:
-            stays = step.plan.kept(name)
+    for plan in plans:
+        for name in plan.groups:
+            stays = plan.kept(name)
             kept[name] = [kept[name][index] for index in stays] if name in kept else stays
-    return PruningPlan.from_keep(steps[0].groups, kept)
+    return PruningPlan.from_keep(groups, kept)
 
 
 def _report(
@@ -237,6 +303,8 @@ def _report(
 ) -> Report:
     """What is told of a run; groups, scores and diagnoses are those of the dense model."""
     first = steps[0]
+    verdicts = [verdict for step in steps for verdict in step.verdicts]
+    unverified = next((verdict.unverified for verdict in verdicts if verdict.unverified), None)
     return Report(
         before,
         after,
@@ -252,7 +320,9 @@ def _report(
         },
         stages=stages.seconds,
         history=[row for step in steps for row in step.history],
-        pinned={group.name: group.pinned_because for group in first.groups if group.pinned_because},
+        pinned=first.pinned,
+        verified=None if unverified else max(verdict.difference or 0.0 for verdict in verdicts),
+        unverified=unverified,
         selections=[step.selection for step in steps],
         metric=data.task.metric,
     )

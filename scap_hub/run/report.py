@@ -52,7 +52,6 @@ class Selection:
         rounding_price: How much larger it were if channel counts were not multiples of `target.round_to`.
         latency: Measured share of the dense model's time; None where the target is another.
         met: Whether a latency budget is met within 1 %; the other kinds of target always are, or `select` raises.
-        met: Whether a latency budget is met within 1 %; the other kinds of target always are, or `select` raises.
     """
 
     importance: float
@@ -72,6 +71,9 @@ class Report:
         stages: Seconds by stage, in the order they ran.
         history: One row an epoch of fine-tuning.
         pinned: Groups that could not be pruned, with the reason.
+        verified: Largest difference between the outputs of the pruned model, before repair, and of the dense model with
+            the pruned channels masked, relative to the largest element; None where the two could not be compared.
+        unverified: Why they could not.
         selections: What the target came to, a step each.
         metric: What `Measures.top1` is.
     """
@@ -82,6 +84,8 @@ class Report:
     stages: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     pinned: dict[str, str] = field(default_factory=dict)
+    verified: float | None = None
+    unverified: str | None = None
     selections: list[Selection] = field(default_factory=list)
     metric: Metric = IMAGE_CLASSIFICATION.metric
 
@@ -108,6 +112,10 @@ class Report:
         if before.latency_ms is not None and after.latency_ms is not None:
             faster = f"{before.latency_ms / after.latency_ms:.2f}x faster"
             rows.append(("latency", f"{before.latency_ms:.2f} ms", f"{after.latency_ms:.2f} ms", faster))
+        if self.verified is not None:
+            rows.append(("verified", "masked", "the same", f"difference {self.verified:.1e}"))
+        if self.unverified is not None:
+            rows.append(("not verified", "", "", self.unverified))
         if self.selections:
             last = self.selections[-1]
             price = f"rounding cost {100 * last.rounding_price:.2f} points"

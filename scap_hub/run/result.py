@@ -102,4 +102,6 @@ class Result:
             dataset_id=dataset if on_hub else None,
             device=device_name(placement(self.model).device),
             task=self.task,
+            verified=self.report.verified,
+            unverified=self.report.unverified,
         )

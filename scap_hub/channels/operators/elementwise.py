@@ -11,8 +11,8 @@ def _pass(call: Call) -> Labels:
 
 
 @operator(
-    "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "hardsigmoid", "hardswish",
-    "hardtanh", "tanh", "softplus", "clamp", "dropout", "clone", "contiguous",
+    "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "hardsigmoid",
+    "hardswish", "hardtanh", "tanh", "softplus", "clamp", "dropout", "clone", "contiguous",
     role="activation",
 )  # fmt: skip
 def activation(call: Call) -> Labels:
@@ -21,14 +21,12 @@ def activation(call: Call) -> Labels:
 
 
 @operator(
-    "softsign", "log_sigmoid", "threshold", "exp", "expm1", "log", "log1p", "log2", "sqrt", "rsqrt", "reciprocal",
-    "neg", "abs", "square", "sin", "cos", "tan", "atan", "atan2", "erf", "floor", "ceil", "round", "sign", "trunc",
-    "clamp_min", "clamp_max", "add", "sub", "rsub", "mul", "div", "true_divide", "floor_divide", "pow", "maximum",
-    "minimum", "where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar", "addcmul", "addcdiv", "lerp",
-    "eq", "ne", "lt", "gt", "le", "ge", "logical_not", "logical_and", "logical_or", "bitwise_and", "bitwise_or",
-    "bitwise_not", "isnan", "isinf", "isfinite", "masked_fill", "feature_dropout", "alpha_dropout", "detach", "alias",
-    "to.dtype", "to.device", "to.dtype_layout", "_to_copy", "float", "nan_to_num", "remainder", "fmod", "copy",
-    "hardshrink", "softshrink", "logit", "lift_fresh", "lift", "requires_grad", "view_as_real_copy",
+    "log_sigmoid", "threshold", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "neg", "abs",
+    "square", "sin", "cos", "erf", "floor", "ceil", "round", "sign", "clamp_min", "clamp_max", "add", "sub",
+    "rsub", "mul", "div", "pow", "maximum", "minimum", "where.self", "addcmul", "addcdiv", "lerp", "eq", "ne",
+    "lt", "gt", "le", "ge", "logical_not", "logical_and", "logical_or", "masked_fill", "feature_dropout",
+    "alpha_dropout", "detach", "alias", "to.dtype", "to.device", "to.dtype_layout", "_to_copy", "nan_to_num",
+    "remainder", "fmod", "copy", "lift_fresh",
 )  # fmt: skip
 def elementwise(call: Call) -> Labels:
     """Any number of operands, broadcast as usual."""
@@ -61,16 +59,15 @@ def alike(call: Call) -> Labels:
     )
 
 
-@operator("zeros_like", "ones_like", "full_like", "zero", "fill.Scalar")
+@operator("zeros_like", "ones_like", "full_like", "fill.Scalar")
 def alike_as(call: Call) -> Labels:
     """All elements are alike, in the shape of another tensor."""
     return call.labels("self")
 
 
 @operator(
-    "rand_like", "randn_like", "empty_like", "new_empty", "arange", "linspace", "scalar_tensor", "tensor", "meshgrid",
-    "eye", "empty", "rand", "randn", "randint", "randperm", "bernoulli", "triu", "tril", "triu_indices",
-    "tril_indices", "uniform", "normal",
+    "rand_like", "randn_like", "empty_like", "new_empty", "arange", "linspace", "scalar_tensor", "meshgrid", "eye",
+    "empty", "rand", "randn", "randint", "randperm", "bernoulli", "triu", "tril", "uniform",
 )  # fmt: skip
 def constant(call: Call) -> Labels | list[Labels]:
     """Every element is another one: carries no labels, and pins what it meets."""

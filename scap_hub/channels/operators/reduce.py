@@ -12,7 +12,7 @@ from scap_hub.channels.operators.table import Call, always, operator
 
 @operator(
     "mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "logsumexp", "norm", "linalg_vector_norm",
-    "prod", "max", "min",
+    "max", "min",
     counts=always,
 )  # fmt: skip
 def reduction(call: Call) -> Labels | list[Labels]:
@@ -52,7 +52,7 @@ def fixed_along(call: Call) -> Labels:
     return Labels(call.shape, tuple(_free_of(call, call.labels("self"), call.dim())))
 
 
-@operator("argmax", "argmin", "sort", "argsort", "topk", "nonzero", "where.default", "unique", "gather", "scatter")
+@operator("argmax", "argmin", "sort", "topk", "where.default", "scatter")
 def values_matter(call: Call) -> Labels | list[Labels]:
     """What is where depends on values: nothing that enters can shrink."""
     call.ledger.pin_all(call.tensors, f"is looked up by value ({call.place})")

@@ -29,7 +29,6 @@ def _mapped(call: Call, arrays: tuple[np.ndarray, ...]) -> Labels | list[Labels]
 
 @operator(
     "max_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d", "upsample_linear1d", "upsample_nearest1d",
-    "_upsample_nearest_exact1d", "max_pool1d_with_indices", "reflection_pad1d", "replication_pad1d",
 )  # fmt: skip
 def on_lines(call: Call) -> Labels | list[Labels]:
     """(N, C, L)."""
@@ -48,7 +47,6 @@ def on_maps(call: Call) -> Labels | list[Labels]:
 
 @operator(
     "max_pool3d", "adaptive_avg_pool3d", "adaptive_max_pool3d", "upsample_trilinear3d", "upsample_nearest3d",
-    "_upsample_nearest_exact3d", "max_pool3d_with_indices",
 )  # fmt: skip
 def on_volumes(call: Call) -> Labels | list[Labels]:
     """(N, C, D, H, W)."""
@@ -96,7 +94,7 @@ def _middle(call: Call, array: np.ndarray, axis: int) -> np.ndarray | None:
     return line(middle, support(array)[0], array.ndim)
 
 
-@operator("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+@operator("grid_sampler", "grid_sampler_3d")
 def sample(call: Call) -> Labels:
     """Values at the places that a grid names: its coordinates stay."""
     call.ledger.pin_all([call.labels("grid")], f"holds the coordinates of {call.place}")
@@ -179,7 +177,7 @@ def col2im(call: Call) -> Labels:
     return Labels(call.shape, (line(places[:, 0], dim, len(call.shape)),))
 
 
-@operator("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "reflection_pad3d", "replication_pad3d")
+@operator("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "replication_pad3d")
 def pad(call: Call) -> Labels:
     """Constants around the channels stay; whatever copies elements to the border holds them."""
     amounts = call.args.get("pad") or call.args["padding"]

@@ -30,7 +30,7 @@ def reversed_dimensions(call: Call) -> Labels:
     return _mapped(call, np.transpose)
 
 
-@operator("t", "mT", "matrix_H", "adjoint")
+@operator("t", "mT", "adjoint")
 def matrix_transpose(call: Call) -> Labels:
     """Last two dimensions swapped."""
     return _mapped(call, lambda array: array.swapaxes(-1, -2) if array.ndim > 1 else array)
@@ -60,7 +60,7 @@ def _any_sizes(call: Call) -> Iterator[Size]:
 
 
 @operator(
-    "view", "reshape", "_unsafe_view", "flatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel",
+    "view", "reshape", "_unsafe_view", "flatten", "squeeze", "unsqueeze", "view_as", "reshape_as",
     sizes=_any_sizes,
 )  # fmt: skip
 def reshape(call: Call) -> Labels:
