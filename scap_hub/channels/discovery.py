@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scap_hub.channels.attributes import Choice, StuckError, completed, forward_of, shared_numbers, stuck_channels
+from scap_hub.channels.attempts import shared_numbers, stuck_channels
+from scap_hub.channels.attributes import StuckError, completed
+from scap_hub.channels.forward import Choice, forward_of
 from scap_hub.channels.groups import ChannelGroup, ChannelGroups, WholeModel
 from scap_hub.channels.labels import Equal, support
 from scap_hub.channels.operators import Trace

@@ -8,7 +8,8 @@ from typing import TypeVar, overload
 
 import numpy as np
 
-from scap_hub.channels.attributes import Forward, completed, described
+from scap_hub.channels.attributes import completed, described
+from scap_hub.channels.forward import Forward
 from scap_hub.channels.partition import Balance, Partition
 from scap_hub.channels.taps import Tap
 from scap_hub.errors import PlanError

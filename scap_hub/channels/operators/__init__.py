@@ -4,7 +4,7 @@ A rule is `rule(call) -> Labels | list[Labels]`. It may equate, pin and balance 
 operator without a rule pins everything that it reads: an unpruned channel is only a loss, a wrong prune is a bug.
 """
 
-from scap_hub.channels.operators import contract, conv, elementwise, join, norm, reduce, spatial, view
+from scap_hub.channels.operators import contract, conv, elementwise, join, norm, parts, reduce, spatial, view
 from scap_hub.channels.operators.table import (
     Call,
     Consumer,
@@ -36,6 +36,7 @@ __all__ = [
     "known_operators",
     "norm",
     "operator_of",
+    "parts",
     "reduce",
     "role_of",
     "sizes_of",

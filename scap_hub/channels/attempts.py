@@ -1,0 +1,134 @@
+"""What may have to change, or must be held, after a pruned model without weights has failed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from scap_hub.channels.forward import AttributeUse, CallUse, Choice, Forward, Integer, is_torchs
+from scap_hub.channels.proof import Number, Outcome
+from scap_hub.surgery import CHANGEABLE
+
+
+def attempts(forward: Forward, stays: np.ndarray, outcome: Outcome) -> Iterator[Choice]:
+    """What may have to change after a failure, the likely first."""
+    assert outcome.failed is not None
+    for path in outcome.failed:
+        changing = [own for own in forward.integers if own.path == path and not stays[own.channels].all()]
+        yield from _of_attributes(forward.kinds[path], changing)
+    yield from _calls(forward.kinds, outcome.wrong)
+    for path in outcome.failed:
+        uses = [use_of(forward.kinds[path], width) for width in forward.widths if width.path == path]
+        yield from (frozenset([use]) for use in dict.fromkeys(uses))
+
+
+def use_of(kind: type, integer: Integer) -> AttributeUse:
+    return AttributeUse(kind, integer.name, integer.times, integer.role)
+
+
+def _of_attributes(kind: type, changing: Sequence[Integer]) -> Iterator[Choice]:
+    """Attributes of a module that may have to change: one use of one, one alone, all together, two at a time."""
+    uses = sorted({use_of(kind, integer) for integer in changing}, key=str)
+    yield from (frozenset([use]) for use in uses)
+    names = sorted({(use.name, use.times) for use in uses})
+    wholes = [frozenset(use for use in uses if (use.name, use.times) == name) for name in names]
+    yield from (whole for whole in wholes if len(whole) > 1)
+    if len(names) > 1:
+        exact = frozenset(use for use in uses if use.times == 1)  # not a multiple of another number by chance
+        yield from dict.fromkeys([exact, frozenset(uses)])
+    if len(names) > 2:
+        yield from (one | other for one, other in itertools.combinations(wholes, 2))
+
+
+def _calls(kinds: Mapping[str, type], wrong: Sequence[Number]) -> Iterator[Choice]:
+    """The numbers in the failing call's own arguments that may have to change: all at once, or one of them."""
+    options = [list(_positions(kinds, number)) for number in wrong]
+    if options and all(options):
+        for uses in itertools.islice(itertools.product(*options), 16):
+            yield frozenset(uses)
+    yield from (frozenset([use]) for uses in options for use in uses)
+
+
+def _positions(kinds: Mapping[str, type], number: Number) -> Iterator[CallUse]:
+    """Where the torch function that was called has a number."""
+    site = number.node.site
+    if site is None or site.function not in CHANGEABLE:
+        return
+    places = [position for position, value in enumerate(site.numbers) if value == number.dense]
+    # A list of as many numbers stands in the same order.
+    places.sort(key=lambda position: position != number.index)
+    for position in places:
+        yield CallUse(kinds[number.node.owner], site.function, site.number, position, number.argument, number.index)
+
+
+def shared_numbers(forward: Forward, failed: Sequence[str], free: np.ndarray) -> dict[str, list[np.ndarray]]:
+    """Channels that one number counts in several places of one module: they must stay equally many.
+
+    The number is an attribute of the module, or the width of what enters it.
+
+    Args:
+        forward: Where the numbers are.
+        failed: The modules around a failure, innermost first.
+        free: Of every channel, whether it can still be pruned; beside one that cannot, nothing is gained.
+
+    Returns:
+        For each such number, in all modules of the classes that failed, the channels of its places.
+    """
+    kinds = forward.kinds
+    blamed = {path for path, kind in kinds.items() if kind is kinds[failed[0]]}
+    shared: dict[str, dict[bytes, np.ndarray]] = {}
+
+    def place(name: str, channels: np.ndarray) -> None:
+        shared.setdefault(name, {})[np.sort(channels).tobytes()] = channels
+
+    for integer in forward.integers:
+        if integer.path in blamed and integer.times == 1:
+            suffix = "" if integer.index is None else f"[{integer.index}]"
+            place(f"{integer.path}.{integer.name}{suffix}", integer.channels)
+    entering = {(path, channels.size) for path, channels in forward.entering if path in blamed}
+    for path, channels in (*forward.entering, *forward.counted):
+        if (path, channels.size) in entering:
+            place(f"what enters {path}", channels)
+    alike = {name: list(places.values()) for name, places in shared.items()}
+    return {
+        name: places
+        for name, places in alike.items()
+        if len({len(place) for place in places}) == 1 < len(places) and free[np.concatenate(places)].all()
+    }
+
+
+def stuck_channels(forward: Forward, failed: Sequence[str], free: np.ndarray) -> dict[str, np.ndarray]:
+    """What to pin after a failure, as little as possible: what a number counts, or else what passes the parameters.
+
+    Modules of one class run the same code: what is stuck in one is pinned in all of them.
+
+    Args:
+        forward: Where the numbers are.
+        failed: The modules around the failure, innermost first.
+        free: Of every channel, whether it can still be pruned.
+
+    Returns:
+        Free channels by the path of the module to blame; none if nothing can be blamed.
+    """
+    tensors = forward.partition.tensors
+    passing = [(name, array.reshape(-1)) for name, labels in tensors.items() for array in labels.arrays]
+    kinds = forward.kinds
+    for places, nested in ((forward.counted, False), (forward.counted, True), (passing, True)):
+        for path in failed:
+            alike = [path]
+            if places is forward.counted and not is_torchs(kinds[path]):
+                alike = [other for other, kind in kinds.items() if kind is kinds[path]]
+            stuck = {other: _inside(other, places, nested, free) for other in alike}
+            if stuck[path].size:
+                return {other: channels for other, channels in stuck.items() if channels.size}
+    return {}
+
+
+def _inside(path: str, places: Iterable[tuple[str, np.ndarray]], nested: bool, free: np.ndarray) -> np.ndarray:
+    """The free channels of the places at a path, or also below it."""
+    prefix = f"{path}." if path else ""
+    own = [channels for place, channels in places if place == path or (nested and f"{place}.".startswith(prefix))]
+    channels = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *own]))
+    return channels[free[channels]]

@@ -1,0 +1,203 @@
+"""Parts of tensors: slices, splits, and elements that are picked by number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from scap_hub.channels.labels import Labels, line, support
+from scap_hub.channels.operators.table import Call, Size, operator
+from scap_hub.channels.operators.view import moved
+from scap_hub.graph.node import Node
+
+
+def _bounds(call: Call) -> Iterator[Size]:
+    """Where a slice starts and ends counts the elements before."""
+    whole = call.labels("self").along(call.dim())
+    if whole is not None and call["step"] == 1:
+        for name in ("start", "end"):
+            bound = call[name]
+            if bound is not None and 0 < abs(bound) <= whole.size:
+                yield Size(name, None, whole[:bound] if bound > 0 else whole[bound:])
+
+
+@operator("slice", sizes=_bounds)
+def slice_(call: Call) -> Labels:
+    """A range along one dimension, or every so manyth of it."""
+    x, dim = call.labels("self"), call.dim()
+    first = (call["start"] or 0) % max(1, x.shape[dim])
+    if call["step"] > 1:
+        _couple_steps(call, x, dim, first)
+    width = call.shape[dim]
+    if call["step"] == 1 and 1 < width < x.shape[dim] and x.shape[dim] % width == 0 and first % width == 0:
+        # One of several equal parts: where the code halves a width it must stay divisible.
+        for array in x.arrays:
+            if support(array) == (dim,):
+                call.ledger.balance(np.split(array.reshape(-1), x.shape[dim] // width), f"equal parts of {call.place}")
+    window = slice(call["start"], call["end"], call["step"])
+    _hold_single(call, x, dim, window)
+    return moved(call, lambda array: _taken(array, dim, window))
+
+
+def _couple_steps(call: Call, x: Labels, dim: int, first: int) -> None:
+    """Of every so many neighbours one is taken: they leave together, or each later one would be another.
+
+    Neighbours are counted from the start of the tensor, so `x[:, ::2]` and `x[:, 1::2]` couple the same pairs; in
+    `x[:, 5::2]`, what lies before is pinned, because the number 5 stays.
+    """
+    step, reason = call["step"], f"is one of every {call['step']} of {call.place}"
+    for array in x.arrays:
+        if dim not in support(array):
+            continue
+        if support(array) != (dim,) or (call["end"] is not None and call["end"] < x.shape[dim]):
+            call.ledger.pin(array, reason)
+            continue
+        labels = array.reshape(-1)
+        before = first // step * step
+        call.ledger.pin(labels[:before], f"lies before the start of {call.place}")
+        whole = labels[before : before + (labels.size - before) // step * step].reshape(-1, step)
+        call.ledger.equate(whole, whole[:, :1], reason)
+        # A last, shorter run: it would change with what is in front of it.
+        rest = labels[before + whole.size :]
+        call.ledger.equate(rest, rest[:1], reason) if rest.size else None
+
+
+def _range(call: Call) -> Iterator[Size]:
+    """Where a range starts, and how long it is."""
+    whole, start = call.labels("self").along(call.dim()), call["start"]
+    if whole is not None and isinstance(start, int):
+        yield Size("start", None, whole[:start])
+        yield Size("length", None, whole[start : start + call["length"]])
+
+
+@operator("narrow", sizes=_range)
+def narrow(call: Call) -> Labels:
+    """A range along one dimension, by start and length."""
+    window = slice(call["start"], call["start"] + call["length"])
+    _hold_single(call, call.labels("self"), call.dim(), window)
+    return moved(call, lambda array: _taken(array, call.dim(), window))
+
+
+@operator("select")
+def select(call: Call) -> Labels:
+    """One index of a dimension, which therefore cannot shrink."""
+    x, dim = call.labels("self"), call.dim()
+    return Labels(call.shape, tuple(array.squeeze(dim) for array in _free(call, x, dim)))
+
+
+@operator("unbind")
+def unbind(call: Call) -> list[Labels]:
+    """Every index of a dimension, which therefore cannot shrink."""
+    x, dim = call.labels("self"), call.dim()
+    arrays = tuple(array.squeeze(dim) for array in _free(call, x, dim))
+    return [Labels(shape, arrays) for shape in call.shapes]
+
+
+def _picked(call: Call, x: Labels, dim: int, index: Node) -> Labels:
+    """Elements at the numbers that a buffer holds: the buffer's numbers leave with what they refer to.
+
+    Any other index is pinned: a list in the code cannot be changed.
+    """
+    line_, numbers = x.along(dim), index.tensor
+    others = [array for array in x.arrays if dim not in support(array)]
+    alone = all(support(array) == (dim,) for array in x.arrays if dim in support(array))
+    if line_ is None or numbers is None or numbers.is_meta or numbers.ndim != 1 or index.state is None or not alone:
+        return Labels(call.shape, tuple(_free(call, x, dim)))
+    picked = line_[numbers.cpu().numpy()]
+    before = call.trace.indices.setdefault(index.state, line_)
+    if not np.array_equal(before, line_):
+        call.ledger.pin(np.concatenate([before, line_]), f"is one of two that {index.state!r} refers to")
+    return Labels(call.shape, (*others, line(picked, dim, len(call.shape))))
+
+
+@operator("index")
+def index(call: Call) -> Labels:
+    """Numbers along one dimension, such as a fixed permutation of channels that a buffer holds."""
+    x = call.labels("self")
+    indices = [(dim, node) for dim, node in enumerate(call["indices"]) if node is not None]
+    if len(indices) == 1 and not indices[0][1].varies and len(indices[0][1].value.shape) == 1:
+        return _picked(call, x, *indices[0])
+    call.ledger.pin_all(call.tensors, f"is taken apart by index ({call.place})")
+    return Labels(call.shape)
+
+
+@operator("index_select")
+def index_select(call: Call) -> Labels:
+    """The same as a function."""
+    return _picked(call, call.labels("self"), call.dim(), call["index"])
+
+
+@operator("roll")
+def roll(call: Call) -> Labels:
+    """Cyclic shift of dimensions that do not shrink."""
+    x = call.labels("self")
+    if not call["dims"]:
+        call.ledger.pin_all([x], f"is flattened and rolled ({call.place})")
+        return Labels(call.shape)
+    arrays = list(x.arrays)
+    for dim in call["dims"]:
+        arrays = _free(call, Labels(x.shape, tuple(arrays)), dim % len(x.shape))
+    return Labels(call.shape, tuple(arrays))
+
+
+def _parts(call: Call) -> Iterator[Size]:
+    """The sizes of the parts; the last one is often written as the whole less the others."""
+    dim = call.dim()
+    for index, part in enumerate(call.results):
+        labels = part.along(dim)
+        if labels is not None and labels.size == part.shape[dim]:
+            if call.node.name == "split_with_sizes" or call.op == "split.sizes":
+                yield Size("split_sizes" if "split_sizes" in call.args else "split_size", index, labels)
+            elif call.node.name == "split" and index == 0:
+                yield Size("split_size", None, labels)
+    whole = call.labels("self").along(dim)
+    if whole is not None and call.node.name != "chunk":
+        yield Size("", None, whole)
+
+
+@operator("chunk", "split", "split_with_sizes", "tensor_split", sizes=_parts)
+def split(call: Call) -> list[Labels]:
+    """Parts along one dimension. Where the code does not list their sizes, all lose equally many: equal parts stay
+    equal, and a last part that is smaller stays smaller by as much.
+    """
+    x, dim = call.labels("self"), call.dim()
+    ends = np.cumsum([shape[dim] for shape in call.shapes])
+    starts = ends - [shape[dim] for shape in call.shapes]
+    parts = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+    equal = len({shape[dim] for shape in call.shapes}) == 1
+    for part in parts:
+        _hold_single(call, x, dim, part)
+    for array in x.arrays:
+        if dim in support(array) and (equal or "sizes" not in call.op):
+            call.ledger.balance([_taken(array, dim, part) for part in parts], f"equal parts of {call.place}")
+    return [
+        Labels(shape, tuple(_taken(array, dim, part) for array in x.arrays))
+        for shape, part in zip(call.shapes, parts, strict=True)
+    ]
+
+
+def _hold_single(call: Call, x: Labels, dim: int, window: slice) -> None:
+    """A single element that is taken out stays: of one element no label tells which it is."""
+    for array in x.arrays:
+        if dim in support(array) and len(range(*window.indices(x.shape[dim]))) == 1:
+            call.ledger.pin(_taken(array, dim, window), f"is taken out alone ({call.place})")
+
+
+def _taken(array: np.ndarray, dim: int, window: slice) -> np.ndarray:
+    if array.shape[dim] == 1:
+        return array
+    index = [slice(None)] * array.ndim
+    index[dim] = window
+    return array[tuple(index)]
+
+
+def _free(call: Call, x: Labels, dim: int) -> list[np.ndarray]:
+    """Layers that do not vary along `dim`; the others are pinned."""
+    free = []
+    for array in x.arrays:
+        if dim in support(array):
+            call.ledger.pin(array, f"is taken apart by index ({call.place})")
+        else:
+            free.append(array)
+    return free
