@@ -467,20 +467,21 @@ class _Trial:
             if isinstance(use, AttributeUse):
                 continue
             for node, run in self.forward.sites.get((use.kind, use.function, use.call), ()):
-                if use.argument not in node.arguments:
-                    continue
                 number = self._number(node, run, use)
-                own = values.setdefault(node.owner, {})
-                own.setdefault((use.function, use.call, use.position), set()).add(number)
+                if number is not None:
+                    own = values.setdefault(node.owner, {})
+                    own.setdefault((use.function, use.call, use.position), set()).add(number)
         return {
             path: [(*place, next(iter(numbers))) for place, numbers in own.items() if len(numbers) == 1]
             for path, own in values.items()
         }
 
-    def _number(self, node: Node, run: Run, use: CallUse) -> float:
-        """What an argument of an operator must be in the pruned model."""
+    def _number(self, node: Node, run: Run, use: CallUse) -> float | None:
+        """What an argument of an operator must be in the pruned model; None if the operator has no such number."""
         for number in expected_numbers(Call(node, run.found), self.labels):
             if (number.argument, number.index) == (use.argument, use.item):
                 return number.pruned
-        value = node.arguments[use.argument]
-        return value if use.item is None else value[use.item]
+        value = node.arguments.get(use.argument)
+        if use.item is not None:  # another branch of the same code may call it with a shorter list
+            value = value[use.item] if isinstance(value, list | tuple) and use.item < len(value) else None
+        return value if type(value) in (int, float) else None
