@@ -16,8 +16,9 @@ from scap_hub.channels.labels import Equal, support
 from scap_hub.channels.operators import Trace
 from scap_hub.channels.partition import Partition, solve
 from scap_hub.channels.proof import Run
+from scap_hub.channels.repeats import matched
 from scap_hub.channels.taps import module_calls, tap
-from scap_hub.channels.trace import trace
+from scap_hub.channels.trace import retrace, trace
 from scap_hub.channels.uneven import uneven
 from scap_hub.errors import ModelError
 from scap_hub.graph.copies import copied, index_buffers, without_weights
@@ -25,7 +26,7 @@ from scap_hub.graph.record import capture
 from scap_hub.graph.values import on_meta
 
 _ALONE = 12
-"""Models with so few prunable groups are tried with each group alone, too."""
+"""In models with so few prunable groups, each whose channels a number counts is tried alone, too."""
 
 
 def channel_groups(model: nn.Module | str, inputs: tuple[Any, ...] | Tensor | None = None) -> ChannelGroups:
@@ -120,16 +121,19 @@ class _Analysis:
 
     def _stuck(self, groups: Sequence[ChannelGroup], whole: WholeModel) -> StuckError | None:
         """Tries uneven plans; how the first one fails that does."""
-        for gone in _plans(groups, whole.partition):
+        trial = replace(whole.forward, runs=tuple(run for run in self.runs if not run.repeats))
+        for gone in _plans(groups, whole):
             stays = whole.partition.everything()
             stays[gone] = False
             keep = {group.name: np.flatnonzero(stays[group.channels]) for group in groups if group.prunable}
             try:
                 plan = whole.partition.cut(whole.channels, keep)
                 if plan.tensors:
-                    _, self.chosen = completed(replace(whole.forward, chosen=self.chosen), plan, stays)
+                    _, self.chosen = completed(replace(trial, chosen=self.chosen), plan, stays)
             except StuckError as error:
                 return error
+            # A plan is proven in all modes when it is made; one trial shows what training mode adds.
+            trial = replace(trial, runs=self.runs[:1])
         return None
 
     def mended(self, groups: ChannelGroups, stuck: StuckError) -> tuple[ChannelGroups, StuckError | None]:
@@ -173,7 +177,7 @@ def _recorded(model: nn.Module, inputs: tuple[Any, ...]) -> _Analysis:
     found = trace(captured)
     runs = [Run(captured, found)]
     training_only: list[np.ndarray] = []
-    if any(True for _ in bare.children()) and (trained := _training_run(bare, shapes, found, training_only, numbers)):
+    if any(True for _ in bare.children()) and (trained := _training_run(bare, shapes, runs[0], training_only, numbers)):
         runs.append(trained)
     return _Analysis(bare, shapes, tuple(runs), found, training_only, list(found.ledger.equal))
 
@@ -181,7 +185,7 @@ def _recorded(model: nn.Module, inputs: tuple[Any, ...]) -> _Analysis:
 def _training_run(
     model: nn.Module,
     inputs: tuple[Any, ...],
-    found: Trace,
+    evaluated: Run,
     training_only: list[np.ndarray],
     numbers: Mapping[str, Tensor],
 ) -> Run | None:
@@ -192,6 +196,10 @@ def _training_run(
         captured = capture(model, inputs, training=True, numbers=numbers)
     except ModelError:
         return None
+    found = evaluated.found
+    if (same := matched(captured, evaluated.captured)) is not None:
+        retrace(captured, found, same)
+        return Run(captured, found, training=True, repeats=True)
     costs, producers, consumers = len(found.costs), len(found.producers), len(found.consumers)
     outputs = list(found.outputs)
     trace(captured, found)
@@ -206,17 +214,25 @@ def _training_run(
     return Run(captured, found, training=True)
 
 
-def _plans(groups: Sequence[ChannelGroup], partition: Partition) -> list[np.ndarray]:
-    """The channels that leave in each plan that is tried."""
+def _plans(groups: Sequence[ChannelGroup], whole: WholeModel) -> list[np.ndarray]:
+    """The channels that leave in each plan that is tried.
+
+    One plan shows whether the model depends on its widths in a way that its operators do not tell. Numbers that count
+    channels may be right by chance, so there other plans follow.
+    """
+    partition = whole.partition
     free = [group.channels for group in groups if group.prunable and group.size > 1]
     if not free:
         return []
-    plans = [
-        uneven(free, partition.balances, (0.3, 0.6), seed=0),
-        uneven(free[::2], partition.balances, (0.05, 0.3), seed=1),
-    ]
+    plans = [uneven(free, partition.balances, (0.3, 0.6), seed=0)]
+    counted = np.zeros(partition.count, dtype=bool)
+    for _, channels in whole.forward.counted:
+        counted[channels] = True
+    if counted.any():
+        plans.append(uneven(free[::2], partition.balances, (0.05, 0.3), seed=1))
     if len(free) <= _ALONE:
-        plans += [uneven([own], partition.balances, (0.2, 0.5), seed=2 + i) for i, own in enumerate(free)]
+        alone = [own for own in free if counted[own].any()]
+        plans += [uneven([own], partition.balances, (0.2, 0.5), seed=2 + i) for i, own in enumerate(alone)]
     return [gone for gone in plans if gone.size]
 
 

@@ -32,11 +32,13 @@ class Run:
         captured: The forward pass.
         found: Its trace.
         training: Whether it was recorded in training mode.
+        repeats: Whether it only repeats the one in eval mode.
     """
 
     captured: Capture
     found: Trace
     training: bool = False
+    repeats: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,8 +18,7 @@ def copied(model: nn.Module) -> nn.Module:
 
     Torch refuses to copy tensors that are part of an autograd graph; the copy has their values alone.
     """
-    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in _computed(model)}
-    return copy.deepcopy(model, memo)
+    return _copy(model, {id(tensor): tensor.detach().clone() for tensor in _computed(model)})
 
 
 def _computed(model: nn.Module) -> list[Tensor]:
@@ -42,12 +41,16 @@ def index_buffers(model: nn.Module) -> dict[str, Tensor]:
 def without_weights(model: nn.Module) -> nn.Module:
     """A copy on the meta device: it can be run for its shapes, and takes no memory."""
     memo: dict[int, Any] = {id(tensor): tensor.detach() for tensor in _computed(model)}
-    modules = list(model.modules())
-    for tensor in (t for module in modules for t in (*module._parameters.values(), *module._buffers.values())):
+    for tensor in (t for module in model.modules() for t in (*module._parameters.values(), *module._buffers.values())):
         if tensor is not None and id(tensor) not in memo:
             empty = torch.empty_like(tensor, device="meta")
             memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    plain = [module for module in modules if _copied_by_state(type(module))]
+    return _copy(model, memo)
+
+
+def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """What deepcopy returns, at a fraction of its time: it is slow for the many small containers of a module."""
+    plain = [module for module in model.modules() if _copied_by_state(type(module))]
     memo |= {id(module): module.__new__(type(module)) for module in plain}
     for module in plain:
         state = {
