@@ -20,7 +20,7 @@ from scap_hub.channels.partition import Partition, solve
 from scap_hub.channels.proof import Run
 from scap_hub.channels.repeats import matched
 from scap_hub.channels.taps import module_calls, tap
-from scap_hub.channels.trace import label, trace
+from scap_hub.channels.trace import retrace, trace
 from scap_hub.channels.uneven import uneven
 from scap_hub.errors import ModelError
 from scap_hub.graph.copies import copied, index_buffers, without_weights
@@ -200,10 +200,7 @@ def _training_run(
         return None
     found = evaluated.found
     if (same := matched(captured, evaluated.captured)) is not None:
-        for node in (*captured.given, *captured.called):
-            other = same.get(node)
-            found.labels[node] = label(found, node) if other is None else found.labels[other]
-            found.fresh[node] = found.fresh.get(other, []) if other else []
+        retrace(captured, found, same)
         return Run(captured, found, training=True, repeats=True)
     costs, producers, consumers = len(found.costs), len(found.producers), len(found.consumers)
     outputs = list(found.outputs)

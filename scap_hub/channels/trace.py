@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,21 @@ def trace(captured: Capture, found: Trace | None = None) -> Trace:
         found.outputs += flat(found.labels[node])
     found.ledger.pin_all(found.outputs[first:], "is an output of the model")
     return found
+
+
+def retrace(captured: Capture, found: Trace, same: Mapping[Node, Node]) -> None:
+    """Adds to a trace a forward pass that only repeats the one that it is of.
+
+    Args:
+        captured: The forward pass.
+        found: The trace of the first one.
+        same: The nodes of the first one that those of this one repeat; the others have no part in it.
+    """
+    for node in (*captured.given, *captured.called):
+        if (other := same.get(node)) is not None:
+            found.labels[node], found.fresh[node] = found.labels[other], found.fresh.get(other, [])
+        else:
+            found.labels[node] = label(found, node) if node.target else _given(found, node, {})
 
 
 def label(found: Trace, node: Node) -> Any:

@@ -89,8 +89,8 @@ def _grouped(call: Call, x: Labels, w: Labels, channels: np.ndarray | None) -> n
     many_in, many_out = w.shape[1], w.shape[0] // groups
     fixed, reason = f"is convolved with a weight that cannot shrink ({call.place})", f"{groups} groups of {call.place}"
     columns = next((array for array in w.arrays if support(array) == (0, 1)), None)
-    if call.node.arguments["weight"].state is None or call.state("weight") != f"{call.node.owner}.weight":
-        # Which columns a block of a computed weight drops cannot be said of the tensors that it is computed from.
+    if not _in_place(call, columns):
+        # Which columns a block of another weight drops cannot be said of the tensors that it is computed from.
         fixed, columns = f"is read by {groups} groups of a weight that no convolution owns ({call.place})", None
     if channels is not None and columns is not None:
         block_of_row = np.arange(w.shape[0]) // many_out
@@ -101,6 +101,20 @@ def _grouped(call: Call, x: Labels, w: Labels, channels: np.ndarray | None) -> n
     if rows is not None:
         call.ledger.balance(list(rows.reshape(groups, many_out)), reason)
     return rows
+
+
+def _in_place(call: Call, columns: np.ndarray | None) -> bool:
+    """Whether a grouped convolution reads its own weight, or one computed from it with every column where it was.
+
+    A standardised weight is; one with rows or columns in another order is not.
+    """
+    name = call.state("weight")
+    if columns is None or name is None or name != f"{call.node.owner}.weight".removeprefix("."):
+        return False
+    node = call.args["weight"]
+    while node.state is None:
+        node = node.sources[0]
+    return any(np.array_equal(columns, array) for array in call.trace.labels[node].arrays)
 
 
 @operator("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
