@@ -20,7 +20,7 @@ from pydantic import (
 
 from scap_hub.errors import PlanError
 
-VERSION: Literal[1] = 1
+VERSION: Literal[2] = 2
 _LIBRARIES = ("torch", "timm", "transformers")
 
 
@@ -101,7 +101,7 @@ class PruningPlan(_Strict):
         calls: New numbers in the forward passes of modules, by module path.
     """
 
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     libraries: dict[str, str] = Field(default_factory=lambda: {name: version(name) for name in _LIBRARIES})
     keeps: tuple[str, ...]
     groups: dict[str, GroupCut]
@@ -179,7 +179,10 @@ class PruningPlan(_Strict):
             raise PlanError(f"the plan is not JSON ({error}); save it again with PruningPlan.to_json()") from None
         found = document.get("version") if isinstance(document, dict) else None
         if found != VERSION:
-            raise PlanError(f"the plan has version {found!r}, this scap_hub reads version {VERSION}: upgrade scap_hub")
+            raise PlanError(
+                f"the plan has version {found!r}, this scap_hub reads version {VERSION}: use the scap_hub that "
+                "wrote it, or upgrade scap_hub"
+            )
         try:
             return cls.model_validate(document)
         except ValidationError as error:

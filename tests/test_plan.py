@@ -140,3 +140,46 @@ def test_tied_weights_stay_tied():
     small = apply_plan(net, plan)
     assert small.a.weight is small.b.weight and small.a.weight.shape == (2, 2)
     assert verify(net, plan, X) < 1e-12
+
+
+class HalfAnOutput(torch.nn.Module):
+    """One half of a layer's channels is an output, so that the other half, which must stay as wide, stays too."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.free = (torch.nn.Conv2d(width, 8, 1) for width in (3, 4, 8))
+        self.last = torch.nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        left, right = self.a(x).chunk(2, 1)
+        return left, self.last(self.free(self.b(right)))
+
+
+def test_what_is_held_holds_what_is_balanced_with_it():
+    groups = channel_groups(HalfAnOutput(), X)
+    pinned = {g.pinned_because.partition(" (")[0] for g in groups if g.producers == ("a",)}
+    assert pinned == {"is an output of the model", "must stay balanced with channels that stay"}
+    assert [g.name for g in groups.prunable] == ["b", "free"]
+
+
+def test_a_plan_changes_nothing_where_nothing_is_cut():
+    """A plan of one layer has no numbers of modules whose tensors stay whole, whatever other plans were made before."""
+
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 6, 1)
+            self.shuffle, self.head = Shuffle(), torch.nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.b(self.shuffle(self.a(x))).mean((2, 3)))
+
+    class Shuffle(torch.nn.Module):
+        def forward(self, x):
+            return x.view(len(x), 2, 4, 8, 8).transpose(1, 2).reshape(len(x), 8, 8, 8)
+
+    groups = channel_groups(Two(), X)
+    first = PruningPlan.from_keep(groups, {"b": [0, 2]})
+    both = PruningPlan.from_keep(groups, {"a": [0, 2], "b": [0, 2]})
+    assert both.calls["shuffle"] and first.calls == {} and set(first.attributes) == {"b", "head"}
+    assert PruningPlan.from_keep(groups, {"b": [0, 2]}) == first

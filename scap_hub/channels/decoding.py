@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from torch import nn
 
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.channels.labels import support
+from scap_hub.channels.operators.table import adapting
 
 
 def staying(groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[int]]) -> np.ndarray:
@@ -37,6 +39,12 @@ def position_in(group: ChannelGroup, channels: np.ndarray) -> np.ndarray:
     position = np.full(max(int(channels.max(initial=-1)), int(group.channels.max())) + 2, -1)
     position[group.channels] = np.arange(group.size)
     return position[channels]  # -1 reads the last entry, which no channel has
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module scales each of its channels after normalising: a batch, group, layer norm or the like."""
+    known = adapting(module)
+    return known is not None and known[0] in ("norm", "group_norm", "layer_norm")
 
 
 def rows_of(group: ChannelGroup, tensor: str) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-VERSION, WEIGHTS = 1, "model.safetensors"
+VERSION, WEIGHTS = 2, "model.safetensors"
 
 
 _SIZED = (

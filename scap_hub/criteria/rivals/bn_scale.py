@@ -9,15 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from scap_hub.channels.decoding import rows_of
+from scap_hub.channels.decoding import is_norm, rows_of
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.criteria.base import Criterion, one_of
 from scap_hub.criteria.rows import NORMALISATIONS, channel_means
 from scap_hub.errors import ModelError
-from scap_hub.private import NormBase
 from scap_hub.scores import Scores
-
-_NORMS = (NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 @dataclass(kw_only=True)
@@ -53,7 +50,7 @@ class BNScale(Criterion):
         norms = torch.zeros(group.size, dtype=torch.float64)
         for tensor in dict.fromkeys(name for name, _ in group.members):
             path, _, leaf = tensor.rpartition(".")
-            if leaf != "weight" or not isinstance(model.get_submodule(path), _NORMS):
+            if leaf != "weight" or not is_norm(model.get_submodule(path)):
                 continue
             gamma = model.get_parameter(tensor).detach().double().abs().cpu()
             channels, means = channel_means(gamma, torch.from_numpy(rows_of(group, tensor)))
