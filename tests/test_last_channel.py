@@ -48,3 +48,27 @@ def test_one_channel_of_each_group_is_left(how, last):
     x = x.double()
     assert difference(small(x), reference(net, plan, "readers")(x)) < TOLERANCE
     assert scap_hub.verify(net, plan, x.float()) < TOLERANCE
+
+
+class Deviations(nn.Module):
+    """Features divided by their deviation within groups of two, which is stretched to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        grouped = x.view(x.shape[0], 6, -1, *x.shape[2:])
+        scale = grouped.square().mean((2, 3, 4), keepdim=True).sqrt().expand(grouped.shape)
+        return self.b(x / scale.reshape(x.shape))
+
+
+def test_what_is_not_stretched_any_more():
+    net, x = random_values(Deviations()).eval(), torch.randn(1, 3, 8, 8)
+    groups = scap_hub.channel_groups(net, x)
+    (group,) = groups.prunable
+    assert group.size == 2
+    plan = scap_hub.PruningPlan.from_keep(groups, {group.name: [1]})
+    assert scap_hub.apply_plan(net, plan).a.out_channels == 6
+    assert scap_hub.verify(net, plan, x) < TOLERANCE

@@ -8,6 +8,7 @@ first operator that does not is named.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -275,7 +276,9 @@ class _Replay(Ledger):
     next: Iterator[np.ndarray] = iter(())
 
     def fresh(self, *shape: int) -> np.ndarray:
-        return next(self.next, np.zeros(0, dtype=np.int64)).reshape(shape)
+        # A dimension with a single element left is not stretched any more, so no rule asks for its labels.
+        fitting = (labels for labels in self.next if labels.size == math.prod(shape) or labels.size != 1)
+        return next(fitting, np.zeros(0, dtype=np.int64)).reshape(shape)
 
     def equate(self, left: np.ndarray, right: np.ndarray, reason: str) -> None:
         if left.shape != right.shape:

@@ -111,7 +111,8 @@ class _Cluster:
             behind = lost < np.maximum.reduceat(lost, self.start)[self.balance_of]
             if not behind.any():
                 return chosen
-            useful = self.places[behind].sum(0)
+            # Each block that is behind needs a channel: the first of them is served first.
+            useful = self.places[np.argmax(behind)]
             candidates = np.flatnonzero((useful > 0) & ~taken & (left[self.group_of] > 2))
             if not candidates.size:
                 return None
