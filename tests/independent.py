@@ -119,7 +119,8 @@ def reference(
     with torch.no_grad():
         for name, cut in plan.tensors.items():
             alive = _alive(plan, cut, tensors[name], None if mode == "all" else reading.get(name, -1))
-            tensors[name].mul_(alive)
+            if tensors[name].is_floating_point():  # numbers of channels are no values
+                tensors[name].mul_(alive)
     return dense
 
 

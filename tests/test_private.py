@@ -178,7 +178,7 @@ def test_a_stream_without_a_schema_finds_its_column_types():
 def test_usage_errors_of_all_kinds_have_the_base_and_a_message():
     import typer
 
-    from scap_hub.cli import UsageError
+    from scap_hub.cli.app import UsageError
 
     app = typer.Typer()
     app.command()(lambda count: None)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from scap_hub.compensation.processes import one_process, sum_over_processes
 from scap_hub.criteria.calibration import images_of, total_images
 from scap_hub.errors import CalibrationError
 from scap_hub.graph.record import evaluating
 from scap_hub.placement import fed
+from scap_hub.private import BatchNorm
 from scap_hub.progress import track
 
 
@@ -51,7 +51,7 @@ def fresh_statistics(model: nn.Module, batches: int) -> Iterator[None]:
     norms = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats
+        if isinstance(module, BatchNorm) and module.track_running_stats
     }
     former = {path: {key: value.clone() for key, value in norm.state_dict().items()} for path, norm in norms.items()}
     momenta = {path: norm.momentum for path, norm in norms.items()}
@@ -73,7 +73,7 @@ def fresh_statistics(model: nn.Module, batches: int) -> Iterator[None]:
                 norm.load_state_dict(former[path])
 
 
-def _average(path: str, norm: _BatchNorm, batches: int) -> None:
+def _average(path: str, norm: BatchNorm, batches: int) -> None:
     """The mean of a norm's statistics over processes."""
     for statistic in (norm.running_mean, norm.running_var):
         assert statistic is not None  # it tracks running statistics

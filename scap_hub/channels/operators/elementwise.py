@@ -23,7 +23,7 @@ def activation(call: Call) -> Labels:
 @operator(
     "log_sigmoid", "threshold", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "neg", "abs",
     "square", "sin", "cos", "erf", "floor", "ceil", "round", "sign", "clamp_min", "clamp_max", "add", "sub",
-    "rsub", "mul", "div", "pow", "maximum", "minimum", "where.self", "addcmul", "addcdiv", "lerp", "eq", "ne",
+    "rsub", "mul", "div", "pow", "maximum", "minimum", "where", "addcmul", "addcdiv", "lerp", "eq", "ne",
     "lt", "gt", "le", "ge", "logical_not", "logical_and", "logical_or", "masked_fill", "feature_dropout",
     "alpha_dropout", "detach", "alias", "to.dtype", "to.device", "to.dtype_layout", "_to_copy", "nan_to_num",
     "remainder", "fmod", "copy", "lift_fresh",
@@ -49,9 +49,9 @@ def prelu(call: Call) -> Labels:
     return broadcast(call.ledger, [x, slope], call.shape, f"meets a slope that cannot shrink ({call.place})")
 
 
-@operator("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", sizes=out_sizes("size"))
+@operator("zeros", "new_zeros", sizes=out_sizes("size"))
 def alike(call: Call) -> Labels:
-    """Made from sizes, and all elements are alike: whatever meets them, any of them can go."""
+    """Zeros of given sizes are alike: whatever meets them, any of them can go. Of ones, the sum is a width."""
     rank = len(call.shape)
     return Labels(
         call.shape,
@@ -59,13 +59,14 @@ def alike(call: Call) -> Labels:
     )
 
 
-@operator("zeros_like", "ones_like", "full_like", "fill.Scalar")
+@operator("zeros_like")
 def alike_as(call: Call) -> Labels:
-    """All elements are alike, in the shape of another tensor."""
+    """Zeros in the shape of another tensor."""
     return call.labels("self")
 
 
 @operator(
+    "ones", "full", "new_ones", "new_full", "ones_like", "full_like",
     "rand_like", "randn_like", "empty_like", "new_empty", "arange", "linspace", "scalar_tensor", "meshgrid", "eye",
     "empty", "rand", "randn", "randint", "randperm", "bernoulli", "triu", "tril", "uniform",
 )  # fmt: skip

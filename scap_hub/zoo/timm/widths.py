@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from scap_hub.graph.record import untouched
+from scap_hub.private import tree_leaves
 from scap_hub.zoo.described import Features, Shape, Widths, block_widths, merged, narrowed, observed
 
 _CLASSIFIER_INPUT = ("num_features", "head_hidden_size", "in_features", "embed_dim")
@@ -66,7 +66,7 @@ def _watch_last(model: Any, features: TimmFeatures) -> None:
 
     def watched(*args: Any, **options: Any) -> Any:
         made = whole(*args, **options)
-        features.last = next((tuple(x.shape) for x in pytree.tree_leaves(made) if isinstance(x, Tensor)), None)
+        features.last = next((tuple(x.shape) for x in tree_leaves(made) if isinstance(x, Tensor)), None)
         return made
 
     model.forward_features = watched
@@ -79,7 +79,7 @@ def _watch_stages(model: Any, features: TimmFeatures) -> None:
         if (module := modules.get(stage["module"])) is not None:
 
             def keep(_: Any, __: Any, output: Any, index: int = index) -> None:
-                tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+                tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
                 features.stages[index] = tuple(size for tensor in tensors for size in tensor.shape)
 
             module.register_forward_hook(keep)
