@@ -89,11 +89,6 @@ def set_calls(model: nn.Module, calls: Mapping[str, Sequence[tuple[str, int, int
         module.forward = functools.partial(renumbered, module, _composed(_earlier(module), changes))
 
 
-def earlier_numbers(model: nn.Module, path: str, place: tuple[str, int, int]) -> set[float]:
-    """The number that an earlier plan has given to a call: none, or one."""
-    return {change[4] for change in _earlier(model.get_submodule(path)) if tuple(change[:3]) == place}
-
-
 def _earlier(module: nn.Module) -> Sequence[tuple[str, int, int, float, float]]:
     """Changes that an earlier plan has made in a module's calls."""
     forward: Any = vars(module).get("forward")
@@ -103,11 +98,8 @@ def _earlier(module: nn.Module) -> Sequence[tuple[str, int, int, float, float]]:
 def _composed(
     earlier: Sequence[tuple[str, int, int, float, float]], later: Sequence[tuple[str, int, int, float, float]]
 ) -> tuple[tuple[str, int, int, float, float], ...]:
-    """Changes after changes: what the code has becomes what the last plan wants."""
-    changes = {change[:3]: change for change in earlier}
-    for change in later:
-        before = changes.get(change[:3])
-        changes[change[:3]] = (*change[:3], before[3] if before else change[3], change[4])
+    """Changes after changes: of one place, the last one counts."""
+    changes = {tuple(change[:3]): change for change in (*earlier, *later)}
     return tuple(changes.values())
 
 

@@ -409,7 +409,7 @@ CASES: dict[str, Case] = {
     **{f"over_space-{name}": unary(function) for name, function in OVER_SPACE.items()},
     **{f"over_channels-{n}": unary(f, checks=("all" if n == "sum" else "survivors",))
        for n, f in OVER_CHANNELS.items()},
-    **{f"held_over_channels-{name}": unary(function, free=False) for name, function in HELD_OVER_CHANNELS.items()},
+    **{f"held_over_channels-{name}": unary(function, free=None) for name, function in HELD_OVER_CHANNELS.items()},
     **{f"norm-{name}": Case(run, layers=layers, checks=checks) for name, (layers, run, checks) in NORMS.items()},
     **{f"product-{name}": case for name, case in PRODUCTS.items()},
     **{f"conv-{name}": case for name, case in CONVS.items()},

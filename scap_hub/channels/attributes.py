@@ -21,7 +21,7 @@ from scap_hub.errors import PlanError
 from scap_hub.graph.modes import untouched
 from scap_hub.graph.node import Node
 from scap_hub.plan import CallNumber, PruningPlan
-from scap_hub.surgery import apply_plan, earlier_numbers, set_attributes, set_calls
+from scap_hub.surgery import apply_plan, set_attributes, set_calls
 from scap_hub.zoo.registry import zoo_of
 
 
@@ -132,8 +132,6 @@ class _Trial:
         for path, changes in self._calls(chosen).items():
             for function, call, position, new in changes:
                 arrived = self.arrivals[path, function, call, position].numbers
-                # Of a call that an earlier plan has changed, its number counts.
-                arrived = arrived or earlier_numbers(self.small, path, (function, call, position))
                 if len(arrived) > 1:
                     raise StuckError((path,), f"{function} is called with several numbers, {sorted(arrived)}")
                 for old in arrived - {new}:

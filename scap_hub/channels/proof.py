@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from scap_hub.channels.labels import STAYS, Labels, Ledger, restricted, support
 from scap_hub.channels.operators import Call, Trace, flat, sizes_of
@@ -189,19 +189,19 @@ class _Proof(Recorder):
             self.same[node] = dense
             labels = self.dense.found.labels[dense]
             if node.state in self.dense.found.indices:
-                labels, node.tensor = self._numbers(dense)
+                labels, node.numbers = self._numbers(dense)
             self.found.labels[node] = restricted(labels, self.stays)
             if not node.state and not node.varies and not _alike(node, dense):
                 raise RuntimeError("a constant that it computes without operators has changed")
         return self.same[node]
 
-    def _numbers(self, dense: Node) -> tuple[Labels, Tensor]:
+    def _numbers(self, dense: Node) -> tuple[Labels, np.ndarray]:
         """Labels of a buffer of channel numbers, and the numbers that it holds in the pruned model."""
-        assert dense.state is not None and dense.tensor is not None
-        channels, numbers = self.dense.found.indices[dense.state], dense.tensor.cpu()
-        labels = channels[numbers.numpy()]
-        kept = torch.from_numpy(np.flatnonzero(self.stays[channels]))
-        return Labels(labels.shape, (labels,)), torch.searchsorted(kept, numbers[torch.from_numpy(self.stays[labels])])
+        assert dense.state is not None and dense.numbers is not None
+        channels = self.dense.found.indices[dense.state]
+        labels = channels[dense.numbers]
+        kept = np.flatnonzero(self.stays[channels])
+        return Labels(labels.shape, (labels,)), np.searchsorted(kept, dense.numbers[self.stays[labels]])
 
     def _check_arguments(self, node: Node, expected: Node) -> None:
         """The call must read the same tensors and compute with the right numbers."""

@@ -165,7 +165,7 @@ class _WatchedForward(Generic[A, B]):
         with torch.no_grad(), contextlib.suppress(AllSeen):
             self._model(images)
         self._readings = len(self._finite)
-        if self._finite and not torch.stack([pair[1] for pair in self._finite]).all():
+        if self._finite and not all(bool(flag) for _, flag in self._finite):
             place = next(name for name, flag in self._finite if not flag)
             raise CalibrationError(f"NaN or Inf in the {place}, batch {number}; check the images and the weights")
         for i, tap in enumerate(self._taps):

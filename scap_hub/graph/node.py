@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from scap_hub.private import OpOverload, schema
@@ -41,6 +42,7 @@ class Node:
         varies: Whether it depends on the model's inputs.
         tensor: The tensor itself, if it was there before.
         state: Its name, if it is a parameter or buffer.
+        numbers: Values of a buffer of channel numbers, (n,), where they are known.
         site: The call of a torch function that made it, if the forward pass made one.
         sources: The nodes that this one reads, each once.
         users: The nodes that read this one, each once.
@@ -54,6 +56,7 @@ class Node:
     varies: bool = False
     tensor: Tensor | None = None
     state: str | None = None
+    numbers: np.ndarray | None = None
     site: Site | None = None
     sources: list[Node] = field(init=False)
     users: list[Node] = field(default_factory=list, init=False)

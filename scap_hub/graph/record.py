@@ -92,9 +92,8 @@ def capture(
         ) from error
     captured = recorder.captured()
     for node in captured.given:
-        if node.state in (numbers or {}):
-            node.tensor = numbers[node.state]  # type: ignore[index]
-            captured.numbers[node.state] = node.tensor.detach().cpu().numpy()  # type: ignore[index]
+        if node.state is not None and numbers and node.state in numbers:
+            node.numbers = captured.numbers[node.state] = numbers[node.state].detach().cpu().numpy()
     return captured
 
 

@@ -99,12 +99,12 @@ def _picked(call: Call, x: Labels, dim: int, index: Node) -> Labels:
 
     Any other index is pinned: a list in the code cannot be changed.
     """
-    line_, numbers = x.along(dim), index.tensor
+    line_, numbers = x.along(dim), index.numbers
     others = [array for array in x.arrays if dim not in support(array)]
     alone = all(support(array) == (dim,) for array in x.arrays if dim in support(array))
-    if line_ is None or numbers is None or numbers.is_meta or numbers.ndim != 1 or index.state is None or not alone:
+    if line_ is None or numbers is None or index.state is None or not alone:
         return Labels(call.shape, tuple(_free(call, x, dim)))
-    picked = line_[numbers.cpu().numpy()]
+    picked = line_[numbers]
     before = call.trace.indices.setdefault(index.state, line_)
     if not np.array_equal(before, line_):
         call.ledger.pin(np.concatenate([before, line_]), f"is one of two that {index.state!r} refers to")

@@ -33,7 +33,7 @@ def reduction(call: Call) -> Labels | list[Labels]:
             call.ledger.pin(array, f"is reduced along a part of its dimensions ({call.place})")
         elif not along & gone:
             kept.append(array if keepdim else array.reshape([s for d, s in enumerate(array.shape) if d not in gone]))
-        elif _says_where(call):
+        elif call.node.name in ("max", "min") and _says_where(call):
             call.ledger.pin(array, f"is indexed by {call.place}")
     if isinstance(call.node.value, tuple | list):
         return [Labels(shape, tuple(kept)) for shape in call.shapes]
