@@ -13,7 +13,7 @@ import scap_hub
 from tests.independent import TOLERANCE, copied, difference, double, leaves, plans, random_values, reference
 
 FAILS_TODAY = pytest.mark.slow
-"""A known fault of today's analysis. It runs with `-m slow`; whoever mends it takes the mark away."""
+"""What is held whole today and need not be. It runs with `-m slow`; whoever mends it takes the mark away."""
 
 Forward = Callable[[Any, Tensor], Any]
 

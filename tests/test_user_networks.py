@@ -189,8 +189,7 @@ def test_the_independent_check_sees_a_wrong_index():
     assert kind == "wrong", f"{name} reads channel {other} in the place of {kept[0]}"
 
 
-# These tests find known faults of today's analysis. They run with `-m slow` until it is sound; then the first becomes
-# part of the default run.
+# Wide sweeps: several seconds a network, because each of its plans is compared in float64 and trained for a step.
 
 
 @pytest.mark.slow
