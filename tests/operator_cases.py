@@ -256,10 +256,11 @@ OVER_CHANNELS = {
     "std_mean": lambda x: x * torch.std_mean(x, 1, keepdim=True)[1],
     "logsumexp": lambda x: x - x.logsumexp(1, keepdim=True),
     "sum": lambda x: x * x.sum(1, keepdim=True).sigmoid(),
+    "max.dim": lambda x: x * x.max(1, keepdim=True)[0].sigmoid(),
+    "min.dim": lambda x: x * x.min(1, keepdim=True)[0].sigmoid(),
 }
 HELD_OVER_CHANNELS = {
-    "max.dim": lambda x: x * x.max(1, keepdim=True)[0],
-    "min.dim": lambda x: x * x.min(1, keepdim=True)[0],
+    "max_with_place": lambda x: x + x.max(1, keepdim=True)[1],
     "softmax": lambda x: x * x.softmax(1),
     "cumsum": lambda x: x.cumsum(1),
     "sort": lambda x: x.sort(1)[0],
@@ -409,7 +410,7 @@ CASES: dict[str, Case] = {
     **{f"over_space-{name}": unary(function) for name, function in OVER_SPACE.items()},
     **{f"over_channels-{n}": unary(f, checks=("all" if n == "sum" else "survivors",))
        for n, f in OVER_CHANNELS.items()},
-    **{f"held_over_channels-{name}": unary(function, free=None) for name, function in HELD_OVER_CHANNELS.items()},
+    **{f"held_over_channels-{name}": unary(function, free=False) for name, function in HELD_OVER_CHANNELS.items()},
     **{f"norm-{name}": Case(run, layers=layers, checks=checks) for name, (layers, run, checks) in NORMS.items()},
     **{f"product-{name}": case for name, case in PRODUCTS.items()},
     **{f"conv-{name}": case for name, case in CONVS.items()},

@@ -355,7 +355,7 @@ def damaged(cut, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda cut: cut.update(version=2), "upgrade scap_hub"),
+        (lambda cut: cut.update(version=9), "upgrade scap_hub"),
         (lambda cut: cut["shapes"].update({"fc.weight": "*,999999999999"}), "dense model has"),
         (lambda cut: cut["shapes"].update({"fc.weight": "*"}), "dense model has"),
         (lambda cut: cut["shapes"].update({"fc.weight": "*,0"}), "dense model has"),

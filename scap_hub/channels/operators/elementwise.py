@@ -33,7 +33,7 @@ def elementwise(call: Call) -> Labels:
     return _pass(call)
 
 
-@operator("type_as", "to.other")
+@operator("type_as")
 def lent_type(call: Call) -> Labels:
     """The second operand lends its type only."""
     return call.labels("self")

@@ -52,7 +52,7 @@ def fixed_along(call: Call) -> Labels:
     return Labels(call.shape, tuple(_free_of(call, call.labels("self"), call.dim())))
 
 
-@operator("argmax", "argmin", "sort", "topk", "where.default", "scatter")
+@operator("argmax", "argmin", "sort", "topk", "where.default")
 def values_matter(call: Call) -> Labels | list[Labels]:
     """What is where depends on values: nothing that enters can shrink."""
     call.ledger.pin_all(call.tensors, f"is looked up by value ({call.place})")

@@ -94,7 +94,7 @@ def _middle(call: Call, array: np.ndarray, axis: int) -> np.ndarray | None:
     return line(middle, support(array)[0], array.ndim)
 
 
-@operator("grid_sampler", "grid_sampler_3d")
+@operator("grid_sampler")
 def sample(call: Call) -> Labels:
     """Values at the places that a grid names: its coordinates stay."""
     call.ledger.pin_all([call.labels("grid")], f"holds the coordinates of {call.place}")
@@ -126,7 +126,7 @@ def pixel_unshuffle(call: Call) -> Labels:
     return Labels(call.shape, (line(np.repeat(channels, call["downscale_factor"] ** 2), dim, len(call.shape)),))
 
 
-@operator("channel_shuffle", "native_channel_shuffle")
+@operator("channel_shuffle")
 def channel_shuffle(call: Call) -> Labels:
     """Channels in rows of C / groups, read by columns: the same column of every row leaves together."""
     x = call.labels("self")
@@ -177,7 +177,7 @@ def col2im(call: Call) -> Labels:
     return Labels(call.shape, (line(places[:, 0], dim, len(call.shape)),))
 
 
-@operator("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "replication_pad3d")
+@operator("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d")
 def pad(call: Call) -> Labels:
     """Constants around the channels stay; whatever copies elements to the border holds them."""
     amounts = call.args.get("pad") or call.args["padding"]

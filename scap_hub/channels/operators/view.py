@@ -29,7 +29,7 @@ def reversed_dimensions(call: Call) -> Labels:
     return moved(call, np.transpose)
 
 
-@operator("t", "mT", "adjoint")
+@operator("t", "mT")
 def matrix_transpose(call: Call) -> Labels:
     """Last two dimensions swapped."""
     return moved(call, lambda array: array.swapaxes(-1, -2) if array.ndim > 1 else array)
