@@ -83,14 +83,14 @@ def narrow(call: Call) -> Labels:
 def select(call: Call) -> Labels:
     """One index of a dimension, which therefore cannot shrink."""
     x, dim = call.labels("self"), call.dim()
-    return Labels(call.shape, tuple(array.squeeze(dim) for array in _free(call, x, dim)))
+    return Labels(call.shape, tuple(array.squeeze(dim) for array in call.free_along(x, dim, "is taken apart by index")))
 
 
 @operator("unbind")
 def unbind(call: Call) -> list[Labels]:
     """Every index of a dimension, which therefore cannot shrink."""
     x, dim = call.labels("self"), call.dim()
-    arrays = tuple(array.squeeze(dim) for array in _free(call, x, dim))
+    arrays = tuple(array.squeeze(dim) for array in call.free_along(x, dim, "is taken apart by index"))
     return [Labels(shape, arrays) for shape in call.shapes]
 
 
@@ -103,7 +103,7 @@ def _picked(call: Call, x: Labels, dim: int, index: Node) -> Labels:
     others = [array for array in x.arrays if dim not in support(array)]
     alone = all(support(array) == (dim,) for array in x.arrays if dim in support(array))
     if line_ is None or numbers is None or index.state is None or not alone:
-        return Labels(call.shape, tuple(_free(call, x, dim)))
+        return Labels(call.shape, tuple(call.free_along(x, dim, "is taken apart by index")))
     picked = line_[numbers]
     before = call.trace.indices.setdefault(index.state, line_)
     if not np.array_equal(before, line_):
@@ -137,7 +137,7 @@ def roll(call: Call) -> Labels:
         return Labels(call.shape)
     arrays = list(x.arrays)
     for dim in call["dims"]:
-        arrays = _free(call, Labels(x.shape, tuple(arrays)), dim % len(x.shape))
+        arrays = call.free_along(Labels(x.shape, tuple(arrays)), dim % len(x.shape), "is taken apart by index")
     return Labels(call.shape, tuple(arrays))
 
 
@@ -190,14 +190,3 @@ def _taken(array: np.ndarray, dim: int, window: slice) -> np.ndarray:
     index = [slice(None)] * array.ndim
     index[dim] = window
     return array[tuple(index)]
-
-
-def _free(call: Call, x: Labels, dim: int) -> list[np.ndarray]:
-    """Layers that do not vary along `dim`; the others are pinned."""
-    free = []
-    for array in x.arrays:
-        if dim in support(array):
-            call.ledger.pin(array, f"is taken apart by index ({call.place})")
-        else:
-            free.append(array)
-    return free

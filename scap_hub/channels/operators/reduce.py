@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import operator as python
 
-import numpy as np
-
 from scap_hub.channels.labels import Labels, merge, support
 from scap_hub.channels.operators.table import Call, always, operator
 
@@ -49,7 +47,7 @@ def _says_where(call: Call) -> bool:
 @operator("softmax", "log_softmax", "_softmax", "cumsum")
 def fixed_along(call: Call) -> Labels:
     """The dimension that the operator runs over cannot shrink."""
-    return Labels(call.shape, tuple(_free_of(call, call.labels("self"), call.dim())))
+    return Labels(call.shape, tuple(call.free_along(call.labels("self"), call.dim(), "is normalised or sorted over")))
 
 
 @operator("argmax", "argmin", "sort", "topk", "where.default")
@@ -73,13 +71,3 @@ def glu(call: Call) -> Labels:
         else:
             kept.append(array)
     return merge(call.ledger, call.shape, kept, f"is gated ({call.place})")
-
-
-def _free_of(call: Call, x: Labels, dim: int) -> list[np.ndarray]:
-    free = []
-    for array in x.arrays:
-        if dim in support(array):
-            call.ledger.pin(array, f"is normalised or sorted over ({call.place})")
-        else:
-            free.append(array)
-    return free

@@ -128,6 +128,16 @@ class Call:
         value = self.node.value
         return [Labels(shape) for shape in self.shapes] if isinstance(value, tuple | list) else Labels(self.shape)
 
+    def free_along(self, x: Labels, dim: int, reason: str) -> list[np.ndarray]:
+        """The label arrays of an argument that do not vary along `dim`; the others are pinned."""
+        free = []
+        for array in x.arrays:
+            if array.shape[dim] > 1:
+                self.ledger.pin(array, f"{reason} ({self.place})")
+            else:
+                free.append(array)
+        return free
+
     def state(self, name: str) -> str | None:
         """The parameter or buffer that an argument is made from, through the first operand of each operator.
 
