@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -12,13 +12,28 @@ from scap_hub.channels.proof import Number, Outcome
 from scap_hub.surgery import CHANGEABLE
 
 
-def attempts(forward: Forward, stays: np.ndarray, outcome: Outcome) -> Iterator[Choice]:
-    """What may have to change after a failure, the likely first."""
+def attempts(
+    forward: Forward, stays: np.ndarray, outcome: Outcome, chosen: Choice, matters: Callable[[Choice], bool]
+) -> Iterator[Choice]:
+    """What may have to change after a failure, the likely first.
+
+    Args:
+        forward: Where the numbers are.
+        stays: Of every channel, whether it stays.
+        outcome: The failure.
+        chosen: What changes already.
+        matters: Whether the failure is another one, or at another place, if this changes too.
+    """
     assert outcome.failed is not None
+    calls = list(_calls(forward.kinds, outcome.wrong))
+    # A class that computes one of its sizes in a call computes the others there, too.
+    if {use.kind for use in chosen if isinstance(use, CallUse)} & {use.kind for choice in calls for use in choice}:
+        yield from calls
     for path in outcome.failed:
         changing = [own for own in forward.integers if own.path == path and not stays[own.channels].all()]
-        yield from _of_attributes(forward.kinds[path], changing)
-    yield from _calls(forward.kinds, outcome.wrong)
+        uses = sorted({use_of(forward.kinds[path], integer) for integer in changing}, key=str)
+        yield from _of_attributes(_mattering(uses, matters))
+    yield from calls
     for path in outcome.failed:
         uses = [use_of(forward.kinds[path], width) for width in forward.widths if width.path == path]
         yield from (frozenset([use]) for use in dict.fromkeys(uses))
@@ -28,9 +43,18 @@ def use_of(kind: type, integer: Integer) -> AttributeUse:
     return AttributeUse(kind, integer.name, integer.times, integer.role)
 
 
-def _of_attributes(kind: type, changing: Sequence[Integer]) -> Iterator[Choice]:
+def _mattering(uses: Sequence[AttributeUse], matters: Callable[[Choice], bool]) -> list[AttributeUse]:
+    """Attributes that a failure depends on, found by halving."""
+    if not uses or not matters(frozenset(uses)):
+        return []
+    if len(uses) == 1:
+        return [*uses]
+    half = len(uses) // 2
+    return _mattering(uses[:half], matters) + _mattering(uses[half:], matters)
+
+
+def _of_attributes(uses: Sequence[AttributeUse]) -> Iterator[Choice]:
     """Attributes of a module that may have to change: one use of one, one alone, all together, two at a time."""
-    uses = sorted({use_of(kind, integer) for integer in changing}, key=str)
     yield from (frozenset([use]) for use in uses)
     names = sorted({(use.name, use.times) for use in uses})
     wholes = [frozenset(use for use in uses if (use.name, use.times) == name) for name in names]

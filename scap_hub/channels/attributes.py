@@ -55,12 +55,22 @@ def completed(forward: Forward, plan: PruningPlan, stays: np.ndarray) -> tuple[P
     chosen = forward.chosen
     outcome = trial(chosen)
     while outcome.failed is not None:
-        larger = (chosen | own for own in attempts(forward, stays, outcome))
-        better = next(((result, own) for own in larger if (result := trial(own)).finished > outcome.finished), None)
+        better = _better(trial, chosen, outcome)
         if better is None:
             raise StuckError(outcome.failed, outcome.message)
-        outcome, chosen = better
+        chosen, outcome = better, trial(better)
     return trial.completed(chosen), chosen
+
+
+def _better(trial: _Trial, chosen: Choice, outcome: Outcome) -> Choice | None:
+    """A larger choice with which the pruned model comes further, if there is one."""
+
+    def matters(more: Choice) -> bool:
+        result = trial(chosen | more)
+        return (result.finished, result.message) != (outcome.finished, outcome.message)
+
+    larger = (chosen | more for more in attempts(trial.forward, trial.stays, outcome, chosen, matters))
+    return next((own for own in larger if trial(own).finished > outcome.finished), None)
 
 
 def described(forward: Forward, plan: PruningPlan, stays: np.ndarray) -> PruningPlan:
@@ -109,29 +119,36 @@ class _Trial:
         self.forward, self.plan, self.stays = forward, plan, stays
         self.small = apply_plan(forward.model, plan)
         self.labels = stays[forward.partition.channel_of]
-        self.arrivals: dict[tuple[str, str, int, int], _Arrival] = {}
+        self.tried: dict[Choice, tuple[Outcome, dict[tuple[str, str, int, int], _Arrival]]] = {}
 
     def __call__(self, chosen: Choice) -> Outcome:
+        if chosen not in self.tried:
+            self.tried[chosen] = self._run(chosen)
+        return self.tried[chosen][0]
+
+    def _run(self, chosen: Choice) -> tuple[Outcome, dict[tuple[str, str, int, int], _Arrival]]:
+        """How far the model comes, and the numbers that arrived at the calls that were changed."""
+        arrivals: dict[tuple[str, str, int, int], _Arrival] = {}
         with untouched(self.small):
             set_attributes(self.small, self._attributes(chosen))
-            self.arrivals = {}
             for path, changes in self._calls(chosen).items():
                 noted: list[Any] = []
                 for function, call, position, new in changes:
-                    arrival = self.arrivals.setdefault((path, function, call, position), _Arrival())
+                    arrival = arrivals.setdefault((path, function, call, position), _Arrival())
                     noted.append((function, call, position, arrival, new))
                 set_calls(self.small, {path: noted})
-            return prove(self.small, self.forward.inputs, self.forward.runs, self.labels)
+            return prove(self.small, self.forward.inputs, self.forward.runs, self.labels), arrivals
 
     def completed(self, chosen: Choice) -> PruningPlan:
-        """The plan with the numbers of the choice that was tried last."""
+        """The plan with the numbers of a choice that was tried."""
+        _, arrivals = self.tried[chosen]
         attributes = {path: dict(own) for path, own in self.plan.attributes.items()}
         for path, values in self._attributes(chosen).items():
             attributes.setdefault(path, {}).update(values)
         calls: dict[str, list[CallNumber]] = {}
         for path, changes in self._calls(chosen).items():
             for function, call, position, new in changes:
-                arrived = self.arrivals[path, function, call, position].numbers
+                arrived = arrivals[path, function, call, position].numbers
                 if len(arrived) > 1:
                     raise StuckError((path,), f"{function} is called with several numbers, {sorted(arrived)}")
                 for old in arrived - {new}:
