@@ -47,7 +47,7 @@ OPERATORS: dict[str, Forward] = {
     "max_unpool": lambda net, x: (
         z := F.max_pool2d(net.a(x), 2, return_indices=True), net.head(net.b(F.max_unpool2d(z[0], z[1], 2))))[1],
 }  # fmt: skip
-HELD = {"permutation by a list", "copy_", "maximum over pairs", "roll", "expand_as of a grid"}
+HELD = {"permutation by a list", "expand_as of a grid"}
 MAY_BE_HELD = {"local response norm", "max_unpool"}
 
 
@@ -55,7 +55,7 @@ MAY_BE_HELD = {"local response norm", "max_unpool"}
 def test_channels_pass_the_operator(name):
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     layers = {"up": nn.Conv2d(16, 48, 1), "shuffled": nn.Conv2d(12, 12, 3), "unshuffled": nn.Conv2d(64, 12, 1)}
-    net = Body(OPERATORS[name], half=nn.Conv2d(8, 12, 1), order=order, **layers)
+    net = Body(OPERATORS[name], eight=nn.Conv2d(8, 12, 1), order=order, **layers)
     counts = name in {"maximum over pairs", "local response norm"}
     groups = pruned_exactly(net, image(), checks=() if counts else ("readers", "all"))
     wanted = {"a"} | ({"up"} if name == "pixel_shuffle" else set())

@@ -49,9 +49,12 @@ def prelu(call: Call) -> Labels:
     return broadcast(call.ledger, [x, slope], call.shape, f"meets a slope that cannot shrink ({call.place})")
 
 
-@operator("zeros", "new_zeros", sizes=out_sizes("size"))
+@operator("zeros", "new_zeros", "empty", "new_empty", sizes=out_sizes("size"))
 def alike(call: Call) -> Labels:
-    """Zeros of given sizes are alike: whatever meets them, any of them can go. Of ones, the sum is a width."""
+    """Zeros of given sizes are alike: whatever meets them, any of them can go. Of ones, the sum is a width.
+
+    What is empty is written to before it means anything.
+    """
     rank = len(call.shape)
     return Labels(
         call.shape,
@@ -59,16 +62,16 @@ def alike(call: Call) -> Labels:
     )
 
 
-@operator("zeros_like")
+@operator("zeros_like", "empty_like")
 def alike_as(call: Call) -> Labels:
-    """Zeros in the shape of another tensor."""
+    """Zeros, or room for something, in the shape of another tensor."""
     return call.labels("self")
 
 
 @operator(
     "ones", "full", "new_ones", "new_full", "ones_like", "full_like",
-    "rand_like", "randn_like", "empty_like", "new_empty", "arange", "linspace", "scalar_tensor", "meshgrid", "eye",
-    "empty", "rand", "randn", "randint", "randperm", "bernoulli", "triu", "tril", "uniform",
+    "rand_like", "randn_like", "arange", "linspace", "scalar_tensor", "meshgrid", "eye",
+    "rand", "randn", "randint", "randperm", "bernoulli", "triu", "tril", "uniform",
 )  # fmt: skip
 def constant(call: Call) -> Labels | list[Labels]:
     """Every element is another one: carries no labels, and pins what it meets."""

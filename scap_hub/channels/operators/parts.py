@@ -128,17 +128,37 @@ def index_select(call: Call) -> Labels:
     return _picked(call, call.labels("self"), call.dim(), call["index"])
 
 
-@operator("roll")
+def _shifts(call: Call) -> Iterator[Size]:
+    """How far a roll goes counts the elements that come around."""
+    for index, dim in enumerate(call["dims"]):
+        whole, shift = call.labels("self").along(dim), call["shifts"][index]
+        if whole is not None and 0 < abs(shift) < whole.size:
+            yield Size("shifts", index, whole[-shift:] if shift > 0 else whole[:-shift])
+
+
+@operator("roll", sizes=_shifts)
 def roll(call: Call) -> Labels:
-    """Cyclic shift of dimensions that do not shrink."""
+    """Cyclic shift along dimensions."""
     x = call.labels("self")
     if not call["dims"]:
         call.ledger.pin_all([x], f"is flattened and rolled ({call.place})")
         return Labels(call.shape)
-    arrays = list(x.arrays)
-    for dim in call["dims"]:
-        arrays = call.free_along(Labels(x.shape, tuple(arrays)), dim % len(x.shape), "is taken apart by index")
-    return Labels(call.shape, tuple(arrays))
+    for shift, dim in zip(call["shifts"], call["dims"], strict=True):
+        dim %= len(x.shape)
+        if x.along(dim) is None or not abs(shift) < x.shape[dim]:
+            x = Labels(x.shape, tuple(call.free_along(x, dim, "is taken apart by index")))
+        elif shift:
+            x = Labels(x.shape, tuple(np.roll(array, shift, dim) for array in _by_itself(call, x, dim)))
+    return x
+
+
+def _by_itself(call: Call, x: Labels, dim: int) -> Iterator[np.ndarray]:
+    """The arrays that do not vary along `dim` together with other dimensions; those that do are pinned."""
+    for array in x.arrays:
+        if dim not in support(array) or support(array) == (dim,):
+            yield array
+        else:
+            call.ledger.pin(array, f"is rolled along one of its dimensions ({call.place})")
 
 
 def _parts(call: Call) -> Iterator[Size]:

@@ -27,12 +27,16 @@ def reduction(call: Call) -> Labels | list[Labels]:
     kept = []
     for array in x.arrays:
         along = set(support(array))
-        if along & gone and along - gone:
-            call.ledger.pin(array, f"is reduced along a part of its dimensions ({call.place})")
-        elif not along & gone:
-            kept.append(array if keepdim else array.reshape([s for d, s in enumerate(array.shape) if d not in gone]))
-        elif call.node.name in ("max", "min") and _says_where(call):
+        if along & gone and call.node.name in ("max", "min") and _says_where(call):
             call.ledger.pin(array, f"is indexed by {call.place}")
+            continue
+        if along & gone and along - gone:  # what is reduced to one element leaves together
+            first = array[tuple(slice(0, 1) if dim in gone else slice(None) for dim in range(rank))]
+            call.ledger.equate(array, first, f"is reduced with others ({call.place})")
+            array = first
+        elif along & gone:
+            continue
+        kept.append(array if keepdim else array.reshape([s for d, s in enumerate(array.shape) if d not in gone]))
     if isinstance(call.node.value, tuple | list):
         return [Labels(shape, tuple(kept)) for shape in call.shapes]
     return merge(call.ledger, call.shape, kept, f"is reduced ({call.place})")
