@@ -66,7 +66,7 @@ def relabelled():
     ("change", "message"),
     [
         ({"criterion": "random"}, "recipe key criterion.name: was 'scap', now 'random'"),
-        ({"target": "macs=0.7"}, "was 'macs=0.5', now 'macs=0.7'"),
+        ({"target": "macs=0.7"}, "recipe key target.macs: was 0.5, now 0.7"),
         ({"seed": 1}, "recipe key seed: was 0, now 1"),
         ({"finetune_learning_rate": 0.5}, "recipe key finetune.learning_rate: was 0.001, now 0.5"),
         (

@@ -144,8 +144,8 @@ def _resolved(output_dir: str | Path) -> Path:
     output, here = Path(output_dir).expanduser().resolve(), Path.cwd()
     if output == here or output in here.parents or os.path.ismount(output):
         raise CheckpointError(
-            f"output folder {str(output_dir)!r} is the folder that you are in, holds it, or is where a disk is mounted, "
-            "so it cannot be replaced in one step; name a new folder inside it"
+            f"output folder {str(output_dir)!r} is the folder that you are in, holds it, or where a disk is mounted; "
+            "it cannot be replaced in one step; name a new folder inside it"
         )
     return output
 
