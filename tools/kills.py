@@ -17,11 +17,12 @@ import tempfile
 import time
 from pathlib import Path
 
-COMMAND = (
-    "-m scap_hub prune test_resnet --data digits --target macs=0.6 --quiet --set model_pretrained=false "
-    "--set model_num_classes=10 --set model_input_size=[3,32,32] --set criterion=l1 --set evaluate_latency=false "
-    "--set data_calibration_images=32 --set finetune_epochs=3"
-).split()
+COMMAND = [
+    *("-m", "scap_hub", "prune", "test_resnet", "--data", "digits", "--target", "macs=0.6", "--quiet"),
+    *("--set", "model_pretrained=false", "--set", "model_num_classes=10", "--set", "model_input_size=[3,32,32]"),
+    *("--set", "criterion=l1", "--set", "evaluate_latency=false", "--set", "data_calibration_images=32"),
+    *("--set", "finetune_epochs=3"),
+]
 
 
 def main() -> int:

@@ -42,14 +42,14 @@ class State:
         optimizer: Has a state_dict.
         schedule: Has a state_dict.
         history: What was done, and the best weights.
-        loader: The caller's training loader; the states of its own random generators are kept.
+        generators: Random generators of the caller's training loader, see `generators`.
     """
 
     modules: Mapping[str, nn.Module]
     optimizer: Any
     schedule: Any
     history: History
-    loader: DataLoader
+    generators: Mapping[str, torch.Generator]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -69,7 +69,7 @@ def save(folder: Path, epoch: int, identity: dict[str, Any], state: State) -> No
     Raises:
         TrainingError: It cannot be written.
     """
-    ranks = gather_object([_random_states(state.loader)])
+    ranks = gather_object([_random_states(state.generators)])
     from_main(lambda: _write(folder, epoch, identity, state, ranks))
 
 
@@ -89,7 +89,7 @@ def resume(folder: Path, identity: dict[str, Any], state: State) -> bool:
         state.optimizer.load_state_dict(states["optimizer"])
         state.schedule.load_state_dict(states["schedule"])
         state.history.load_state_dict({**document["history"], "best": weights["best"]})
-        _set_random_states(states["ranks"][accelerator().process_index], state.loader)
+        _set_random_states(states["ranks"][accelerator().process_index], state.generators)
     except _UNREADABLE as error:
         raise _unusable(path, error) from error
     return True
@@ -150,13 +150,13 @@ def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
-def _random_states(loader: DataLoader) -> dict[str, Any]:
+def _random_states(generators: Mapping[str, torch.Generator]) -> dict[str, Any]:
     """The states of this rank's random generators."""
     states = {
         "python": random.getstate(),
         "numpy": [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
         "torch": torch.get_rng_state(),
-        "loader": [generator.get_state() for generator in _generators(loader)],
+        "loader": {name: generator.get_state() for name, generator in generators.items()},
     }
     device = accelerator().device
     if device.type != "cpu":
@@ -164,19 +164,19 @@ def _random_states(loader: DataLoader) -> dict[str, Any]:
     return states
 
 
-def _set_random_states(states: dict[str, Any], loader: DataLoader) -> None:
+def _set_random_states(states: dict[str, Any], generators: Mapping[str, torch.Generator]) -> None:
     random.setstate(states["python"])
     np.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(states["torch"])
-    for generator, state in zip(_generators(loader), states["loader"], strict=True):
-        generator.set_state(state)
+    for name in generators.keys() & states["loader"].keys():
+        generators[name].set_state(states["loader"][name])
     if "device" in states:
         device = accelerator().device
         torch.get_device_module(device).set_rng_state(states["device"], device)
 
 
-def _generators(loader: DataLoader) -> list[torch.Generator]:
-    """Those that belong to the caller's loader, each once."""
-    owners = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
-    found = [getattr(owner, "generator", None) for owner in owners]
-    return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())
+def generators(loader: DataLoader) -> dict[str, torch.Generator]:
+    """Those that belong to a loader, by name; ask before accelerate prepares it, which gives samplers new ones."""
+    owners = {"loader": loader, "sampler": loader.sampler, "batch sampler": loader.batch_sampler}
+    found = {name: getattr(owner, "generator", None) for name, owner in owners.items()}
+    return {name: generator for name, generator in found.items() if isinstance(generator, torch.Generator)}

@@ -138,6 +138,7 @@ class _Training:
         schedule: Of the learning rate, by optimiser step.
         ema: The moving average, if asked for.
         history: What was done so far.
+        generators: Of the caller's loader of training images.
         objective: What is minimised.
         output_dir: Where checkpoints are kept.
         identity: What must be the same for a checkpoint to be taken up.
@@ -152,6 +153,7 @@ class _Training:
     schedule: LRScheduler
     ema: ModelEmaV3 | None
     history: History
+    generators: dict[str, torch.Generator]
     objective: Objective
     output_dir: Path | None
     identity: dict[str, Any]
@@ -164,7 +166,7 @@ class _Training:
     def state(self) -> checkpoints.State:
         """What a checkpoint holds."""
         modules = {"model": self.model} | ({"average": self.kept} if self.ema else {})
-        return checkpoints.State(modules, self.optimizer, self.schedule, self.history, self.data.train)
+        return checkpoints.State(modules, self.optimizer, self.schedule, self.history, self.generators)
 
 
 def _trained(
@@ -214,6 +216,7 @@ def _prepared(
     optimizer = create_optimizer_v2(
         model, opt=settings.optimizer, lr=settings.learning_rate, weight_decay=settings.weight_decay, momentum=0.9
     )
+    generators = checkpoints.generators(data.train)
     wrapped, optimizer, loader = here.prepare(model, optimizer, data.train)
     batches = _batches(loader, data.train)
     schedule = _schedule(optimizer.optimizer, settings, math.ceil(batches / settings.gradient_accumulation))
@@ -229,6 +232,7 @@ def _prepared(
         schedule=schedule,
         ema=ema,
         history=history,
+        generators=generators,
         objective=Objective(data.task, settings, teacher),
         output_dir=output_dir,
         identity={**settings.model_dump(mode="json"), "seed": seed, "processes": here.num_processes},
