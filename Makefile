@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow bench-coverage lint imports size format docs
+.PHONY: setup demo test test-slow bench-coverage kills lint imports size format docs
 
 setup: .venv/installed
 
@@ -27,6 +27,10 @@ test-slow: setup
 bench-coverage: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --reload --json benchmarks/results/coverage.json $(OPTIONS)
 	$(BIN)/python docs/generate.py
+
+# Runs killed at random moments and resumed end with the weights of an undisturbed one; takes about ten minutes.
+kills: setup
+	$(BIN)/python tools/kills.py --kills 20 --ranks 1 2
 
 # The site, in site/; broken links are errors.
 docs: setup

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
+
+_HOST = re.sub(r"[^\w-]", "_", socket.gethostname())
+_ASIDE = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.unfinished(\.\w+)?")
 
 
 @contextlib.contextmanager
@@ -19,13 +26,14 @@ def replacing(path: Path) -> Iterator[Path]:
         path: The file to create or replace; its folder is created if absent.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(path.parent, path.stem)
     # Some libraries choose the format by the suffix, so it stays.
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.unfinished{path.suffix}")
+    unfinished = path.with_name(f".{path.stem}.{_HOST}.{os.getpid()}.unfinished{path.suffix}")
     try:
         yield unfinished
-        with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())  # else a power cut can leave the new name with nothing behind it
+        _sync(unfinished)
         unfinished.replace(path)
+        _sync(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -39,15 +47,44 @@ def making(folder: Path) -> Iterator[Path]:
     Args:
         folder: Absent or empty; the one that it lies in is made if absent.
     """
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
+    clear_leftovers(folder.parent, folder.name)
+    unfinished = folder.with_name(f".{folder.name}.{_HOST}.{os.getpid()}.unfinished")
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
-        for path in unfinished.iterdir():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
+        for path in [*unfinished.rglob("*"), unfinished]:
+            _sync(path)
         if folder.exists():
             folder.rmdir()
         unfinished.rename(folder)
+        _sync(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def clear_leftovers(folder: Path, name: str) -> None:
+    """Removes what processes of this machine that are gone left in a folder while they wrote something of that name."""
+    for path in folder.glob(f".{_literal(name)}.*.unfinished*"):
+        found = _ASIDE.fullmatch(path.name)
+        if found is None or found["host"] != _HOST or psutil.pid_exists(int(found["pid"])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _literal(name: str) -> str:
+    """A glob pattern that matches this name alone."""
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk; else a power cut can leave a new name with nothing behind it."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open folders
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
@@ -49,9 +49,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # which register themselves here.
 from torch.utils._pytree import tree_leaves, tree_map
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 __all__ = [
     "BatchNorm",
     "ConvNd",
@@ -62,7 +59,6 @@ __all__ = [
     "PreDispatchMode",
     "column_types",
     "enable_python_dispatcher",
-    "forget_registered",
     "is_alias_of",
     "memory_of",
     "no_autocast",
@@ -121,14 +117,6 @@ def schema(operator: Any) -> Any:
 def write_count(tensor: Tensor) -> int:
     """How often a tensor, or a view of it, was written to in place; autograd keeps this count for its own checks."""
     return tensor._version
-
-
-def forget_registered(accelerator: Accelerator) -> None:
-    """Removes what was given to `register_for_checkpointing`; `free_memory` removes everything but that.
-
-    Without it the next training of the process would save and load the objects of the last one.
-    """
-    accelerator._custom_objects.clear()
 
 
 def column_types(rows: Any) -> Any:

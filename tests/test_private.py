@@ -147,25 +147,6 @@ def test_writes_are_counted_also_through_views():
         assert private.write_count(tensor) > before
 
 
-def test_registered_objects_are_forgotten():
-    from scap_hub.training.distributed import accelerator
-
-    class Counter:
-        def state_dict(self):
-            return {}
-
-        def load_state_dict(self, state):
-            pass
-
-    with relying_on("accelerate", "forget_registered"):
-        here = accelerator()
-        here.register_for_checkpointing(Counter())
-        here.free_memory()
-        assert here._custom_objects  # once this fails, `free_memory` does it all and ours can go
-        private.forget_registered(here)
-        assert not here._custom_objects
-
-
 def test_a_stream_without_a_schema_finds_its_column_types():
     datasets = pytest.importorskip("datasets")
     rows = datasets.IterableDataset.from_generator(lambda: iter([{"label": 1}]))

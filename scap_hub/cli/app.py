@@ -13,7 +13,8 @@ from scap_hub.cli.verify import verify
 from scap_hub.errors import ScapHubError, UnverifiableError, VerificationError
 
 EXIT_CODES = (
-    "Exit code 0: done; 1: a fault of scap_hub; 2: a mistake in what it was given, named in one line; 130: interrupted."
+    "Exit code 0: done; 1: a fault of scap_hub; 2: a mistake in what it was given, named in one line; "
+    "130: interrupted by Ctrl-C; 143: by SIGTERM; 129: by SIGHUP."
 )
 
 app = typer.Typer(

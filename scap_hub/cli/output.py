@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from scap_hub.cli.signals import Stopped, stopping
 from scap_hub.progress import set_quiet
 
 
@@ -65,9 +67,12 @@ def output(quiet: bool) -> Iterator[None]:
         logging.disable(logging.WARNING)
     set_quiet(quiet)
     try:
-        yield
-    except KeyboardInterrupt:
-        fail("interrupted; with the same --out, the same command finds its scores and takes up fine-tuning", 130)
+        with stopping():
+            yield
+    except KeyboardInterrupt as reason:
+        number = reason.number if isinstance(reason, Stopped) else signal.SIGINT
+        by = f" by {reason}" if isinstance(reason, Stopped) else ""
+        fail(f"interrupted{by}; with the same --out, the same command goes on where it was", 128 + number)
     finally:
         set_quiet(False)
         logging.disable(logging.NOTSET)

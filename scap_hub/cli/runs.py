@@ -27,6 +27,9 @@ def prune(
         str | None, typer.Option(metavar="NAME|FILE.py:CLASS", help="What scores the channels; also one of your own.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder, absent or empty.")] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew; without it an interrupted run with the same --out goes on.")
+    ] = False,
     settings: Settings = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -45,7 +48,7 @@ def prune(
         changes |= overrides(settings)
         if target is not None:
             changes["target"] = target
-        result = scap_hub.prune(model, data, recipe, output_dir=out, **changes)
+        result = scap_hub.prune(model, data, recipe, output_dir=out, restart=restart, **changes)
     print_report(result.report, result.report.to_dict(), quiet, as_json)
     if out is not None:
         say(f"saved in {out}", quiet or as_json)

@@ -25,26 +25,33 @@ CALIBRATION_SET = "timm/mini-imagenet"
 _IMAGENET_CLASSES = (1000, 1001, 11821, 21841, 21843)
 
 
-def load_dense(
-    model: Any, dataset: Any, recipe: Recipe, work: Path | None = None, stages: Stages | None = None
-) -> tuple[LoadedModel, Data]:
-    """The dense model, tuned if the recipe says so, and its data.
+def load_dense(model: Any, dataset: Any, recipe: Recipe, stages: Stages) -> tuple[LoadedModel, Data]:
+    """The dense model as it comes, and its data.
 
     Args:
         model: As for `prune`.
         dataset: As for `prune`.
         recipe: Its blocks `model`, `data` and `finetune`.
-        work: Where checkpoints of the tuning are kept.
         stages: Where the seconds are counted.
     """
-    stages = stages or Stages()
     with stages("load"):
-        loaded, data = _loaded(model, dataset, recipe)
+        return _loaded(model, dataset, recipe)
+
+
+def tune_dense(loaded: LoadedModel, data: Data, recipe: Recipe, stages: Stages, work: Path | None = None) -> None:
+    """Tunes the dense model in place, if the recipe says so.
+
+    Args:
+        loaded: The dense model.
+        data: Its data.
+        recipe: Its block `finetune`.
+        stages: Where the seconds are counted.
+        work: Where checkpoints are kept.
+    """
     if recipe.finetune.dense_epochs:
         with stages("tune dense"):
             tuning = recipe.finetune.model_copy(update={"epochs": recipe.finetune.dense_epochs})
             finetune(loaded.module, data, tuning, output_dir=work and work / "training-dense", seed=recipe.seed)
-    return loaded, data
 
 
 def _loaded(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data]:

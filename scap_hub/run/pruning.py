@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroups
@@ -16,19 +15,20 @@ from scap_hub.criteria.base import Criterion
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.criteria.diagnostics import Diagnosis, diagnose
 from scap_hub.errors import TargetError, VerificationError
-from scap_hub.hub.checkpoint import check_output
 from scap_hub.hub.uniform import plain_config
 from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
-from scap_hub.run.inputs import example, load_dense, shard_calibration
+from scap_hub.run.identity import identity
+from scap_hub.run.inputs import example, load_dense, shard_calibration, tune_dense
+from scap_hub.run.kept import Kept
 from scap_hub.run.report import GroupReport, Measures, Report, Selection, measure
 from scap_hub.run.result import Result
 from scap_hub.run.score_cache import kept_scores
 from scap_hub.run.stages import Stages
 from scap_hub.run.steps import refine
-from scap_hub.run.unfinished import kept_beside
-from scap_hub.run.verification import Verdict, beyond_repair, failing_plan_beside, verified
+from scap_hub.run.unfinished import Unfinished, kept_beside
+from scap_hub.run.verification import Verdict, Verified, beyond_repair, failing_plan_beside, verified
 from scap_hub.scores import Scores
 from scap_hub.selection.latency import select_latency
 from scap_hub.selection.select import kept_importance, select
@@ -46,6 +46,7 @@ def prune(
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
     *,
     output_dir: str | Path | None = None,
+    restart: bool = False,
     **overrides: Any,
 ) -> Result:
     """Makes a model smaller and faster: scores its channels, removes the least important, repairs, fine-tunes.
@@ -55,8 +56,9 @@ def prune(
         dataset: "digits", Hub id, image folder, `datasets.Dataset(Dict)` or DataLoader; the recipe's if left out.
             Without any, models trained on ImageNet use unlabelled images of timm/mini-imagenet.
         recipe: Shipped name ("half-macs"), path, dict or `Recipe`.
-        output_dir: Where to save the result, absent or empty; scores and checkpoints of the fine-tuning are kept beside
-            it until the end, so that the same call resumes.
+        output_dir: Where to save the result, absent or empty; what each stage found is kept beside it until the end, so
+            that the same call resumes. A call that differs in anything is refused.
+        restart: Whether to throw away what an unfinished run kept, and begin anew.
         **overrides: Recipe values that win: target="macs=0.5", criterion="scap", finetune_epochs=3, seed=0, ...
 
     Raises:
@@ -68,20 +70,35 @@ def prune(
     if isinstance(dataset, str | Path):
         overrides["data_dataset"] = str(dataset)
     recipe = Recipe.resolve(recipe, **overrides)
-    criterion_named(recipe.criterion.name, recipe.criterion.options)  # a mistake is told before any work
-    if output_dir is not None:
-        check_output(output_dir)
-    set_seed(recipe.seed)
-    stages = Stages()
+    # A mistake is told before any work.
+    criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
+    stages = Stages(recipe.seed)
 
-    with kept_beside(output_dir) as work, failing_plan_beside(output_dir):
-        loaded, data = load_dense(model, dataset, recipe, work, stages)
-        result = prune_loaded(loaded, data, recipe, work=work, scores=work and work / "scores", stages=stages)
-        if output_dir is not None:
-            from_main(lambda: result.save_pretrained(output_dir))
+    with kept_beside(output_dir, restart) as work, failing_plan_beside(output_dir):
+        loaded, data = load_dense(model, dataset, recipe, stages)
+        if work is not None:
+            work.begin(identity(loaded, data, recipe, criterion), restart, _need(loaded, recipe))
+        folder = None if work is None else work.folder
+        tune_dense(loaded, data, recipe, stages, folder)
+        result = prune_loaded(loaded, data, recipe, work=folder, scores=folder and folder / "scores", stages=stages)
+        if work is not None:
+            from_main(lambda: _save(result, work))
     if (repo_id := recipe.publish.repo_id) is not None:
         from_main(lambda: result.push_to_hub(repo_id, recipe.publish.private))
     return result
+
+
+def _need(loaded: LoadedModel, recipe: Recipe) -> int:
+    """Bytes that a run keeps at most: repaired and final weights, and a checkpoint with its optimiser."""
+    state = sum(tensor.nbytes for tensor in loaded.module.state_dict().values())
+    return state * (6 if recipe.finetune.epochs or recipe.finetune.dense_epochs else 2)
+
+
+def _save(result: Result, work: Unfinished) -> None:
+    """Saves a result, unless the run was killed after it had done so."""
+    if not work.saved:
+        work.saving(result.report_json())
+        result.save_pretrained(work.output)
 
 
 def prune_loaded(
@@ -101,20 +118,21 @@ def prune_loaded(
         data: Its data.
         recipe: Its blocks from `criterion` to `evaluate`.
         before: What was measured of the dense model; measured here if left out.
-        work: Where checkpoints of the fine-tuning are kept.
+        work: Where what each stage finds is kept.
         scores: Where scores are kept; see `kept_scores`.
         stages: Where the seconds are counted.
     """
-    stages = stages or Stages()
+    stages, kept = stages or Stages(recipe.seed), Kept(work)
     criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
     dense = loaded.module.to(accelerator().device).eval()
     with stages("load"):
         calibration = shard_calibration(data, recipe.data.batch_size)
     if before is None:
         with stages("measure dense"):
-            before = measure(dense, loaded.preprocessing.input_size, data)
+            size = loaded.preprocessing.input_size
+            before = kept.value("dense", Measures, lambda: measure(dense, size, data))
 
-    pipeline = _Pipeline(loaded, data, recipe, criterion, calibration, work, scores, stages)
+    pipeline = _Pipeline(loaded, data, recipe, criterion, calibration, kept, scores, stages)
     small: nn.Module = dense
     steps: list[_Step] = []
     while len(steps) < recipe.schedule.steps:
@@ -122,12 +140,12 @@ def prune_loaded(
         steps.append(step)
 
     with stages("measure pruned"):
-        after = measure(small, loaded.preprocessing.input_size, data)
+        after = kept.value("pruned", Measures, lambda: measure(small, loaded.preprocessing.input_size, data))
     if recipe.evaluate.latency:
         with stages("measure latency"):
             # In turns, so that whatever else the machine does slows both alike.
             images = example(small, loaded, recipe.evaluate.batch_size)
-            times = milliseconds([(dense, images), (small, images)])
+            times = kept.value("latency", list[float], lambda: milliseconds([(dense, images), (small, images)]))
             before, after = replace(before, latency_ms=times[0]), replace(after, latency_ms=times[1])
     plan = _joined(steps[0].groups, [step.plan for step in steps])
     return Result(small, plan, _report(before, after, plan, steps, stages, data), recipe, loaded, data.task)
@@ -142,7 +160,7 @@ class _Step:
     diagnoses: dict[str, Diagnosis]
     plan: PruningPlan
     selection: Selection
-    verdicts: list[Verdict]
+    verdicts: list[Verified]
     history: list[dict[str, float]]
 
     @property
@@ -155,14 +173,21 @@ _ROUNDS = 4
 """How often a plan is made before the run gives up, if each is found to be wrong."""
 
 
-class _Proven(NamedTuple):
-    """A plan that was verified, or that cannot be; groups that were found guilty on the way are pinned."""
+@dataclass(frozen=True)
+class _Chosen:
+    """A plan that was verified, or that cannot be.
 
-    groups: ChannelGroups
+    Attributes:
+        plan: The plan.
+        selection: What it came to.
+        guilty: Groups that were found guilty on the way, with the reason.
+        verdicts: Of the plan, and of what all steps so far do together.
+    """
+
     plan: PruningPlan
     selection: Selection
-    small: nn.Module
-    verdict: Verdict
+    guilty: dict[str, str]
+    verdicts: list[Verified]
 
 
 @dataclass(frozen=True)
@@ -174,7 +199,7 @@ class _Pipeline:
     recipe: Recipe
     criterion: Criterion
     calibration: list[Tensor]
-    work: Path | None
+    kept: Kept
     cache: Path | None
     stages: Stages
 
@@ -187,31 +212,39 @@ class _Pipeline:
             groups = groups.pinned(_still_guilty(groups, earlier))
         with stages("scores"):
             scores = kept_scores(self.cache, model, calibration, self.criterion, groups)
-        diagnoses = {}
+        diagnoses: dict[str, Diagnosis] = {}
         if number == 0 and recipe.criterion.diagnostics:
             with stages("diagnostics"):
-                diagnoses = diagnose(model, groups, calibration, self.criterion, scores)
-        groups, plan, selection, small, verdict = self._proven(model, groups, scores, number)
-        verdicts = [verdict, *self._joined_verdict(earlier, plan)]
+                diagnoses = self.kept.value(
+                    "diagnostics",
+                    dict[str, Diagnosis],
+                    lambda: diagnose(model, groups, calibration, self.criterion, scores),
+                )
+        chosen = self.kept.value(f"plan-{number}", _Chosen, lambda: self._chosen(model, groups, scores, earlier))
+        groups, plan = groups.pinned(chosen.guilty), chosen.plan
+        with stages("surgery"):
+            small = apply_plan(model, plan)
         if recipe.publish.layout == "uniform" and number + 1 == recipe.schedule.steps:
             plain_config(self.loaded, small)  # refuses before the training what saving would refuse after it
         with stages("repair"):
-            repair(model, small, plan, calibration, **recipe.repair.model_dump())
+            settings = recipe.repair.model_dump()
+            self.kept.weights(f"repaired-{number}", small, lambda: repair(model, small, plan, calibration, **settings))
         history = []
         if recipe.finetune.epochs:
             with stages("fine-tuning"):
-                folder = self.work and self.work / f"training-{number}"
+                folder = self.kept.folder and self.kept.folder / f"training-{number}"
                 dense = self.loaded.module
                 history = finetune(small, self.data, recipe.finetune, dense, folder, seed=recipe.seed)
-        return small, _Step(groups, scores, diagnoses, plan, selection, verdicts, history)
+        return small, _Step(groups, scores, diagnoses, plan, chosen.selection, chosen.verdicts, history)
 
-    def _proven(self, model: nn.Module, groups: ChannelGroups, scores: Scores, number: int) -> _Proven:
-        """Selection, refinement and surgery, made anew without the groups that the verification finds guilty."""
+    def _chosen(self, model: nn.Module, groups: ChannelGroups, scores: Scores, earlier: Sequence[_Step]) -> _Chosen:
+        """Selection and refinement, made anew without the groups that the verification finds guilty."""
         fault: VerificationError | None = None
+        guilty: dict[str, str] = {}
         for _ in range(_ROUNDS):
             try:
                 with self.stages("selection"):
-                    plan, selection = self._selected(model, groups, scores, number)
+                    plan, selection = self._selected(model, groups, scores, len(earlier))
             except TargetError as error:
                 if fault is None:
                     raise
@@ -219,11 +252,13 @@ class _Pipeline:
             with self.stages("refinement"):
                 plan = refine(model, groups, self.calibration, plan, self.criterion)
             with self.stages("surgery"):
-                small = apply_plan(model, plan)
+                apply_plan(model, plan)
             verdict = self._verdict(model, groups, plan)
             if verdict.fault is None:
-                return _Proven(groups, plan, selection, small, verdict)
-            fault, groups = verdict.fault, groups.pinned(verdict.guilty)
+                verdicts = [verdict, *self._joined_verdict(earlier, plan)]
+                return _Chosen(plan, selection, guilty, [verdict.known for verdict in verdicts])
+            fault, guilty = verdict.fault, {**guilty, **verdict.guilty}
+            groups = groups.pinned(verdict.guilty)
         assert fault is not None
         raise beyond_repair(fault)
 

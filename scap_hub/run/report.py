@@ -35,7 +35,14 @@ class Measures:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """What became of one channel group: its size, the channels that stay, all importances, and diagnostics."""
+    """What became of one channel group of the dense model, after all steps of the schedule.
+
+    Attributes:
+        size: Channels of the dense model.
+        kept: Those that stay in the end.
+        scores: Importances in the dense model, on which the first step decided.
+        diagnosis: Of these scores.
+    """
 
     size: int
     kept: list[int]

@@ -59,13 +59,17 @@ class Result:
         """
         recipe = self.recipe.to_yaml()
         plain = plain_config(self.loaded, self.model) if self.recipe.publish.layout == "uniform" else None
-        files: dict[str, str | bytes] = {"report.json": json.dumps(self.report.to_dict(), indent=1) + "\n"}
+        files: dict[str, str | bytes] = {"report.json": self.report_json()}
         if picture := channels_picture(self.plan):
             files[PICTURE] = picture
         files["README.md"] = model_card(
             self.loaded, self.plan, self._measured(), recipe, picture=PICTURE in files, plain=plain is not None
         )
         return save_checkpoint(folder, self.model, self.loaded, self.plan, recipe, files, plain)
+
+    def report_json(self) -> str:
+        """The report as it is saved."""
+        return json.dumps(self.report.to_dict(), indent=1) + "\n"
 
     def push_to_hub(
         self,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -16,6 +14,8 @@ from scap_hub.channels.groups import ChannelGroup
 from scap_hub.criteria import score
 from scap_hub.criteria.base import Criterion
 from scap_hub.files import replacing
+from scap_hub.run import fingerprints
+from scap_hub.run.kept import damaged, unwritable
 from scap_hub.scores import Scores
 from scap_hub.training.distributed import accelerator, from_main
 
@@ -44,8 +44,8 @@ def kept_scores(
     path, scores = from_main(lambda: _find(folder, _fingerprint(model, batches, criterion, groups), groups))
     if scores is None:
         scores = score(model, batches, criterion, groups=groups)
-        if accelerator().is_main_process:
-            _save(path, scores)
+        found = scores
+        from_main(lambda: _save(path, found))
     return scores
 
 
@@ -57,14 +57,20 @@ def _find(folder: Path, fingerprint: str, groups: Sequence[ChannelGroup]) -> tup
 def _save(path: Path, scores: Scores) -> None:
     tensors = {f"{_IMPORTANCE}{name}": values for name, values in scores.items()}
     tensors |= {f"{_FIDELITY}{layer}": values for layer, values in scores.fidelity.items()}
-    with replacing(path) as unfinished:
-        save_file(tensors, unfinished, {"scope": scores.scope})
+    try:
+        with replacing(path) as unfinished:
+            save_file(tensors, unfinished, {"scope": scores.scope})
+    except (OSError, SafetensorError) as error:
+        raise unwritable(path, error) from error
 
 
 def _load(path: Path, groups: Sequence[ChannelGroup]) -> Scores:
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
-        scope = file.metadata()["scope"]
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
+            scope = file.metadata()["scope"]
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise damaged(path, error) from error
     importance = _named(tensors, _IMPORTANCE)
     in_order = {group.name: importance[group.name] for group in groups if group.name in importance}
     return Scores(in_order, scope, _named(tensors, _FIDELITY))
@@ -79,17 +85,6 @@ def _fingerprint(
 ) -> str:
     """Of everything that scores follow from; of the images, this process's."""
     names = [(group.name, group.size, group.prunable) for group in groups]
-    about = (_FORMAT, criterion, _source(criterion), names, accelerator().num_processes, torch.initial_seed())
-    digest = hashlib.sha256(repr(about).encode())
-    for tensor in (*model.state_dict().values(), *batches):
-        digest.update(repr(tensor.shape).encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _source(criterion: Criterion) -> str:
-    """The code of a criterion's class, where it can be read: a user may change it between two runs."""
-    try:
-        return inspect.getsource(type(criterion))
-    except (OSError, TypeError):
-        return ""
+    source = fingerprints.source_of(type(criterion))
+    about = repr((_FORMAT, criterion, source, names, accelerator().num_processes, torch.initial_seed()))
+    return fingerprints.of_tensors([*model.state_dict().values(), *batches], about)

@@ -24,20 +24,34 @@ IMAGES = 2
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What is known of a plan.
+class Verified:
+    """What is known of a plan that may be used.
 
     Attributes:
         difference: Largest relative difference between the pruned and the masked model; None where it is not verified.
         unverified: Why it is not verified; None where it is.
-        guilty: Why groups must stay whole, by name; if there are any, the plan must not be used.
-        fault: What is wrong, with the smallest failing plan; None if nothing is.
     """
 
     difference: float | None = None
     unverified: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict(Verified):
+    """What is known of any plan.
+
+    Attributes:
+        guilty: Why groups must stay whole, by name; if there are any, the plan must not be used.
+        fault: What is wrong, with the smallest failing plan; None if nothing is.
+    """
+
     guilty: Mapping[str, str] = field(default_factory=dict)
     fault: VerificationError | None = None
+
+    @property
+    def known(self) -> Verified:
+        """What a report tells."""
+        return Verified(self.difference, self.unverified)
 
 
 def verified(

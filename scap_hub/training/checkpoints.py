@@ -1,14 +1,55 @@
-"""Checkpoints of a training, one an epoch, of which the last is kept."""
+"""Checkpoints of a training, one an epoch, of which the last is kept: safetensors, JSON, and tensors in containers.
+
+No file of a checkpoint can run code when it is read: `training.pt` holds tensors and numbers in plain containers, and
+is loaded with `weights_only=True`.
+"""
 
 from __future__ import annotations
 
 import json
+import pickle
+import random
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scap_hub.errors import TrainingError
-from scap_hub.training.distributed import accelerator
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from scap_hub.errors import ScapHubError, TrainingError
+from scap_hub.files import making
+from scap_hub.training.distributed import accelerator, from_main
+from scap_hub.training.history import History
+
+_DOCUMENT, _STATES = "run.json", "training.pt"
+_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError)
+"""What reading a damaged file, or loading what does not fit, raises."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that a training goes on from.
+
+    Attributes:
+        modules: The networks that change, by name: the model, and its moving average if there is one.
+        optimizer: Has a state_dict.
+        schedule: Has a state_dict.
+        history: What was done, and the best weights.
+        generators: Random generators of the caller's training loader, see `generators`.
+    """
+
+    modules: Mapping[str, nn.Module]
+    optimizer: Any
+    schedule: Any
+    history: History
+    generators: Mapping[str, torch.Generator]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -16,47 +57,126 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-[0-9]*"))
 
 
-def save(folder: Path, epoch: int, identity: dict[str, Any]) -> None:
-    """Writes everything that was prepared or registered; an interrupted write leaves the last checkpoint as it is.
+def save(folder: Path, epoch: int, identity: dict[str, Any], state: State) -> None:
+    """Writes the state of all ranks; an interrupted write leaves the last checkpoint as it is.
 
     Args:
         folder: Where checkpoints are kept.
         epoch: The last one that is done.
         identity: What the training is; only the same training takes up there.
+        state: What to keep.
+
+    Raises:
+        TrainingError: It cannot be written.
     """
-    here = accelerator()
-    unfinished = folder / "checkpoint.unfinished"
-    if here.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        (unfinished / "run.json").write_text(json.dumps(identity))
-    here.wait_for_everyone()
-    here.save_state(str(unfinished))
-    here.wait_for_everyone()
-    if here.is_main_process:
-        old = checkpoints(folder)
-        unfinished.rename(folder / f"checkpoint-{epoch:05d}")
-        for path in old:
-            shutil.rmtree(path)
-    here.wait_for_everyone()
+    ranks = gather_object([_random_states(state.generators)])
+    from_main(lambda: _write(folder, epoch, identity, state, ranks))
 
 
-def resume(folder: Path, identity: dict[str, Any]) -> bool:
-    """Loads the last checkpoint into everything that was prepared or registered; returns whether there is one.
+def resume(folder: Path, identity: dict[str, Any], state: State) -> bool:
+    """Loads the last checkpoint; returns whether there is one.
 
     Raises:
         TrainingError: It is of another training, or cannot be read.
     """
+    found = from_main(lambda: _read(folder, identity))
+    if found is None:
+        return False
+    path, document, weights, states = found
+    try:
+        for name, module in state.modules.items():
+            module.load_state_dict(weights[name])
+        state.optimizer.load_state_dict(states["optimizer"])
+        state.schedule.load_state_dict(states["schedule"])
+        state.history.load_state_dict({**document["history"], "best": weights["best"]})
+        _set_random_states(states["ranks"][accelerator().process_index], state.generators)
+    except _UNREADABLE as error:
+        raise _unusable(path, error) from error
+    return True
+
+
+def _write(folder: Path, epoch: int, identity: dict[str, Any], state: State, ranks: list[dict[str, Any]]) -> None:
+    history = state.history.state_dict()
+    best = history.pop("best")
+    old = checkpoints(folder)
+    try:
+        with making(folder / f"checkpoint-{epoch:05d}") as unfinished:
+            for name, module in state.modules.items():
+                save_file(separate(module.state_dict()), unfinished / f"{name}.safetensors")
+            save_file(separate(best), unfinished / "best.safetensors")
+            states = {"optimizer": state.optimizer.state_dict(), "schedule": state.schedule.state_dict()}
+            torch.save({**states, "ranks": ranks}, unfinished / _STATES)
+            (unfinished / _DOCUMENT).write_text(json.dumps({"identity": identity, "history": history}))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise TrainingError(f"cannot write a checkpoint to {str(folder)!r}: {_line(error)}") from error
+    for path in old:
+        shutil.rmtree(path)
+
+
+def _read(folder: Path, identity: dict[str, Any]) -> tuple[Path, dict[str, Any], dict[str, Any], Any] | None:
+    """The last checkpoint: its folder, its document, weights by name, and the states of everything else."""
     found = checkpoints(folder)
     if not found:
-        return False
-    advice = "delete it or choose another folder"
+        return None
+    path = found[-1]
     try:
-        theirs = json.loads((found[-1] / "run.json").read_text())
+        document = json.loads((path / _DOCUMENT).read_text())
+        theirs = document["identity"]
         changed = [key for key, value in identity.items() if theirs.get(key) != value]
         if changed:
-            raise TrainingError(f"{str(found[-1])!r} is of a run with another {', '.join(changed)}; {advice}")
-        accelerator().load_state(str(found[-1]))
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise TrainingError(f"cannot resume from {str(found[-1])!r}: {str(error).splitlines()[0]}; {advice}") from error
-    return True
+            raise TrainingError(f"{str(path)!r} is of a run with another {', '.join(changed)}; {_ADVICE}")
+        weights = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+        states = torch.load(path / _STATES, map_location="cpu", weights_only=True)
+    except ScapHubError:
+        raise
+    except (*_UNREADABLE, SafetensorError, pickle.UnpicklingError) as error:
+        raise _unusable(path, error) from error
+    return path, document, weights, states
+
+
+_ADVICE = "delete it or choose another folder"
+
+
+def _unusable(path: Path, error: Exception) -> TrainingError:
+    return TrainingError(f"cannot resume from {str(path)!r}: {_line(error)}; {_ADVICE}")
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU that share no memory, as safetensors wants them."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+
+
+def _random_states(generators: Mapping[str, torch.Generator]) -> dict[str, Any]:
+    """The states of this rank's random generators."""
+    states = {
+        "python": random.getstate(),
+        "numpy": [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
+        "torch": torch.get_rng_state(),
+        "loader": {name: generator.get_state() for name, generator in generators.items()},
+    }
+    device = accelerator().device
+    if device.type != "cpu":
+        states["device"] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def _set_random_states(states: dict[str, Any], generators: Mapping[str, torch.Generator]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(states["torch"])
+    for name in generators.keys() & states["loader"].keys():
+        generators[name].set_state(states["loader"][name])
+    if "device" in states:
+        device = accelerator().device
+        torch.get_device_module(device).set_rng_state(states["device"], device)
+
+
+def generators(loader: DataLoader) -> dict[str, torch.Generator]:
+    """Those that belong to a loader, by name; ask before accelerate prepares it, which gives samplers new ones."""
+    owners = {"loader": loader, "sampler": loader.sampler, "batch sampler": loader.batch_sampler}
+    found = {name: getattr(owner, "generator", None) for name, owner in owners.items()}
+    return {name: generator for name, generator in found.items() if isinstance(generator, torch.Generator)}

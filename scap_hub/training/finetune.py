@@ -20,7 +20,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, O
 from torch.utils.data import DataLoader
 
 from scap_hub.errors import DataError, TrainingError
-from scap_hub.private import forget_registered
 from scap_hub.progress import track
 from scap_hub.recipe import DataSettings, FinetuneSettings, Recipe
 from scap_hub.training import checkpoints
@@ -87,7 +86,6 @@ def finetune(
         return _trained(model, data, settings, teacher, Path(output_dir) if output_dir else None, seed)
     finally:
         here.free_memory()
-        forget_registered(here)
         for network in networks:
             network.to(memory_format=torch.contiguous_format)
             network.eval()
@@ -140,6 +138,7 @@ class _Training:
         schedule: Of the learning rate, by optimiser step.
         ema: The moving average, if asked for.
         history: What was done so far.
+        generators: Of the caller's loader of training images.
         objective: What is minimised.
         output_dir: Where checkpoints are kept.
         identity: What must be the same for a checkpoint to be taken up.
@@ -154,6 +153,7 @@ class _Training:
     schedule: LRScheduler
     ema: ModelEmaV3 | None
     history: History
+    generators: dict[str, torch.Generator]
     objective: Objective
     output_dir: Path | None
     identity: dict[str, Any]
@@ -161,6 +161,12 @@ class _Training:
     @property
     def settings(self) -> FinetuneSettings:
         return self.objective.settings
+
+    @property
+    def state(self) -> checkpoints.State:
+        """What a checkpoint holds."""
+        modules = {"model": self.model} | ({"average": self.kept} if self.ema else {})
+        return checkpoints.State(modules, self.optimizer, self.schedule, self.history, self.generators)
 
 
 def _trained(
@@ -174,7 +180,7 @@ def _trained(
     """Epoch by epoch, from the last checkpoint on if there is one."""
     training = _prepared(model, data, settings, teacher, output_dir, seed)
     history = training.history
-    if output_dir is None or not checkpoints.resume(output_dir, training.identity):
+    if output_dir is None or not checkpoints.resume(output_dir, training.identity, training.state):
         history.record(training.kept, {"epoch": 0, "seconds": 0.0, **_validate(training)})
     while history.epoch < settings.epochs and not history.is_stale(settings.patience):
         epoch, start = history.epoch + 1, time.perf_counter()
@@ -188,7 +194,7 @@ def _trained(
         row |= _validate(training)
         history.record(training.kept, {**row, "seconds": time.perf_counter() - start})
         if output_dir is not None:
-            checkpoints.save(output_dir, epoch, training.identity)
+            checkpoints.save(output_dir, epoch, training.identity, training.state)
     model.load_state_dict(history.best)
     return history.rows
 
@@ -210,12 +216,12 @@ def _prepared(
     optimizer = create_optimizer_v2(
         model, opt=settings.optimizer, lr=settings.learning_rate, weight_decay=settings.weight_decay, momentum=0.9
     )
+    generators = checkpoints.generators(data.train)
     wrapped, optimizer, loader = here.prepare(model, optimizer, data.train)
     batches = _batches(loader, data.train)
     schedule = _schedule(optimizer.optimizer, settings, math.ceil(batches / settings.gradient_accumulation))
     ema = ModelEmaV3(model, decay=settings.ema, use_warmup=True) if settings.ema else None
     history = History(data.task.metric.key)
-    here.register_for_checkpointing(schedule, history, *([ema] if ema else []))
     return _Training(
         model=model,
         wrapped=wrapped,
@@ -226,6 +232,7 @@ def _prepared(
         schedule=schedule,
         ema=ema,
         history=history,
+        generators=generators,
         objective=Objective(data.task, settings, teacher),
         output_dir=output_dir,
         identity={**settings.model_dump(mode="json"), "seed": seed, "processes": here.num_processes},

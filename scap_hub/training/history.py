@@ -93,9 +93,9 @@ class History:
         return row[self.metric], -row["validation_loss"]
 
     def state_dict(self) -> dict[str, Any]:
-        """For accelerate's checkpoints."""
+        """For checkpoints."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From accelerate's checkpoints."""
+        """From checkpoints."""
         vars(self).update(state)

@@ -1,0 +1,127 @@
+"""Short texts that change when a model or a data set does."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from scap_hub.training.data.images import Images, Stream
+
+WHOLE = 256 * 2**20
+"""Bytes up to which a data set is read whole; of a larger one `SAMPLE` rows are."""
+SAMPLE = 1024
+
+
+def of_tensors(tensors: Iterable[Tensor], about: object = None) -> str:
+    """Of shapes, dtypes and values."""
+    return _of([about, list(tensors)])
+
+
+def of_weights(model: nn.Module) -> str:
+    """Of all parameters and buffers, with their names."""
+    return _of([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+
+def of_architecture(model: nn.Module) -> str:
+    """Of the modules as they print, and of the code of their classes."""
+    kinds = sorted({type(module) for module in model.modules()}, key=lambda kind: kind.__qualname__)
+    printed = re.sub(r"0x[0-9a-f]+", "", repr(model))  # addresses differ in every process
+    return _of([printed, *(source_of(kind) for kind in kinds)])
+
+
+def of_images(loader: DataLoader) -> str:
+    """Of the images and targets of a loader, as far as they can be known without running the caller's code.
+
+    Rows of `datasets` count with all they hold, files in folders with their names and sizes. Of any other data set the
+    class, the length, and the tensors, arrays, lists and texts among its attributes count. A stream counts as what it
+    says of itself.
+    """
+    return _of([loader.batch_size, loader.drop_last, type(loader.sampler).__name__, loader.dataset])
+
+
+def source_of(kind: Any) -> str:
+    """The code of a class, where it can be read: a user may change it between two runs."""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
+
+
+def _of(value: object) -> str:
+    digest = hashlib.sha256()
+    _add(digest, value)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any) -> None:
+    """Adds a value with its kind and length, so that no two values read alike."""
+    digest.update(f"<{type(value).__qualname__}>".encode())
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous()
+        digest.update(repr((value.dtype, tuple(value.shape))).encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        digest.update(repr((value.dtype, value.shape)).encode())
+        digest.update(np.ascontiguousarray(value).view(np.uint8) if value.size else b"")
+    elif isinstance(value, bytes):
+        digest.update(repr(len(value)).encode())
+        digest.update(value)
+    elif isinstance(value, (list, tuple, np.ndarray)):
+        digest.update(repr(len(value)).encode())
+        for part in value:
+            _add(digest, part)
+    elif isinstance(value, dict):
+        _add(digest, list(value.items()))
+    elif isinstance(value, (str, int, float, bool, type(None), Path)):
+        digest.update(repr(value).encode())
+    else:
+        _add_data_set(digest, value)
+
+
+def _add_data_set(digest: Any, value: Any) -> None:
+    import datasets
+
+    if isinstance(value, Subset):
+        _add(digest, [list(value.indices), value.dataset])
+    elif isinstance(value, Images):
+        _add(digest, [value.targets, value.reader.columns.image])
+        _add_rows(digest, value.rows.select_columns([value.reader.columns.image]))
+    elif isinstance(value, Stream):
+        _add_data_set(digest, value.rows)
+    elif isinstance(value, datasets.Dataset):
+        _add_rows(digest, value)
+    elif isinstance(value, datasets.IterableDataset):
+        about = value.info
+        _add(digest, [str(value.split), str(about.features), about.dataset_name, str(about.version)])
+    elif isinstance(value, Dataset):
+        _add(digest, [source_of(type(value)), len(value) if hasattr(value, "__len__") else None])
+        # Numbers and dicts are left out: counters and caches, which change while the data set is used.
+        kept = (Tensor, np.ndarray, str, Path, list, tuple, Dataset, datasets.Dataset)
+        _add(digest, [(name, held) for name, held in sorted(vars(value).items()) if isinstance(held, kept)])
+
+
+def _add_rows(digest: Any, rows: Any) -> None:
+    """All rows, or of large data a sample that is spread evenly."""
+    _add(digest, [str(rows.features), len(rows)])
+    if rows.data.nbytes > WHOLE and len(rows) > SAMPLE:
+        rows = rows.select(np.linspace(0, len(rows) - 1, SAMPLE).astype(int))
+    for table in rows.with_format("arrow").iter(256):
+        for column in table.column_names:
+            _add(digest, [column, [_with_size(value) for value in table[column].to_pylist()]])
+
+
+def _with_size(value: Any) -> Any:
+    """An image that is only named gets the size of its file."""
+    if isinstance(value, dict) and value.get("bytes", 0) is None and isinstance(value.get("path"), str):
+        return value["path"], os.path.getsize(value["path"]) if os.path.exists(value["path"]) else None
+    return value

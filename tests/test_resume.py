@@ -1,0 +1,253 @@
+"""Runs that are interrupted: what is taken up, what is refused, and who may write where."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader, TensorDataset
+
+import scap_hub
+from scap_hub import criteria
+from scap_hub.errors import CheckpointError, ScapHubError, TargetError
+from scap_hub.run.result import Result
+from tests.nets import Residual
+from tests.test_cli import TINY
+from tests.test_pruning import QUICK, images
+
+
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
+def prune(folder, data=None, width=16, seed_of_model=0, **changes):
+    torch.manual_seed(seed_of_model)
+    arguments = {"model_input_size": (3, 32, 32), "output_dir": folder / "out", "data_batch_size": 8, **changes}
+    return scap_hub.prune(Residual(width=width), data or images(), QUICK, **arguments)
+
+
+def cut(monkeypatch, folder, at="scap_hub.run.pruning.Result", **changes):
+    """A run that is interrupted when it calls something; by default when all but the saving is done."""
+    with monkeypatch.context() as patch:
+        patch.setattr(at, stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune(folder, **changes)
+
+
+def plain(report):
+    """A report without its seconds."""
+    history = [{**row, "seconds": 0} for row in report.history]
+    return replace(report, stages={}, history=history)
+
+
+def same_weights(left, right):
+    assert all(torch.equal(a, b) for a, b in zip(left.state_dict().values(), right.state_dict().values(), strict=True))
+
+
+def coloured(seed):
+    pixels = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(TensorDataset(pixels, torch.arange(16) % 5), batch_size=8)
+
+
+def relabelled():
+    return DataLoader(TensorDataset(images().dataset.tensors[0], torch.arange(16) % 4), batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"criterion": "random"}, "recipe key criterion.name: was 'scap', now 'random'"),
+        ({"target": "macs=0.7"}, "recipe key target.macs: was 0.5, now 0.7"),
+        ({"seed": 1}, "recipe key seed: was 0, now 1"),
+        ({"finetune_learning_rate": 0.5}, "recipe key finetune.learning_rate: was 0.001, now 0.5"),
+        (
+            {"data_calibration_images": 4},
+            "data.calibration_images: was 8, now 4; the calibration images differ",
+        ),
+        ({"data": coloured(7)}, "the calibration images differ; the train set differs"),
+        ({"data": relabelled()}, "the train set differs"),
+        ({"seed_of_model": 5}, "differs: the model's weights differ; repeat"),
+        ({"width": 24}, "the model's architecture differs"),
+    ],
+)
+def test_another_run_is_refused_and_begins_anew_only_if_told(change, message, tmp_path, monkeypatch):
+    cut(monkeypatch, tmp_path, criterion_options={})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    with pytest.raises(CheckpointError) as error:
+        prune(tmp_path, criterion_options={}, **change)
+    assert message in str(error.value) and "--restart" in str(error.value) and "\n" not in str(error.value)
+    assert before and all(path.read_bytes() == content for path, content in before.items())
+    assert prune(tmp_path, restart=True, criterion_options={}, **change).report
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("at", ["select", "refine", "verified", "repair", "finetune", "measure_after", "Result"])
+def test_a_resumed_run_equals_an_undisturbed_one(at, tmp_path, monkeypatch):
+    options = {"criterion_diagnostics": True, "schedule_steps": 2, "target": "macs=0.6", "finetune_epochs": 2}
+    whole = prune(tmp_path / "whole", **options)
+    if at == "measure_after":
+        measured = []
+        measure = scap_hub.run.pruning.measure
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                scap_hub.run.pruning, "measure", lambda *a: stop() if measured else measured.append(1) or measure(*a)
+            )
+            with pytest.raises(KeyboardInterrupt):
+                prune(tmp_path / "cut", **options)
+    else:
+        cut(monkeypatch, tmp_path / "cut", f"scap_hub.run.pruning.{at}", **options)
+    torch.rand(3)
+    resumed = prune(tmp_path / "cut", **options)
+    assert plain(resumed.report) == plain(whole.report) and resumed.plan == whole.plan
+    same_weights(resumed.model, whole.model)
+    left, right = (load_file(tmp_path / name / "out" / "model.safetensors") for name in ("cut", "whole"))
+    assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+def test_nothing_is_computed_twice(tmp_path, monkeypatch):
+    cut(monkeypatch, tmp_path, criterion_diagnostics=True)
+    for name in ("select", "refine", "diagnose", "verified", "repair", "measure"):
+        monkeypatch.setattr(f"scap_hub.run.pruning.{name}", stop)
+    monkeypatch.setattr(criteria.Scap, "score", stop)
+    monkeypatch.setattr("scap_hub.training.finetune._epoch", stop)
+    assert prune(tmp_path, criterion_diagnostics=True).report.groups
+
+
+class Planted:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_no_file_of_an_unfinished_run_can_run_code(tmp_path, monkeypatch):
+    cut(monkeypatch, tmp_path / "run", criterion_diagnostics=True, evaluate_latency=True)
+    kept = tmp_path / "run" / ".out.unfinished"
+    files = [path.relative_to(kept) for path in kept.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {"", ".json", ".safetensors", ".pt"} and len(files) > 8
+    read = 0
+    for how in (pickle.dumps, lambda value: _saved(value, tmp_path)):
+        for file in files:
+            shutil.copytree(tmp_path / "run", tmp_path / "trial")
+            (tmp_path / "trial" / ".out.unfinished" / file).write_bytes(how(Planted(tmp_path / "executed")))
+            try:
+                prune(tmp_path / "trial", criterion_diagnostics=True, evaluate_latency=True)
+            except ScapHubError as error:
+                read += 1
+                assert file.name in str(error) or "checkpoint-" in str(error)
+            else:
+                assert file.name in ("lock", "holder.json"), file
+            assert not (tmp_path / "executed").exists(), file
+            shutil.rmtree(tmp_path / "trial")
+    assert read == 2 * (len(files) - len([file for file in files if file.name in ("lock", "holder.json")]))
+
+
+def _saved(value, folder):
+    torch.save(value, folder / "planted.pt")
+    return (folder / "planted.pt").read_bytes()
+
+
+def test_a_kill_between_saving_and_cleaning_up_is_finished(tmp_path, monkeypatch):
+    whole = prune(tmp_path / "whole")
+    cut(monkeypatch, tmp_path, "scap_hub.run.unfinished._remove")
+    saved = (tmp_path / "out" / "report.json").read_bytes()
+    with pytest.raises(CheckpointError, match="differs: recipe key seed"):
+        prune(tmp_path, seed=1)
+    with pytest.raises(CheckpointError, match="not empty"):
+        prune(tmp_path, restart=True)
+    same_weights(prune(tmp_path).model, whole.model)
+    assert (tmp_path / "out" / "report.json").read_bytes() == saved
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_kill_while_saving_leaves_nothing_for_ever(tmp_path, monkeypatch):
+    cut(monkeypatch, tmp_path)
+    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    from scap_hub.files import _HOST
+
+    dead = tmp_path / f".out.{_HOST}.{child.stdout.strip()}.unfinished"
+    dead.mkdir()
+    alive = tmp_path / f".out.{_HOST}.{os.getppid()}.unfinished"
+    alive.mkdir()
+    prune(tmp_path)
+    assert alive.exists() and not dead.exists()
+
+
+def test_one_run_a_folder(tmp_path, monkeypatch):
+    inside = []
+
+    def again(self):
+        with pytest.raises(CheckpointError, match=rf"another run \(process {os.getpid()} on .*is writing to"):
+            prune(tmp_path)
+        inside.append(1)
+        return "{}\n"
+
+    monkeypatch.setattr(Result, "report_json", again)
+    prune(tmp_path)
+    assert inside and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_mistake_after_a_resume_loses_nothing(tmp_path, monkeypatch):
+    cut(monkeypatch, tmp_path, "scap_hub.run.pruning.select")
+    with pytest.raises(ScapHubError):
+        prune(tmp_path, data_dataset="no-such", data=datasets.Dataset.from_dict({"x": [1]}))
+    assert list((tmp_path / ".out.unfinished" / "scores").iterdir())
+    with pytest.raises(TargetError):
+        prune(tmp_path / "a" / "b", target="params=0.0001")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("place", ["here", "above", "file", "link", "missing"])
+def test_where_a_result_cannot_go_is_told_before_any_work(place, tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    if place in ("link", "missing"):
+        prune(
+            tmp_path / place / "deep" if place == "missing" else tmp_path,
+            **({} if place == "missing" else {"output_dir": tmp_path / "link"}),
+        )
+        out = tmp_path / ("real" if place == "link" else "missing/deep/out")
+        assert scap_hub.load(out, model=Residual(width=16)) and (tmp_path / "link").is_symlink()
+        return
+    out = {"here": ".", "above": "..", "file": tmp_path / "file" / "out"}[place]
+    with pytest.raises(CheckpointError):
+        scap_hub.prune("no-such-model", "no-such-data", output_dir=out)
+
+
+def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    monkeypatch.setattr("scap_hub.run.pruning.prune_loaded", stop)
+    with pytest.raises(CheckpointError, match=r"the run needs up to .* MB are free; make room"):
+        prune(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_signals_end_a_command_with_one_line_and_it_goes_on(number, code, tmp_path):
+    command = [sys.executable, "-m", "scap_hub", *TINY, "--set", "finetune_epochs=500", "--out", str(tmp_path / "out")]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".out.unfinished/training-0/checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.send_signal(number)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == code, error
+    last = error.splitlines()[-1].rpartition("\r")[2]
+    assert "interrupted" in last and "with the same --out" in last and "Traceback" not in error
+    assert json.loads((tmp_path / ".out.unfinished" / "run.json").read_text())
+    assert list(tmp_path.glob(".out.unfinished/training-0/checkpoint-*"))
