@@ -325,4 +325,5 @@ def _report(
         unverified=unverified,
         selections=[step.selection for step in steps],
         metric=data.task.metric,
+        skipped=data.skipped(),
     )

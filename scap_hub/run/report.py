@@ -76,6 +76,7 @@ class Report:
         unverified: Why they could not.
         selections: What the target came to, a step each.
         metric: What `Measures.top1` is.
+        skipped: How many images could not be read and were left out, by split.
     """
 
     before: Measures
@@ -88,6 +89,7 @@ class Report:
     unverified: str | None = None
     selections: list[Selection] = field(default_factory=list)
     metric: Metric = IMAGE_CLASSIFICATION.metric
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON-able values."""
@@ -116,6 +118,9 @@ class Report:
             rows.append(("verified", "masked", "the same", f"difference {self.verified:.1e}"))
         if self.unverified is not None:
             rows.append(("not verified", "", "", self.unverified))
+        rows += [
+            ("unreadable", "", f"{count}", f"images of {where}, left out") for where, count in self.skipped.items()
+        ]
         if self.selections:
             last = self.selections[-1]
             price = f"rounding cost {100 * last.rounding_price:.2f} points"

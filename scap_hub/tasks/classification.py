@@ -74,6 +74,10 @@ class ImageClassification(Task):
                 "classifier set model.num_classes and finetune.dense_epochs"
             )
 
+    def renumbered(self, targets: Tensor, numbers: Tensor) -> Tensor:
+        """See `Task.renumbered`."""
+        return numbers[targets]
+
     def output(self, model: nn.Module, images: Tensor) -> Tensor:
         """The logits, (N, classes), float32."""
         return logits(model(images)).float()

@@ -46,6 +46,8 @@ def evaluate(
             if len(batch) < 2:
                 raise DataError(f"{task.metric.title} needs labels, and these images have none")
             images, targets = batch
+            if not len(images):
+                continue  # none of them could be read
             with autocast(precision):
                 output = task.output(model, images)
             meter.add(output, targets)

@@ -111,7 +111,15 @@ def _read(
         # Whether a pruned model can be built by name does not matter here.
         warnings.simplefilter("ignore")
         loaded = load_model(model, input_size=input_size or _image_size(dataset, seed))
-    return load_data(dataset, loaded.preprocessing, settings, num_classes=loaded.num_classes, seed=seed)
+    return load_data(
+        dataset,
+        loaded.preprocessing,
+        settings,
+        num_classes=loaded.num_classes,
+        seed=seed,
+        model_classes=loaded.labels,
+        pixels=loaded.zoo.pixels(loaded),
+    )
 
 
 def _image_size(dataset: Any, seed: int) -> tuple[int, int, int] | None:
