@@ -18,6 +18,7 @@ from scap_hub.criteria.diagnostics import Diagnosis, diagnose
 from scap_hub.errors import TargetError, VerificationError
 from scap_hub.hub.checkpoint import check_output
 from scap_hub.hub.uniform import plain_config
+from scap_hub.placement import half_precisions, lower_precision, raised
 from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
@@ -107,27 +108,29 @@ def prune_loaded(
     """
     stages = stages or Stages()
     criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
-    dense = loaded.module.to(accelerator().device).eval()
+    given = loaded.module.to(accelerator().device).eval()
     with stages("load"):
         calibration = shard_calibration(data, recipe.data.batch_size)
     if before is None:
         with stages("measure dense"):
-            before = measure(dense, loaded.preprocessing.input_size, data)
+            before = measure(given, loaded.preprocessing.input_size, data)
 
-    pipeline = _Pipeline(loaded, data, recipe, criterion, calibration, work, scores, stages)
+    dense = raised(given)
+    pipeline = _Pipeline(replace(loaded, module=dense), data, recipe, criterion, calibration, work, scores, stages)
     small: nn.Module = dense
     steps: list[_Step] = []
     while len(steps) < recipe.schedule.steps:
         small, step = pipeline.step(small, steps)
         steps.append(step)
 
+    lower_precision(small, half_precisions(given))
     with stages("measure pruned"):
         after = measure(small, loaded.preprocessing.input_size, data)
     if recipe.evaluate.latency:
         with stages("measure latency"):
             # In turns, so that whatever else the machine does slows both alike.
             images = example(small, loaded, recipe.evaluate.batch_size)
-            times = milliseconds([(dense, images), (small, images)])
+            times = milliseconds([(given, images), (small, images)])
             before, after = replace(before, latency_ms=times[0]), replace(after, latency_ms=times[1])
     plan = _joined(steps[0].groups, [step.plan for step in steps])
     return Result(small, plan, _report(before, after, plan, steps, stages, data), recipe, loaded, data.task)
@@ -216,8 +219,10 @@ class _Pipeline:
                 if fault is None:
                     raise
                 raise beyond_repair(fault) from error  # too little is left to prune
-            with self.stages("refinement"):
-                plan = refine(model, groups, self.calibration, plan, self.criterion)
+            # A threshold names the channels themselves, a budget only how many.
+            if self.recipe.target.threshold is None:
+                with self.stages("refinement"):
+                    plan = refine(model, groups, self.calibration, plan, self.criterion)
             with self.stages("surgery"):
                 small = apply_plan(model, plan)
             verdict = self._verdict(model, groups, plan)
@@ -264,7 +269,7 @@ def _select(
 ) -> tuple[PruningPlan, Selection]:
     """The plan of one step, and what it came to."""
     settings, steps = recipe.target, recipe.schedule.steps
-    table = share = None
+    table = share = budget = None
     met = True
     if settings.target.kind == "latency":
         # Of the dense model's time, so that what one step misses the next makes good.
@@ -273,12 +278,13 @@ def _select(
             floor=settings.floor, scope=scope, reference=dense,
         )  # fmt: skip
         plan, share, target, table, met = choice.plan, choice.share, choice.target, choice.table, choice.met
+        budget = choice.wanted.number
     else:
         target = settings.target.share(1 / steps)
         plan = select(groups, scores, target, settings.round_to, floor=settings.floor, scope=scope)
     importance = kept_importance(plan, scores)
     free = select(groups, scores, target, 1, floor=settings.floor, scope=scope, latency=table)
-    return plan, Selection(importance, max(0.0, kept_importance(free, scores) - importance), share, met)
+    return plan, Selection(importance, max(0.0, kept_importance(free, scores) - importance), share, met, budget)
 
 
 def _still_guilty(groups: ChannelGroups, earlier: Sequence[_Step]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, O
 from torch.utils.data import DataLoader
 
 from scap_hub.errors import DataError, TrainingError
+from scap_hub.placement import lower_precision, raise_precision
 from scap_hub.private import forget_registered
 from scap_hub.progress import track
 from scap_hub.recipe import DataSettings, FinetuneSettings, Recipe
@@ -83,6 +84,7 @@ def finetune(
         if settings.channels_last:
             network.to(memory_format=torch.channels_last)
         network.eval()
+    precisions = raise_precision(model)
     try:
         return _trained(model, data, settings, teacher, Path(output_dir) if output_dir else None, seed)
     finally:
@@ -91,6 +93,7 @@ def finetune(
         for network in networks:
             network.to(memory_format=torch.contiguous_format)
             network.eval()
+        lower_precision(model, precisions)
 
 
 def _changed(settings: FinetuneSettings, changes: Mapping[str, Any]) -> FinetuneSettings:
