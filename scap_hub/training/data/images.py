@@ -77,13 +77,12 @@ class RowReader:
         try:
             image = upright(self.image(row), self.input_size[0])
         except Exception as error:  # a foreign file in a foreign library: it may be anything
-            return f"{self.path(row)}{' '.join(str(error).split()) or type(error).__name__}"
+            return " ".join(str(error).split()) or type(error).__name__
         return self.pixels(image)
 
-    def path(self, row: Mapping[str, Any]) -> str:
-        """Where a row's image lies, with a colon; nothing where only its number tells."""
-        path = (row[self.columns.image] or {}).get("path")
-        return f"{path}: " if path else ""
+    def named(self, row: Mapping[str, Any], number: int) -> str:
+        """Where a row's image lies, or its number, where that is all there is."""
+        return (row[self.columns.image] or {}).get("path") or f"image {number}"
 
 
 @dataclass(frozen=True)
@@ -220,9 +219,10 @@ class Images(Dataset):
         """Notes that images cannot be read, if so many may be."""
         self.unreadable[list(reasons)] = True
         if self.skipped > self.allowed:
-            first = self.unreadable.nonzero().flatten().tolist()
-            named = (reasons.get(index) or self.reader.path(self.rows[index]).removesuffix(": ") for index in first)
-            listed = [f"{index} {name}".strip() for index, name in zip(first, named, strict=True)]
+            listed = [
+                self.reader.named(self.rows[index], index) + (f" ({reasons[index]})" if index in reasons else "")
+                for index in self.unreadable.nonzero().flatten().tolist()
+            ]
             raise TooManyUnreadable.of(self.where, listed, self.allowed)
 
 
@@ -315,7 +315,7 @@ class Stream(IterableDataset):
         for number, row in enumerate(self.rows):
             image = self.reader.readable(row)
             if isinstance(image, str):
-                names.append(f"{number} {image}")
+                names.append(f"{self.reader.named(row, number)} ({image})")
                 self.unreadable[place] = len(names)
                 if self.skipped > self.allowed:
                     raise TooManyUnreadable.of(self.where, names, self.allowed)

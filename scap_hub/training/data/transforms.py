@@ -53,6 +53,7 @@ def pixels_of(preprocessing: Preprocessing) -> Pixels:
         interpolation=preprocessing.interpolation,
         crop_pct=preprocessing.crop_pct,
         crop_mode=preprocessing.crop_mode,
+        mean=preprocessing.mean,  # of the border, where the crop mode has one
         use_prefetcher=True,  # which leaves the numbers as they are
     )
 
