@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 import scap_hub
+from scap_hub.criteria.base import Criterion
 from scap_hub.criteria.scap.outputs import _probes
 from scap_hub.errors import DataError, ModelError
 from scap_hub.hub.card import Measured, model_card
@@ -199,7 +200,7 @@ def test_pixels_are_those_of_the_image_processor(tmp_path, name, options):
         torch.testing.assert_close(one, other.float(), atol=1e-5, rtol=0)
 
 
-RAMP = np.linspace(0, 65535, 256).round().reshape(16, 16)
+RAMP = np.linspace(30, 65505, 256).round().reshape(16, 16)
 
 
 @pytest.mark.parametrize(("mode", "dtype"), [("I;16", "<u2"), ("I;16L", "<u2"), ("I;16B", ">u2"), ("I", "<i4")])
@@ -356,11 +357,29 @@ def net(classes=10):
 QUICK = {"model_input_size": (1, 8, 8), "evaluate_latency": False, "data_calibration_images": 64}
 
 
-@pytest.mark.parametrize("name", ["obs", "scap-set"])
-def test_a_threshold_is_not_refined_away(name):
-    result = scap_hub.prune(net(), "digits", criterion=name, target="threshold=0.6", finetune_epochs=0, **QUICK)
+class Contrary(Criterion):
+    """Says after the fact that the other channels should stay."""
+
+    name = "contrary"
+
+    def score(self, model, groups, batches):
+        return {group.name: torch.arange(group.size) / group.size for group in groups if group.prunable}
+
+    def refine(self, model, groups, batches, plan):
+        return scap_hub.PruningPlan.from_keep(groups, {name: range(len(plan.kept(name))) for name in plan.groups})
+
+
+def test_a_threshold_is_not_refined_away():
+    run = {"criterion": "contrary", "finetune_epochs": 0, "criterion_diagnostics": False, **QUICK}
+    result = scap_hub.prune(net(), "digits", target="threshold=0.6", **run)
     for group in result.report.groups.values():
-        assert {index for index, score in enumerate(group.scores) if score >= 0.6} <= set(group.kept)
+        assert (
+            {index for index, score in enumerate(group.scores) if score >= 0.6}
+            <= set(group.kept)
+            != set(range(group.size))
+        )
+    budget = scap_hub.prune(net(), "digits", target="ratio=0.5", **run)
+    assert all(group.kept == list(range(len(group.kept))) for group in budget.report.groups.values())
 
 
 def test_a_threshold_in_the_precision_of_the_scores():
@@ -399,6 +418,8 @@ def test_a_run_keeps_the_models_type(tmp_path, dtype, criterion):
     )
     if dtype != torch.float64:
         assert json.loads(result.plan.to_json()) == json.loads(single.plan.to_json())
+        scores = [{name: group.scores for name, group in run.report.groups.items()} for run in (result, single)]
+        assert scores[0] == scores[1]
     assert abs(result.report.after.top1 - single.report.after.top1) < 0.05
     result.save_pretrained(tmp_path / "saved")
     again = scap_hub.load(tmp_path / "saved", model=net().to(dtype))
