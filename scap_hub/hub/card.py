@@ -47,6 +47,7 @@ class Measured:
         task: What the model is for, and how top1 is called.
         verified: Largest relative difference between the pruned model, before repair, and the masked dense one.
         unverified: Why they could not be compared.
+        missed: How a latency budget is missed; None where it is met.
     """
 
     dense: Mapping[str, float | None] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class Measured:
     task: Task = IMAGE_CLASSIFICATION
     verified: float | None = None
     unverified: str | None = None
+    missed: str | None = None
 
 
 def model_card(
@@ -185,7 +187,8 @@ def _measurements(measured: Measured) -> str:
         where = {"top1": measured.dataset, "latency_ms": measured.device}.get(key)
         share = f"{after / before:.2f}" if before else "-"
         rows.append(f"| {title}{f' ({where})' if where else ''} | {show(before)} | {show(after)} | {share} |")
-    return "\n".join(rows)
+    missed = f"\n\n**The latency budget is missed**: {measured.missed}." if measured.missed else ""
+    return "\n".join(rows) + missed
 
 
 def _removed(plan: PruningPlan) -> str:

@@ -86,6 +86,11 @@ class DataSettings(Block):
     """Column of the labels; found by its type if left out."""
     labels: bool = True
     """Use the labels; false for images whose classes are not the model's."""
+    match_classes: bool = True
+    """Find the model's number of each class by its name; false if the labels are the model's numbers already, whatever
+    the classes are called."""
+    max_broken: Share | None = None
+    """Share of a split's images that may be unreadable and are skipped; 0.001, and at most 100 images, if left out."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
     streaming: bool = False

@@ -67,7 +67,7 @@ def _loaded(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data
     data = data_for(loaded, dataset, recipe)
     if data.labels and len(data.labels) != loaded.num_classes:
         loaded = load_model(source, settings.pretrained, len(data.labels), settings.input_size)
-    if data.labels and not loaded.labels and len(data.labels) == loaded.num_classes:
+    if data.labels and len(data.labels) == loaded.num_classes:
         loaded = replace(loaded, labels=data.labels)
     return loaded, data
 
@@ -84,6 +84,8 @@ def data_for(loaded: LoadedModel, dataset: Any, recipe: Recipe) -> Data:
         num_classes=loaded.num_classes,
         new_head=recipe.finetune.dense_epochs > 0 and recipe.model.num_classes is None,
         seed=recipe.seed,
+        model_classes=loaded.labels,
+        pixels=loaded.zoo.pixels(loaded),
     )
 
 

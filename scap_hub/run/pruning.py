@@ -16,6 +16,7 @@ from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.criteria.diagnostics import Diagnosis, diagnose
 from scap_hub.errors import TargetError, VerificationError
 from scap_hub.hub.uniform import plain_config
+from scap_hub.placement import half_precisions, lower_precision, raised
 from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
@@ -124,28 +125,30 @@ def prune_loaded(
     """
     stages, kept = stages or Stages(recipe.seed), Kept(work)
     criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
-    dense = loaded.module.to(accelerator().device).eval()
+    given = loaded.module.to(accelerator().device).eval()
     with stages("load"):
         calibration = shard_calibration(data, recipe.data.batch_size)
     if before is None:
         with stages("measure dense"):
             size = loaded.preprocessing.input_size
-            before = kept.value("dense", Measures, lambda: measure(dense, size, data))
+            before = kept.value("dense", Measures, lambda: measure(given, size, data))
 
-    pipeline = _Pipeline(loaded, data, recipe, criterion, calibration, kept, scores, stages)
+    dense = raised(given)
+    pipeline = _Pipeline(replace(loaded, module=dense), data, recipe, criterion, calibration, kept, scores, stages)
     small: nn.Module = dense
     steps: list[_Step] = []
     while len(steps) < recipe.schedule.steps:
         small, step = pipeline.step(small, steps)
         steps.append(step)
 
+    lower_precision(small, half_precisions(given))
     with stages("measure pruned"):
         after = kept.value("pruned", Measures, lambda: measure(small, loaded.preprocessing.input_size, data))
     if recipe.evaluate.latency:
         with stages("measure latency"):
             # In turns, so that whatever else the machine does slows both alike.
             images = example(small, loaded, recipe.evaluate.batch_size)
-            times = kept.value("latency", list[float], lambda: milliseconds([(dense, images), (small, images)]))
+            times = kept.value("latency", list[float], lambda: milliseconds([(given, images), (small, images)]))
             before, after = replace(before, latency_ms=times[0]), replace(after, latency_ms=times[1])
     plan = _joined(steps[0].groups, [step.plan for step in steps])
     return Result(small, plan, _report(before, after, plan, steps, stages, data), recipe, loaded, data.task)
@@ -220,7 +223,9 @@ class _Pipeline:
                     dict[str, Diagnosis],
                     lambda: diagnose(model, groups, calibration, self.criterion, scores),
                 )
-        chosen = self.kept.value(f"plan-{number}", _Chosen, lambda: self._chosen(model, groups, scores, earlier))
+        # A plan that was let pass unverified is not taken up where verification is asked for.
+        name = f"plan-{number}" if recipe.evaluate.verify else f"plan-{number}-unverified"
+        chosen = self.kept.value(name, _Chosen, lambda: self._chosen(model, groups, scores, earlier))
         groups, plan = groups.pinned(chosen.guilty), chosen.plan
         with stages("surgery"):
             small = apply_plan(model, plan)
@@ -249,8 +254,10 @@ class _Pipeline:
                 if fault is None:
                     raise
                 raise beyond_repair(fault) from error  # too little is left to prune
-            with self.stages("refinement"):
-                plan = refine(model, groups, self.calibration, plan, self.criterion)
+            # A threshold names the channels themselves, a budget only how many.
+            if self.recipe.target.threshold is None:
+                with self.stages("refinement"):
+                    plan = refine(model, groups, self.calibration, plan, self.criterion)
             with self.stages("surgery"):
                 apply_plan(model, plan)
             verdict = self._verdict(model, groups, plan)
@@ -299,7 +306,7 @@ def _select(
 ) -> tuple[PruningPlan, Selection]:
     """The plan of one step, and what it came to."""
     settings, steps = recipe.target, recipe.schedule.steps
-    table = share = None
+    table = share = budget = None
     met = True
     if settings.target.kind == "latency":
         # Of the dense model's time, so that what one step misses the next makes good.
@@ -308,12 +315,13 @@ def _select(
             floor=settings.floor, scope=scope, reference=dense,
         )  # fmt: skip
         plan, share, target, table, met = choice.plan, choice.share, choice.target, choice.table, choice.met
+        budget = choice.wanted.number
     else:
         target = settings.target.share(1 / steps)
         plan = select(groups, scores, target, settings.round_to, floor=settings.floor, scope=scope)
     importance = kept_importance(plan, scores)
     free = select(groups, scores, target, 1, floor=settings.floor, scope=scope, latency=table)
-    return plan, Selection(importance, max(0.0, kept_importance(free, scores) - importance), share, met)
+    return plan, Selection(importance, max(0.0, kept_importance(free, scores) - importance), share, met, budget)
 
 
 def _still_guilty(groups: ChannelGroups, earlier: Sequence[_Step]) -> dict[str, str]:
@@ -360,4 +368,5 @@ def _report(
         unverified=unverified,
         selections=[step.selection for step in steps],
         metric=data.task.metric,
+        skipped=data.skipped(),
     )

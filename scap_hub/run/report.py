@@ -58,6 +58,7 @@ class Selection:
         importance: Share of all importance in the channels that stay, 0 to 1.
         rounding_price: How much larger it were if channel counts were not multiples of `target.round_to`.
         latency: Measured share of the dense model's time; None where the target is another.
+        budget: The share that `latency` was to be.
         met: Whether a latency budget is met within 1 %; the other kinds of target always are, or `select` raises.
     """
 
@@ -65,6 +66,7 @@ class Selection:
     rounding_price: float
     latency: float | None = None
     met: bool = True
+    budget: float | None = None
 
 
 @dataclass
@@ -83,6 +85,7 @@ class Report:
         unverified: Why they could not.
         selections: What the target came to, a step each.
         metric: What `Measures.top1` is.
+        skipped: How many images could not be read and were left out, by split.
     """
 
     before: Measures
@@ -95,10 +98,19 @@ class Report:
     unverified: str | None = None
     selections: list[Selection] = field(default_factory=list)
     metric: Metric = IMAGE_CLASSIFICATION.metric
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON-able values."""
         return asdict(self)
+
+    @property
+    def missed(self) -> str | None:
+        """How a latency budget is missed by more than 1 %; None where it is met, or there is none."""
+        last = self.selections[-1] if self.selections else None
+        if last is None or last.met or last.latency is None or last.budget is None:
+            return None
+        return f"{last.latency:.3f} of the dense model's time is left, and {last.budget:g} was asked for"
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """The table a person reads: quantity, dense, pruned, change."""
@@ -123,9 +135,14 @@ class Report:
             rows.append(("verified", "masked", "the same", f"difference {self.verified:.1e}"))
         if self.unverified is not None:
             rows.append(("not verified", "", "", self.unverified))
+        rows += [
+            ("unreadable", "", f"{count}", f"images of {where}, left out") for where, count in self.skipped.items()
+        ]
         if self.selections:
             last = self.selections[-1]
             price = f"rounding cost {100 * last.rounding_price:.2f} points"
+            if self.missed is not None:
+                rows.append(("budget missed", "", "", self.missed))
             rows.append(("importance", "100 %", f"{100 * last.importance:.2f} %", price))
         return rows
 

@@ -108,4 +108,5 @@ class Result:
             task=self.task,
             verified=self.report.verified,
             unverified=self.report.unverified,
+            missed=self.report.missed,
         )

@@ -106,7 +106,7 @@ def kept_beside(output_dir: str | Path | None, restart: bool = False) -> Iterato
 
     It goes when the run ends well, and when a run that began anew ends with a mistake of the user before any training.
     After anything else it stays, so that the same call takes up there; also after a verification that failed, which
-    another recipe may avoid.
+    another recipe may avoid, and when the disk is full, where room can be made.
 
     Args:
         output_dir: Where the result will be saved; None to save nothing.
@@ -123,10 +123,9 @@ def kept_beside(output_dir: str | Path | None, restart: bool = False) -> Iterato
     missing = from_main(lambda: _enter(work, lock, restart))
     try:
         yield work
-    except VerificationError:
-        raise
-    except ScapHubError:
-        if accelerator().is_main_process and work.fresh and not any(work.folder.glob("training-*")):
+    except ScapHubError as error:
+        begun = (work.folder / _RUN).exists() and isinstance(error, VerificationError | CheckpointError)
+        if not begun and accelerator().is_main_process and work.fresh and not any(work.folder.glob("training-*")):
             _remove(work.folder, missing)
         raise
     else:

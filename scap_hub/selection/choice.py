@@ -50,10 +50,9 @@ class Chooser:
             chosen |= self._solved[number, wanted]
         return self._without_whole(chosen)
 
-    def keep_above(self, counts: Mapping[str, int], threshold: float) -> dict[str, list[int]]:
-        """The same, but no channel goes whose score reaches the threshold, whatever the balances ask for."""
+    def keep_above(self, counts: Mapping[str, int], reach: dict[str, np.ndarray]) -> dict[str, list[int]]:
+        """The same, but no channel goes that reaches a threshold, (group.size,) bool, whatever the balances ask for."""
         chosen = self._best(counts)
-        reach = {name: scores >= threshold for name, scores in self.scores.items()}
         for cluster in self._clusters:
             lost = rows_to_lose(cluster, self.scores, counts, cluster.free_rows(reach))
             chosen |= cluster.kept(lost)

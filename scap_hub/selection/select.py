@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from scap_hub.channels.groups import ChannelGroup
@@ -55,12 +56,19 @@ def select(
         search = BudgetSearch(chooser, limits, scope, target.cost(chooser.partition, latency))
         keep = chooser.keep(search.counts(target))
     elif target.kind == "threshold":
-        above = {name: int((own >= target.number).sum()) for name, own in chooser.scores.items()}
-        keep = chooser.keep_above({name: limits.at_least(sizes[name], above[name]) for name in sizes}, target.number)
+        reach = {name: own >= _as_scored(target.number, scores[name]) for name, own in chooser.scores.items()}
+        counts = {name: limits.at_least(sizes[name], int(own.sum())) for name, own in reach.items()}
+        keep = chooser.keep_above(counts, reach)
     else:
         fractions = target.fractions(sizes)
         keep = chooser.keep({name: limits.nearest(sizes[name], fractions[name] * sizes[name]) for name in fractions})
     return PruningPlan.from_keep(groups, keep)
+
+
+def _as_scored(threshold: float, scores: Tensor) -> float:
+    """A threshold in the precision of the scores: in float32, a score of 0.7 is a little less than the number 0.7."""
+    given = torch.as_tensor(scores)
+    return float(torch.tensor(threshold, dtype=given.dtype)) if given.is_floating_point() else threshold
 
 
 def smallest_plan(

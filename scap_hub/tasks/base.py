@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from scap_hub.errors import DataError
+
 Batch = tuple[Tensor, ...]
 """Images, (N, C, H, W), and their targets where there are any."""
 
@@ -109,6 +111,15 @@ class Task(ABC):
         Raises:
             DataError: One does not; names it.
         """
+
+    def renumbered(self, targets: Any, numbers: Tensor) -> Any:
+        """Targets of a data set that numbers its classes in another order than the model.
+
+        Args:
+            targets: Of the data set, checked.
+            numbers: int64 (classes of the data set,), the model's number of each.
+        """
+        raise DataError(f"{self.name} cannot renumber classes: give them in the model's order")
 
     def collate(self, samples: Sequence[Batch]) -> Batch:
         """One batch from single images and their targets."""

@@ -12,6 +12,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from scap_hub.errors import DataError
+from scap_hub.placement import fed
 from scap_hub.tasks.base import Meter, Metric, Task
 from scap_hub.zoo.base import logits
 
@@ -74,9 +75,13 @@ class ImageClassification(Task):
                 "classifier set model.num_classes and finetune.dense_epochs"
             )
 
+    def renumbered(self, targets: Tensor, numbers: Tensor) -> Tensor:
+        """See `Task.renumbered`."""
+        return numbers[targets]
+
     def output(self, model: nn.Module, images: Tensor) -> Tensor:
         """The logits, (N, classes), float32."""
-        return logits(model(images)).float()
+        return logits(model(fed(model, images))).float()
 
     def loss(self, output: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Cross-entropy in nats, mean over the images.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from scap_hub.errors import DataError
+from scap_hub.errors import DataError, ModelError
 from scap_hub.graph.record import evaluating
 from scap_hub.placement import placement
 from scap_hub.private import FakeTensorMode
@@ -37,6 +38,7 @@ def evaluate(
 
     Raises:
         DataError: The batches have no targets, or there are none.
+        ModelError: The model gives NaN.
     """
     device = accelerator().device
     model.to(device)
@@ -46,10 +48,19 @@ def evaluate(
             if len(batch) < 2:
                 raise DataError(f"{task.metric.title} needs labels, and these images have none")
             images, targets = batch
+            if not len(images):
+                continue  # none of them could be read
             with autocast(precision):
                 output = task.output(model, images)
             meter.add(output, targets)
-    return meter.result()
+    result = meter.result()
+    if math.isnan(result["loss"]):
+        dtype = placement(model).dtype
+        advice = (
+            "give the model in float32 or bfloat16" if dtype == torch.float16 else "check its weights and the images"
+        )
+        raise ModelError(f"the evaluated model gives NaN or Inf in {str(dtype).removeprefix('torch.')}: {advice}")
+    return result
 
 
 def autocast(precision: str) -> torch.autocast:

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, O
 from torch.utils.data import DataLoader
 
 from scap_hub.errors import DataError, TrainingError
+from scap_hub.placement import lower_precision, raise_precision
 from scap_hub.progress import track
 from scap_hub.recipe import DataSettings, FinetuneSettings, Recipe
 from scap_hub.training import checkpoints
@@ -82,6 +83,7 @@ def finetune(
         if settings.channels_last:
             network.to(memory_format=torch.channels_last)
         network.eval()
+    precisions = raise_precision(model)
     try:
         return _trained(model, data, settings, teacher, Path(output_dir) if output_dir else None, seed)
     finally:
@@ -89,6 +91,7 @@ def finetune(
         for network in networks:
             network.to(memory_format=torch.contiguous_format)
             network.eval()
+        lower_precision(model, precisions)
 
 
 def _changed(settings: FinetuneSettings, changes: Mapping[str, Any]) -> FinetuneSettings:
@@ -109,7 +112,15 @@ def _read(
         # Whether a pruned model can be built by name does not matter here.
         warnings.simplefilter("ignore")
         loaded = load_model(model, input_size=input_size or _image_size(dataset, seed))
-    return load_data(dataset, loaded.preprocessing, settings, num_classes=loaded.num_classes, seed=seed)
+    return load_data(
+        dataset,
+        loaded.preprocessing,
+        settings,
+        num_classes=loaded.num_classes,
+        seed=seed,
+        model_classes=loaded.labels,
+        pixels=loaded.zoo.pixels(loaded),
+    )
 
 
 def _image_size(dataset: Any, seed: int) -> tuple[int, int, int] | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from PIL import Image
 from torch import Tensor, nn
 
 from scap_hub.errors import ModelError
@@ -20,6 +21,9 @@ FORMAT = 1
 
 CODE = "modeling_scap.py"
 """The file of ours that lies beside the weights, for those who load them without scap_hub."""
+
+Pixels = Callable[[Image.Image], Tensor]
+"""Resizes and crops an 8-bit grey or RGB image to what a model takes: (C, H, W) uint8, not normalised."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,10 @@ class Zoo(Protocol):
             ModelError: A config that the zoo refuses.
         """
         ...
+
+    def pixels(self, loaded: LoadedModel) -> Pixels | None:
+        """How the zoo itself resizes and crops; None where `Preprocessing` says all of it."""
+        return None
 
     # config.json of a pruned model.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
@@ -131,14 +132,16 @@ def _slope(start: tuple[int, float], end: tuple[int, float]) -> float:
 
 
 def _probes(batches: Collection[Any], count: int) -> list[Tensor]:
-    """This process's part of `count` calibration images, the same ones however the images are shared out."""
+    """This process's part of `count` calibration images, spread evenly over all of them.
+
+    Images that are dealt to the processes in turns are the same ones on any number of processes.
+    """
     images = [images_of(batch) for batch in batches]
-    brightness = [[float(image.detach().double().mean()) for image in batch] for batch in images]
-    everyone = sorted(value for part in gather_object([brightness]) for batch in part for value in batch)
+    rank, own = PartialState().process_index, sum(map(len, images))
+    everyone = sorted((place, other) for other, held in enumerate(gather_object([own])) for place in range(held))
     spread = np.linspace(0, len(everyone) - 1, min(count, len(everyone))).round().astype(int)
-    chosen = {everyone[index] for index in spread}
-    probes = [
-        batch[torch.tensor([value in chosen for value in values], device=batch.device)]
-        for batch, values in zip(images, brightness, strict=True)
-    ]
+    chosen = torch.zeros(own, dtype=torch.bool)
+    chosen[[place for place, holder in (everyone[index] for index in spread) if holder == rank]] = True
+    parts = chosen.split([len(batch) for batch in images])
+    probes = [batch[part.to(batch.device)] for batch, part in zip(images, parts, strict=True)]
     return [batch for batch in probes if len(batch)]

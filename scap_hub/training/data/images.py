@@ -10,20 +10,23 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, get_worker_info
 
 from scap_hub.errors import DataError
 from scap_hub.private import column_types
 from scap_hub.tasks import Batch, Task
+from scap_hub.training.data.classes import Classes
 from scap_hub.training.data.columns import Columns
-from scap_hub.training.data.transforms import pixels
-from scap_hub.zoo.base import Preprocessing
+from scap_hub.training.data.transforms import upright
+from scap_hub.training.data.unreadable import Tolerance, TooManyUnreadable
+from scap_hub.zoo.base import Pixels
 
 if TYPE_CHECKING:
     import datasets
 
 MEMORY_LIMIT = 512 * 2**20
 """Bytes of decoded images that are kept instead of being decoded again."""
+MOST_WORKERS = 256
 
 
 @dataclass(frozen=True)
@@ -33,66 +36,140 @@ class RowReader:
     Attributes:
         name: The data set's.
         columns: Where images and targets are.
-        preprocessing: How the model wants its images.
+        input_size: (channels, height, width) of the images that the model takes.
+        pixels: How they are resized and cropped.
         task: How targets are read.
-        num_classes: Width of the classifier, to check the targets against; 0 checks nothing.
+        classes: What the targets are numbered by, and checked against.
+        tolerance: How many images may be unreadable.
     """
 
     name: str
     columns: Columns
-    preprocessing: Preprocessing
+    input_size: tuple[int, int, int]
+    pixels: Pixels
     task: Task
-    num_classes: int
+    classes: Classes
+    tolerance: Tolerance
 
     def read(self, rows: Any, split: str) -> Images | Stream:
         """A split's images, by index or, where it is streamed, as they come."""
         import datasets
 
-        target = self.columns.target if self.columns.target in column_types(rows) else None
+        kinds = column_types(rows)
+        target = self.columns.target if self.columns.target in kinds else None
+        where = f"{self.name}[{split}]"
+        names = None if target is None else self.task.class_names(kinds[target])
+        numbering = Numbering(self.task, self.classes.numbers(names, where), self.classes.count, where)
         rows = rows.with_format(None).select_columns([self.columns.image, *([target] if target else [])])
         # Decoding is ours, so that a broken image can be named.
         rows = rows.cast_column(self.columns.image, datasets.Image(decode=False))
         kind = Images if isinstance(rows, datasets.Dataset) else Stream
-        return kind(rows, f"{self.name}[{split}]", target, self)
+        return kind(rows, target, self, numbering)
 
-    def image(self, row: Mapping[str, Any], where: str) -> Image.Image:
-        """A row's image, decoded.
-
-        Raises:
-            DataError: It cannot be read.
-        """
+    def image(self, row: Mapping[str, Any]) -> Image.Image:
+        """A row's image, decoded, as it is in the file; any exception means that it cannot be read."""
         import datasets
 
-        try:
-            return datasets.Image().decode_example(row[self.columns.image])
-        except (OSError, TypeError, ValueError) as error:
-            raise DataError(f"an image of {where} cannot be read: {error}") from error
+        return datasets.Image().decode_example(row[self.columns.image])
 
-    def pixels(self, row: Mapping[str, Any], where: str) -> Tensor:
-        """A row's image as the model takes it, (C, H, W) uint8."""
-        return pixels(self.image(row, where), self.preprocessing)
+    def readable(self, row: Mapping[str, Any]) -> Tensor | str:
+        """A row's image as the model takes it, (C, H, W) uint8; or why it cannot be read."""
+        try:
+            image = upright(self.image(row), self.input_size[0])
+        except Exception as error:  # a foreign file in a foreign library: it may be anything
+            return " ".join(str(error).split()) or type(error).__name__
+        return self.pixels(image)
+
+    def named(self, row: Mapping[str, Any], number: int) -> str:
+        """Where a row's image lies, or its number, where that is all there is."""
+        return (row[self.columns.image] or {}).get("path") or f"image {number}"
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """The targets of one split, numbered as the model does.
+
+    Attributes:
+        task: How they are read.
+        numbers: The model's number of each of the split's classes; None where they are the same.
+        count: How many classes the model has; 0 where it is unknown.
+        where: The split in words.
+    """
+
+    task: Task
+    numbers: Tensor | None
+    count: int
+    where: str
+
+    @property
+    def _own(self) -> int:
+        """Classes as the split numbers them."""
+        return self.count if self.numbers is None else len(self.numbers)
+
+    def all(self, rows: datasets.Dataset, column: str) -> Tensor | None:
+        """The targets of all rows, checked; None where they are hidden."""
+        return self._renumbered(self.task.targets(rows, column, self._own, self.where))
+
+    def one(self, value: Any) -> Tensor:
+        """The target of one row, checked."""
+        return self._renumbered(self.task.target(value, self._own, self.where))  # type: ignore[return-value]
+
+    def _renumbered(self, targets: Tensor | None) -> Tensor | None:
+        if targets is None or self.numbers is None:
+            return targets
+        return self.task.renumbered(targets, self.numbers)
 
 
 class Images(Dataset):
     """Images by index; decoded once where all of them fit in memory."""
 
-    def __init__(self, rows: datasets.Dataset, where: str, target: str | None, reader: RowReader) -> None:
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        target: str | None,
+        reader: RowReader,
+        numbering: Numbering,
+        allowed: int | None = None,
+    ) -> None:
+        """Reads the targets.
+
+        Args:
+            rows: Undecoded.
+            target: Column of the targets; None where there are none.
+            reader: Decodes the images.
+            numbering: Of the targets.
+            allowed: How many images may be unreadable; by default what the reader says of so many.
+        """
+        self.where = numbering.where
         if len(rows) == 0:
-            raise DataError(f"{where} has no images")
-        self.rows, self.where, self.reader = rows, where, reader
-        self.targets = None if target is None else reader.task.targets(rows, target, reader.num_classes, where)
-        size = (len(rows), *reader.preprocessing.input_size)
+            raise DataError(f"{self.where} has no images")
+        self.rows, self.reader = rows, reader
+        self.allowed = reader.tolerance.of(len(rows)) if allowed is None else allowed
+        self.targets = None if target is None else numbering.all(rows, target)
+        size = (len(rows), *reader.input_size)
         self.cache = torch.empty(size, dtype=torch.uint8) if np.prod(size, dtype=np.int64) <= MEMORY_LIMIT else None
         self.cached = np.zeros(len(rows), dtype=bool)
+        # Shared by all loader processes.
+        self.unreadable = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
 
     @property
     def labelled(self) -> bool:
         """Whether the images have targets."""
         return self.targets is not None
 
+    @property
+    def skipped(self) -> int:
+        """How many images were found to be unreadable so far."""
+        return int(self.unreadable.sum())
+
     def in_colour(self) -> bool:
-        """Whether the first image is a colour image."""
-        return self.reader.image(self.rows[0], self.where).mode not in ("1", "L", "LA", "I", "I;16", "F")
+        """Whether the first image that can be read is a colour image."""
+        for row in self.rows:
+            try:
+                return Image.getmodebase(self.reader.image(row).mode) != "L"
+            except Exception:  # it is named when it is its turn
+                continue
+        return False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -100,44 +177,125 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> Batch:
         return tuple(column[0] for column in self.__getitems__([index]))
 
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """A whole batch, which torch's loaders ask for: (N, C, H, W) uint8 and, if known, (N, ...) targets."""
-        if self.cache is None:
-            images = self._decode(indices)
-        else:
-            missing = [index for index in indices if not self.cached[index]]
-            if missing:
-                self.cache[missing] = self._decode(missing)
-                self.cached[missing] = True
-            images = self.cache[indices]
-        return (images,) if self.targets is None else (images, self.targets[indices])
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """A whole batch, which torch's loaders ask for, without the images that cannot be read.
 
-    def _decode(self, indices: Sequence[int]) -> Tensor:
-        column = self.reader.columns.image
-        return torch.stack([self.reader.pixels({column: image}, self.where) for image in self.rows[indices][column]])
+        Returns:
+            (N, C, H, W) uint8 and, if known, (N, ...) targets.
+        """
+        images = self.fetch(indices)
+        return self.batch([index for index in indices if index in images], images)
+
+    def batch(self, indices: Sequence[int], images: Mapping[int, Tensor]) -> Batch:
+        """The images with these indices, and their targets."""
+        own = torch.stack([images[index] for index in indices]) if indices else torch.empty(
+            0, *self.reader.input_size, dtype=torch.uint8
+        )  # fmt: skip
+        return (own,) if self.targets is None else (own, self.targets[list(indices)])
+
+    def fetch(self, indices: Sequence[int]) -> dict[int, Tensor]:
+        """Those of these images that can be read, by index, (C, H, W) uint8.
+
+        Raises:
+            DataError: More images cannot be read than are allowed.
+        """
+        images, reasons = {}, {}
+        for index in dict.fromkeys(indices):
+            if self.cache is not None and self.cached[index]:
+                images[index] = self.cache[index]
+            elif not self.unreadable[index]:
+                found = self.reader.readable(self.rows[index])
+                if isinstance(found, str):
+                    reasons[index] = found
+                    continue
+                images[index] = found
+                if self.cache is not None:
+                    self.cache[index], self.cached[index] = found, True
+        if reasons:
+            self._skip(reasons)
+        return images
+
+    def _skip(self, reasons: Mapping[int, str]) -> None:
+        """Notes that images cannot be read, if so many may be."""
+        self.unreadable[list(reasons)] = True
+        if self.skipped > self.allowed:
+            listed = [
+                self.reader.named(self.rows[index], index) + (f" ({reasons[index]})" if index in reasons else "")
+                for index in self.unreadable.nonzero().flatten().tolist()
+            ]
+            raise TooManyUnreadable.of(self.where, listed, self.allowed)
+
+
+class Part(Subset):
+    """Some of the images.
+
+    Attributes:
+        refill: Whether another image takes the place of one that cannot be read, so that a batch is never empty; for
+            training. Where something is measured, such an image is left out.
+    """
+
+    def __init__(self, images: Images, indices: Sequence[int], refill: bool = False) -> None:
+        super().__init__(images, indices)
+        self.images, self.refill = images, refill
+
+    def __getitems__(self, places: list[int]) -> Any:
+        """See `Images.__getitems__`."""
+        wanted = [self.indices[place] for place in places]
+        if not self.refill:
+            return self.images.__getitems__(wanted)
+        found = self.images.fetch(wanted)
+        good = [index for index in wanted if index in found]
+        for step in range(1, len(self.indices)):
+            if len(good) >= len(wanted):
+                break
+            other = self.indices[(places[-1] + step) % len(self.indices)]
+            found |= self.images.fetch([other])
+            good += [other] if other in found else []
+        if not good:
+            raise DataError(f"no image of {self.images.where} can be read")
+        return self.images.batch(good, found)
 
 
 class Stream(IterableDataset):
     """Images as they come."""
 
-    def __init__(self, rows: datasets.IterableDataset, where: str, target: str | None, reader: RowReader) -> None:
-        self.rows, self.where, self.target, self.reader = rows, where, target, reader
+    def __init__(
+        self, rows: datasets.IterableDataset, target: str | None, reader: RowReader, numbering: Numbering
+    ) -> None:
+        self.rows, self.where, self.target, self.reader = rows, numbering.where, target, reader
+        self.numbering = numbering
+        # Unreadable images of the last pass, by loader process.
+        self.unreadable = torch.zeros(MOST_WORKERS, dtype=torch.long).share_memory_()
 
     @property
     def labelled(self) -> bool:
         """Whether the images have targets."""
         return self.target is not None
 
+    @property
+    def skipped(self) -> int:
+        """How many images were found to be unreadable on the last pass."""
+        return int(self.unreadable.sum())
+
+    @property
+    def allowed(self) -> int:
+        """How many images may be unreadable."""
+        try:
+            return self.reader.tolerance.of(len(self))
+        except TypeError:
+            return self.reader.tolerance.of(None)
+
     def shuffled(self, seed: int) -> Stream:
         """The same images in another order, as far as a buffer of 1000 reaches."""
-        return Stream(self.rows.shuffle(seed=seed, buffer_size=1000), self.where, self.target, self.reader)
+        rows = self.rows.shuffle(seed=seed, buffer_size=1000)
+        return Stream(rows, self.target, self.reader, self.numbering)
 
     def first(self, count: int) -> Images:
         """Keeps the first images in memory."""
         import datasets
 
         rows = datasets.Dataset.from_list(list(self.rows.take(count)), features=column_types(self.rows))
-        return Images(rows, self.where, self.target, self.reader)
+        return Images(rows, self.target, self.reader, self.numbering, self.allowed)
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffles anew; accelerate's loaders call it."""
@@ -150,10 +308,18 @@ class Stream(IterableDataset):
         return known.num_examples
 
     def __iter__(self) -> Iterator[Batch]:
-        reader = self.reader
-        for row in self.rows:
-            image = reader.pixels(row, self.where)
-            if self.target is None:
+        worker = get_worker_info()
+        place = 0 if worker is None else worker.id % MOST_WORKERS
+        self.unreadable[place] = 0
+        names: list[str] = []
+        for number, row in enumerate(self.rows):
+            image = self.reader.readable(row)
+            if isinstance(image, str):
+                names.append(f"{self.reader.named(row, number)} ({image})")
+                self.unreadable[place] = len(names)
+                if self.skipped > self.allowed:
+                    raise TooManyUnreadable.of(self.where, names, self.allowed)
+            elif self.target is None:
                 yield (image,)
             else:
-                yield image, reader.task.target(row[self.target], reader.num_classes, self.where)
+                yield image, self.numbering.one(row[self.target])

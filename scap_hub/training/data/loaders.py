@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
@@ -18,12 +19,14 @@ from scap_hub.errors import DataError
 from scap_hub.private import column_types
 from scap_hub.recipe import DataSettings
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Batch, Task
+from scap_hub.training.data.classes import agreed_classes
 from scap_hub.training.data.columns import find_columns
-from scap_hub.training.data.images import Images, RowReader, Stream
+from scap_hub.training.data.images import Images, Part, RowReader, Stream
 from scap_hub.training.data.sources import as_splits, open_splits, split_names
-from scap_hub.training.data.transforms import as_batch, finish
+from scap_hub.training.data.transforms import as_batch, finish, pixels_of
+from scap_hub.training.data.unreadable import Tolerance
 from scap_hub.training.distributed import main_first
-from scap_hub.zoo.base import Preprocessing
+from scap_hub.zoo.base import Pixels, Preprocessing
 
 VALIDATION_SHARE = 0.1
 
@@ -43,6 +46,7 @@ class Data:
         name: What the data set is called.
         test: Images that nothing is decided on; None where the data has no such split.
         task: What the targets are for.
+        sources: What the images are read from; none where they come from the caller's loaders.
     """
 
     train: DataLoader
@@ -52,6 +56,15 @@ class Data:
     name: str
     test: DataLoader | None = None
     task: Task = IMAGE_CLASSIFICATION
+    sources: Sequence[Any] = ()
+
+    def skipped(self) -> dict[str, int]:
+        """How many images could not be read and were left out so far, on all processes, by split."""
+        own = [(source.where, source.skipped) for source in self.sources if hasattr(source, "skipped")]
+        counts: dict[str, int] = {}
+        for where, count in gather_object(own):
+            counts[where] = max(counts.get(where, 0), count)
+        return {where: count for where, count in counts.items() if count}
 
     @property
     def measured_on(self) -> DataLoader | None:
@@ -68,6 +81,8 @@ def load_data(
     new_head: bool = False,
     seed: int = 0,
     task: Task = IMAGE_CLASSIFICATION,
+    model_classes: Sequence[str] | None = None,
+    pixels: Pixels | None = None,
 ) -> Data:
     """Reads a data set into loaders.
 
@@ -81,6 +96,9 @@ def load_data(
         new_head: Whether the classifier will be replaced where the data names another number of classes.
         seed: Chooses the calibration images.
         task: What the targets are for.
+        model_classes: Names of the model's classes by number; a data set that names the same classes in another order
+            is renumbered.
+        pixels: How the model's zoo resizes and crops, from `Zoo.pixels`; by default as `preprocessing` says.
 
     Raises:
         DataError: The data cannot be found or read, its columns are unclear, or a target does not fit the model.
@@ -99,7 +117,7 @@ def load_data(
     else:
         splits = as_splits(source)
         name = next(iter(splits.values())).info.dataset_name or "custom"
-    return _from_splits(splits, name, preprocessing, settings, num_classes, new_head, seed, task)
+    return _from_splits(splits, name, preprocessing, settings, num_classes, new_head, seed, task, model_classes, pixels)
 
 
 def _from_splits(
@@ -111,20 +129,24 @@ def _from_splits(
     new_head: bool,
     seed: int,
     task: Task,
+    model_classes: Sequence[str] | None,
+    pixels: Pixels | None,
 ) -> Data:
     train, validation, test = split_names(splits, settings)
     if train is None:
         raise DataError(f"which split of {name!r} to train on? It has {', '.join(splits)}; set data.train_split")
     columns = find_columns(splits[train], name, settings, task)
     names = task.class_names(column_types(splits[train])[columns.target]) if columns.target else None
-    if names and num_classes and len(names) != num_classes:
-        if not new_head:
-            raise DataError(
-                f"{name!r} has {len(names)} classes, the classifier {num_classes}: set finetune.dense_epochs, which "
-                "gives the model a new head and tunes it first, or data.labels=false to use the images without labels"
-            )
-        num_classes = len(names)
-    reader = RowReader(name, columns, preprocessing, task, num_classes)
+    classes = agreed_classes(
+        names, model_classes, num_classes, new_head=new_head, by_name=settings.match_classes, name=name
+    )
+    if preprocessing.input_size[0] not in (1, 3):
+        raise DataError(
+            f"the model takes {preprocessing.input_size[0]} channels, and images have 1 or 3: give a DataLoader"
+        )
+    tolerance = Tolerance(settings.max_broken)
+    size, pixels = preprocessing.input_size, pixels or pixels_of(preprocessing)
+    reader = RowReader(name, columns, size, pixels, task, classes, tolerance)
     whole = reader.read(splits[train], train)
     held_out = reader.read(splits[validation], validation) if validation else None
     final = reader.read(splits[test], test) if test else None
@@ -137,10 +159,11 @@ def _from_splits(
         train=_loader(parts.train, augmented, settings, shuffle=True),
         validation=_loader(parts.validation, plain, settings) if parts.validation is not None else None,
         calibration=_loader(parts.calibration, plain, settings),
-        labels=names if whole.labelled else None,
+        labels=list(classes.names) if classes.names and whole.labelled else None,
         name=name,
         test=_loader(final, plain, settings) if final is not None and final.labelled else None,
         task=task,
+        sources=[source for source in (whole, held_out, final, parts.calibration) if source is not None],
     )
 
 
@@ -148,13 +171,13 @@ def _from_splits(
 class _Parts:
     """What a training split is used for; validation images have targets."""
 
-    train: Images | Stream | Subset
-    validation: Images | Stream | Subset | None
-    calibration: Images | Subset
+    train: Images | Stream | Part
+    validation: Images | Stream | Part | None
+    calibration: Images | Part
 
     def in_colour(self) -> bool:
-        images = self.calibration.dataset if isinstance(self.calibration, Subset) else self.calibration
-        return images.in_colour()  # type: ignore[attr-defined]
+        images = self.calibration.images if isinstance(self.calibration, Part) else self.calibration
+        return images.in_colour()
 
 
 def _parts(whole: Images | Stream, held_out: Images | Stream | None, calibration_images: int, seed: int) -> _Parts:
@@ -175,9 +198,9 @@ def _parts(whole: Images | Stream, held_out: Images | Stream | None, calibration
     spared = round(VALIDATION_SHARE * len(whole)) if held_out is None and whole.labelled else 0
     chosen = np.random.default_rng(seed).permutation(order[spared:])[:calibration_images]
     return _Parts(
-        Subset(whole, order[spared:].tolist()),
-        Subset(whole, order[:spared].tolist()) if spared else validation,
-        Subset(whole, chosen.tolist()),
+        Part(whole, order[spared:].tolist(), refill=True),
+        Part(whole, order[:spared].tolist()) if spared else validation,
+        Part(whole, chosen.tolist()),
     )
 
 

@@ -5,30 +5,57 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import timm.data
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from scap_hub.tasks import Batch
-from scap_hub.zoo.base import Preprocessing
+from scap_hub.zoo.base import Pixels, Preprocessing
 
 Collate = Callable[[Sequence[Batch]], Batch]
 
 
-def pixels(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
-    """Resizes and crops an image to what a model takes: (C, H, W) uint8."""
-    channels, height, width = preprocessing.input_size
-    image = image.convert("L" if channels == 1 else "RGB")
-    resampling = Image.Resampling[preprocessing.interpolation.upper()]
-    # Resizing so that the crop is `crop_pct` of it, then cropping, is cropping that share and resizing it.
-    border = (1 - preprocessing.crop_pct) / 2
-    if preprocessing.crop_mode == "squash":
-        left, top = border * image.width, border * image.height
-        image = image.resize((width, height), resampling, (left, top, image.width - left, image.height - top))
-    else:
-        image = ImageOps.fit(image, (width, height), method=resampling, bleed=border)
-    return torch.from_numpy(np.array(image)).reshape(height, width, channels).permute(2, 0, 1)
+def upright(image: Image.Image, channels: int) -> Image.Image:
+    """An image as all zoos' pipelines start from it: turned as its EXIF entry says, 8 bits, grey or RGB.
+
+    Args:
+        image: In any mode of PIL; of an animation, its current frame.
+        channels: 1 for grey, else RGB; transparency is left out, as PIL and the zoos do.
+
+    Raises:
+        ValueError: Integers or floats whose range nobody knows.
+    """
+    return _eight_bits(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scales 16 bits to 8, where PIL would cut off everything above 255 and leave a white image."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    least, most = float(values.min()), float(values.max())
+    if image.mode.startswith("I;16") or (image.mode == "I" and least >= 0 and 255 < most <= 65535):
+        return Image.fromarray((values.astype(np.float64) / 257).round().astype(np.uint8))
+    if not (least >= 0 and most <= 255) or (image.mode == "F" and most <= 1 and (values % 1).any()):
+        raise ValueError(
+            f"its pixels, of mode {image.mode!r}, run from {least:g} to {most:g}, and what is white is unknown: save "
+            "it with 8 or 16 bits"
+        )
+    return image
+
+
+def pixels_of(preprocessing: Preprocessing) -> Pixels:
+    """Resizes and crops as timm does for that preprocessing: an image to (C, H, W) uint8."""
+    return timm.data.create_transform(
+        preprocessing.input_size,
+        interpolation=preprocessing.interpolation,
+        crop_pct=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
+        mean=preprocessing.mean,  # of the border, where the crop mode has one
+        use_prefetcher=True,  # which leaves the numbers as they are
+    )
 
 
 def finish(

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from scap_hub.errors import ModelError
 from scap_hub.zoo.base import LoadedModel, Preprocessing, Wanted, Zoo, default_preprocessing, one_line
+from scap_hub.zoo.transformers.processor import observed_preprocessing
 
 _INTERPOLATION = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as image processors store them
 
@@ -70,7 +71,7 @@ def from_module(
         height, width = (size, size) if isinstance(size, int) else size
         preprocessing = default_preprocessing((channels, height, width))
     else:
-        preprocessing = _preprocessing(processor, channels)
+        preprocessing = observed_preprocessing(processor, _preprocessing(processor, channels))
     if input_size:
         preprocessing = replace(preprocessing, input_size=input_size)
         processor = processor and _resized(processor, preprocessing)

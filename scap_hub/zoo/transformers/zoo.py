@@ -11,7 +11,7 @@ from torch import nn
 
 from scap_hub.placement import placement
 from scap_hub.zoo.auto import auto_door, auto_map
-from scap_hub.zoo.base import Door, LoadedModel, Uniform, Wanted, Zoo
+from scap_hub.zoo.base import Door, LoadedModel, Pixels, Uniform, Wanted, Zoo
 from scap_hub.zoo.described import Shape, Widths
 from scap_hub.zoo.transformers.uniform import width_arguments
 from scap_hub.zoo.transformers.widths import TransformersFeatures, transformers_features, transformers_widths
@@ -49,6 +49,12 @@ class TransformersZoo(Zoo):
         from scap_hub.zoo.transformers import build
 
         return build.rebuild(config)
+
+    def pixels(self, loaded: LoadedModel) -> Pixels | None:
+        """Those of the image processor."""
+        from scap_hub.zoo.transformers.processor import processor_pixels
+
+        return processor_pixels(loaded.image_processor, loaded.preprocessing) if loaded.image_processor else None
 
     def write_config(
         self,

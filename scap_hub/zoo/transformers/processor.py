@@ -1,0 +1,86 @@
+"""What an image processor of transformers does to images, seen by using it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+
+from scap_hub.zoo.base import Pixels, Preprocessing
+
+_SIZES = ((320, 250), (250, 320))
+"""(width, height) of two images; a processor that makes both the same size has one input size."""
+
+
+def observed_preprocessing(document: dict[str, Any], written: Preprocessing) -> Preprocessing:
+    """The input size, mean and standard deviation that a processor applies, whatever its entries are called.
+
+    Args:
+        document: The image processor's.
+        written: What its usual entries say; stays where the processor does something else than resize and normalise.
+    """
+    seen = _observed(document, written.input_size[0])
+    if seen is None:
+        return written
+    size, mean, std = seen
+    known = (
+        np.allclose([mean, std], [written.mean, written.std], atol=1e-4) if len(mean) == len(written.mean) else False
+    )
+    return replace(written, input_size=size) if known else replace(written, input_size=size, mean=mean, std=std)
+
+
+def processor_pixels(document: dict[str, Any], preprocessing: Preprocessing) -> Pixels | None:
+    """Images as a processor resizes and crops them; None where it does not make what the preprocessing says."""
+    seen = _observed(document, preprocessing.input_size[0])
+    if seen is None or seen[0] != preprocessing.input_size:
+        return None
+    return _ProcessorPixels(_processor(document), *map(torch.tensor, seen[1:]))
+
+
+@dataclass(frozen=True)
+class _ProcessorPixels:
+    """A processor without its normalisation: undone, because not all of them can leave it out."""
+
+    processor: Any
+    mean: Tensor
+    std: Tensor
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        values = _run(self.processor, image) * self.std[:, None, None] + self.mean[:, None, None]
+        return (values * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _observed(
+    document: dict[str, Any], channels: int
+) -> tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...]] | None:
+    """Input size, mean and standard deviation, the latter on a 0..1 scale; None where they are not all there is."""
+    mode, white = ("L", 255) if channels == 1 else ("RGB", (255,) * 3)
+    try:
+        processor = _processor(document)
+        sizes = {tuple(_run(processor, Image.new(mode, size)).shape) for size in _SIZES}
+        # In the middle, because some processors pad.
+        black, bright = (
+            _run(processor, Image.new(mode, (256, 256), colour)).double()[:, size[1] // 2, size[2] // 2]
+            for colour in (0, white)
+            for size in sizes
+        )
+    except Exception:
+        return None  # it wants more than an image, makes images of several sizes, or no tensor of them
+    if len(black) != channels or not (bright > black).all():
+        return None
+    std = 1 / (bright - black)
+    mean = -black * std
+    return sizes.pop(), tuple(mean.tolist()), tuple(std.tolist())  # type: ignore[return-value]
+
+
+def _processor(document: dict[str, Any]) -> Any:
+    return getattr(transformers, document["image_processor_type"]).from_dict(document)
+
+
+def _run(processor: Any, image: Image.Image) -> Tensor:
+    return processor(image, return_tensors="pt")["pixel_values"][0].float()
