@@ -217,10 +217,8 @@ class _Proof(Recorder):
                 if not isinstance(own, Node) and not self._agrees(node, number, own):
                     self.wrong.append(number)
         if self.wrong:
-            first = self.wrong[0]
-            actual = node.arguments[first.argument]
-            actual = actual if first.index is None else actual[first.index]
-            raise RuntimeError(f"{node.target} computes with {first.argument} = {actual} instead of {first.pruned}")
+            told = [f"{number.argument} = {_held(node, number)} instead of {number.pruned}" for number in self.wrong]
+            raise RuntimeError(f"{node.target} computes with {', '.join(told)}")
 
     def _agrees(self, node: Node, number: Number, own: Any) -> bool:
         """Whether the pruned model's number is right; the end of a slice may lie beyond the tensor."""
@@ -268,6 +266,12 @@ class _Proof(Recorder):
             for labels in flat(found[node])
             for _, line in labels.lines()
         )
+
+
+def _held(node: Node, number: Number) -> Any:
+    """The number that a call has in the place of one that it should have."""
+    value = node.arguments[number.argument]
+    return value if number.index is None else value[number.index]
 
 
 class _Replay(Ledger):
