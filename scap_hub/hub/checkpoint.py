@@ -280,8 +280,8 @@ def _shrink(model: nn.Module, cut: dict[str, Any]) -> None:
 
 def _check_plan(dense: nn.Module, plan: PruningPlan, cut: dict[str, Any]) -> None:
     """The plan is the record of what was done; config.json repeats the sizes that it leaves."""
-    planned = {name: tensor.shape for name, tensor in apply_plan(dense, plan).state_dict().items()}
-    shrunk = copy.deepcopy(dense)
+    small, shrunk = apply_plan(dense, plan), copy.deepcopy(dense)
+    planned = {name: tensor.shape for name, tensor in small.state_dict().items()}
     _shrink(shrunk, cut)
     for name, tensor in shrunk.state_dict().items():
         if tensor.shape != planned[name]:
@@ -289,6 +289,24 @@ def _check_plan(dense: nn.Module, plan: PruningPlan, cut: dict[str, Any]) -> Non
                 f"{PLAN} leaves {tuple(planned[name])} of {name!r}, {CONFIG} leaves {tuple(tensor.shape)}: "
                 "they belong to different models; save the checkpoint again"
             )
+    numbers = {path: [list(dict(change).values()) for change in changes] for path, changes in plan.calls.items()}
+    differs = next(
+        (path for path in plan.attributes if _integers(small, path, plan) != _integers(shrunk, path, plan)), None
+    )
+    for path, values in cut["attributes"].items():
+        if any(plan.attributes.get(path, {}).get(name) != value for name, value in values.items()):
+            differs = path
+    if differs is not None or cut.get("calls", {}) != numbers:
+        raise CheckpointError(
+            f"{PLAN} and {CONFIG} give different numbers to {differs or 'calls'!r}: they belong to different models; "
+            "save the checkpoint again"
+        )
+
+
+def _integers(model: nn.Module, path: str, plan: PruningPlan) -> dict[str, Any]:
+    """What a module has where the plan gives it numbers; a config keeps the dense ones."""
+    held = vars(model.get_submodule(path))
+    return {name: held[name] for name in plan.attributes[path] if not name.startswith("config.")}
 
 
 def weight_files(folder: Path) -> list[Path]:

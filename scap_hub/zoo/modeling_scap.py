@@ -164,13 +164,10 @@ def _narrowed(old: torch.Tensor, shape: list[int], kept: dict[str, str]) -> torc
         if str(dim) in kept and size < new.shape[dim]:
             pairs = [part.split("-") for part in kept[str(dim)].split(",")]
             ends = [int(end) for pair in pairs for end in (pair[0], pair[-1])]
-            spans = list(zip(ends[::2], ends[1::2], strict=True))
-            rising = all(before < after for before, after in zip(ends[1::2], ends[2::2], strict=False))
-            # Checked before anything is allocated: the text may claim any number.
-            if ends != sorted(ends) or not rising or sum(last - first + 1 for first, last in spans) != size:
+            spans, rising = list(zip(ends[::2], ends[1::2], strict=True)), ends == sorted(ends)
+            shared = {*ends[1:-1:2]} & {*ends[2::2]}  # two ranges that share an end
+            if not rising or shared or ends[-1] >= new.shape[dim] or sum(b - a + 1 for a, b in spans) != size:
                 raise ValueError(f"config.json keeps {kept[str(dim)][:40]!r} where it cuts {new.shape[dim]} to {size}")
-            if ends[-1] >= new.shape[dim]:
-                raise ValueError(f"config.json keeps {ends[-1]} of {new.shape[dim]}")
             indices = torch.cat([torch.arange(first, last + 1) for first, last in spans])
             new = new.index_select(dim, indices.to(new.device))
         new = new.narrow(dim, 0, size)
