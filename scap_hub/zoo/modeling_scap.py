@@ -165,10 +165,10 @@ def _narrowed(old: torch.Tensor, shape: list[int], kept: dict[str, str]) -> torc
             pairs = [part.split("-") for part in kept[str(dim)].split(",")]
             ends = [int(end) for pair in pairs for end in (pair[0], pair[-1])]
             spans = list(zip(ends[::2], ends[1::2], strict=True))
-            fits = ends == sorted(ends) and ends[-1] < new.shape[dim] and sum(b - a + 1 for a, b in spans) == size
-            indices = torch.cat([torch.arange(a, b + 1) for a, b in spans if fits] or [torch.zeros(2)])
-            if (indices.diff() <= 0).any():
+            apart = all(b < a for b, a in zip(ends[1::2], ends[2::2], strict=False)) and ends == sorted(ends)
+            if not apart or ends[-1] >= new.shape[dim] or sum(b - a + 1 for a, b in spans) != size:
                 raise ValueError(f"config.json keeps {kept[str(dim)][:40]!r} where it cuts {new.shape[dim]} to {size}")
+            indices = torch.cat([torch.arange(a, b + 1) for a, b in spans])
             new = new.index_select(dim, indices.to(new.device))
         new = new.narrow(dim, 0, size)
     return nn.Parameter(new.clone(), old.requires_grad) if isinstance(old, nn.Parameter) else new.clone()
