@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Annotated, Any, Literal, Protocol
@@ -11,13 +12,16 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FiniteFloat,
     NonNegativeInt,
     PositiveInt,
+    StrictInt,
     StringConstraints,
     ValidationError,
     model_validator,
 )
 
+from scap_hub.documents import parse_json
 from scap_hub.errors import PlanError
 
 VERSION: Literal[2] = 2
@@ -77,8 +81,8 @@ class CallNumber(_Strict):
     function: Annotated[str, StringConstraints(pattern=r"^[a-z_0-9]{1,40}$")]
     call: PositiveInt
     position: NonNegativeInt
-    old: int | float
-    new: int | float
+    old: StrictInt | FiniteFloat
+    new: StrictInt | FiniteFloat
 
 
 class Cuttable(Protocol):
@@ -174,7 +178,7 @@ class PruningPlan(_Strict):
             PlanError: Not a plan, an unknown version, or inconsistent.
         """
         try:
-            document: Any = json.loads(text)
+            document: Any = parse_json(text)
         except ValueError as error:
             raise PlanError(f"the plan is not JSON ({error}); save it again with PruningPlan.to_json()") from None
         found = document.get("version") if isinstance(document, dict) else None
@@ -184,7 +188,7 @@ class PruningPlan(_Strict):
                 "wrote it, or upgrade scap_hub"
             )
         try:
-            return cls.model_validate(document)
+            return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the plan"
@@ -218,6 +222,8 @@ def ranges(indices: Sequence[int]) -> str:
 
 
 def _ranges(text: str) -> list[tuple[int, int]]:
+    if not re.fullmatch(r"[0-9]{1,18}(-[0-9]{1,18})?(,[0-9]{1,18}(-[0-9]{1,18})?)*", text):
+        raise ValueError
     pairs = [part.split("-") for part in text.split(",")]
     return [(int(pair[0]), int(pair[-1])) for pair in pairs]
 

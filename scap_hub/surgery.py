@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from scap_hub.errors import PlanError
 from scap_hub.graph.copies import copied
 from scap_hub.plan import PruningPlan, TensorCut
+from scap_hub.private import ConvNd, NormBase
 
 _SIZED = (
     "view", "reshape", "unflatten", "expand", "repeat", "tile", "narrow", "split", "split_with_sizes", "__getitem__",
@@ -21,6 +22,43 @@ _SIZED = (
 )  # fmt: skip
 CHANGEABLE = frozenset(_SIZED)
 """Functions of which a plan may change numbers, because they are sizes; arithmetic stays as it is."""
+
+
+_WIDTHS = frozenset((
+    "in_channels", "out_channels", "groups", "num_channels", "num_groups", "in_features", "out_features",
+    "num_features", "normalized_shape", "num_parameters", "embed_dim", "kdim", "vdim", "num_heads", "head_dim",
+    "unflattened_size",
+))  # fmt: skip
+
+
+def changeable(module: nn.Module, name: str) -> bool:
+    """Whether pruning may change an integer: a count of channels in torch's layers, any public size in other modules.
+
+    How a convolution moves over its input is never changed.
+    """
+    kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn") and kind is not nn.Module]
+    fixed = {*nn.Conv2d.__constants__, *(own for kind in kinds for own in getattr(kind, "__constants__", ()))}
+    return name in _WIDTHS or not (name in fixed or name.startswith("_") or type(module) in kinds)
+
+
+def narrower(model: nn.Module, cut: Any) -> Any:
+    """Whether something shrinks at a module's path; one without tensors goes by the nearest around it that has some.
+
+    `cut`: ids of the tensors that shrink.
+    """
+    held: dict[str, bool] = {}
+    tensors = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    for name, tensor in (pair for pairs in tensors for pair in pairs):
+        while name:
+            name = name.rpartition(".")[0]
+            held[name] = held.get(name, False) or id(tensor) in cut
+
+    def shrinks(path: str) -> bool:
+        while path and path not in held:
+            path = path.rpartition(".")[0]
+        return held.get(path, False)
+
+    return shrinks
 
 
 class Numbers(TorchFunctionMode):
@@ -78,8 +116,36 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> nn.Module:
         for table in (module._parameters, module._buffers):
             table.update({own: smaller[id(tensor)] for own, tensor in table.items() if id(tensor) in smaller})
     set_attributes(small, plan.attributes)
+    for (path, dense), module in zip(model.named_modules(), small.modules(), strict=True):
+        if _agrees(dense) and not _agrees(module):
+            raise PlanError(f"the plan is incomplete: the tensors and the widths of {path!r} do not fit each other")
     set_calls(small, {path: [tuple(dict(change).values()) for change in own] for path, own in plan.calls.items()})
     return small
+
+
+def _agrees(module: Any) -> bool:
+    """Whether the tensors of one of torch's layers are as wide as it says, and as each other; true of any other."""
+    if "weight" not in module._parameters:  # computed from others
+        return True
+    shapes = [tuple(own.shape) for own in (*module._parameters.values(), *module._buffers.values()) if own is not None]
+    vectors = {shape for shape in shapes if len(shape) == 1}
+    if isinstance(module, nn.Linear):
+        return {(module.out_features, module.in_features)} >= {*shapes} - vectors and vectors <= {
+            (module.out_features,)
+        }
+    if isinstance(module, ConvNd):
+        ends = (module.in_channels, module.out_channels // module.groups)
+        if not module.transposed:
+            ends = (module.out_channels, module.in_channels // module.groups)
+        matrices = {shape[:2] for shape in shapes if len(shape) > 1}
+        return matrices <= {ends} and vectors <= {(module.out_channels,)}
+    if isinstance(module, NormBase):
+        return vectors <= {(module.num_features,)}
+    if isinstance(module, nn.GroupNorm):
+        return vectors <= {(module.num_channels,)}
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return {*shapes} <= {tuple(module.normalized_shape)}
+    return True
 
 
 def set_calls(model: nn.Module, calls: Mapping[str, Sequence[tuple[str, int, int, float, float]]]) -> None:
@@ -138,16 +204,20 @@ def _check(model: nn.Module, plan: PruningPlan) -> None:
         for change in changes:
             if change.function not in CHANGEABLE:
                 raise PlanError(f"the plan changes numbers of {change.function!r} in {path!r}, which no plan may")
+    shrinks = narrower(model, {id(_tensor(model, name)) for name in plan.tensors})
     for path, values in plan.attributes.items():
         module = _module(model, path)
         for attribute, value in values.items():
             holder, name = _holder(module, attribute)
             old = getattr(holder, "__dict__", {}).get(name)
-            fits = (isinstance(value, int) and type(old) is int) or (
-                isinstance(value, list) and _integers(old, len(value))
-            )
-            if not fits:
+            if not (_fits(old, value) and changeable(holder, name)):
                 raise PlanError(f"module {path!r} has no integer attribute {attribute!r} that could become {value!r}")
+            if _renewed(old, value) != old and not shrinks(path):
+                raise PlanError(f"the plan sets {attribute!r} in {path!r}, where no tensor shrinks")
+    known = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    for group in plan.groups:
+        if group not in known:
+            _module(model, group.rpartition("#")[0] or group)
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:
@@ -157,12 +227,14 @@ def _module(model: nn.Module, path: str) -> nn.Module:
         raise PlanError(f"the model has no module {path!r}; the plan was made for another model") from None
 
 
-def _integers(old: object, count: int) -> bool:
-    return (
-        isinstance(old, list | tuple)
-        and len(old) == count
-        and all(type(item.get("num_chs") if isinstance(item, dict) else item) is int for item in old)
-    )
+def _fits(old: object, new: int | list[int]) -> bool:
+    """Whether the old value is an integer, or integers, and the new one no larger."""
+    if isinstance(new, list):
+        if not isinstance(old, list | tuple) or len(old) != len(new):
+            return False
+        pairs = zip(old, new, strict=True)
+        return all(_fits(item.get("num_chs") if isinstance(item, dict) else item, own) for item, own in pairs)
+    return type(old) is int and type(new) is int and 0 < new <= old
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

@@ -242,7 +242,9 @@ def edit(path, **changes):
 
 
 def other_plan():
-    return PruningPlan(keeps=["0"], groups={}, tensors={"fc.weight": {"shape": [4, 96], "keep": {1: 0}}}).to_json()
+    cut = {"shape": [4, 96], "keep": {1: 0}}
+    plan = PruningPlan(keeps=["0"], groups={}, tensors={"fc.weight": cut}, attributes={"fc": {"in_features": 1}})
+    return plan.to_json()
 
 
 def edit_weights(path, change):
@@ -275,6 +277,68 @@ def test_damaged_checkpoints(folder, damage, message):
     with pytest.raises(ScapHubError, match=message) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
+
+
+def change(path, edit):
+    document = json.loads(path.read_text())
+    edit(document)
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("name", ["config.json", "pruning_plan.json", "model.safetensors"])
+def test_links_stay_in_the_folder_or_in_its_cached_repository(resnet, folder, name, tmp_path):
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="leads out of"):
+        load(folder)
+    snapshot = tmp_path / "models--me--it" / "snapshots" / "0"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    (snapshot.parents[1] / "blobs").mkdir()
+    (tmp_path / "elsewhere").rename(snapshot.parents[1] / "blobs" / "1")
+    (snapshot / name).unlink()
+    (snapshot / name).symlink_to("../../blobs/1")
+    assert torch.equal(run(load(snapshot)), run(resnet[0]))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda d: d["model_args"].update(base="hf-hub:me/evil"),
+        lambda d: d["model_args"].update(base="local-dir:/tmp"),
+        lambda d: d["model_args"].update(base="scap_pruned"),
+        lambda d: d["model_args"].update(base=["resnet18"]),
+        lambda d: d["model_args"]["cut"]["attributes"].setdefault("layer2.0.conv1", {}).update(stride=[1, 1]),
+        lambda d: d["model_args"]["cut"]["attributes"].update({"conv1": {"out_channels": 10**6}}),
+        lambda d: d["model_args"]["cut"]["attributes"]["fc"].update(in_features=1),
+        lambda d: d["model_args"]["cut"]["attributes"].pop("fc"),
+        lambda d: d["model_args"]["cut"].update(calls={"fc": [["view", 1, 0, 4, 2]]}),
+        lambda d: d.update(pretrained_cfg="resnet18"),
+        lambda d: d.update(num_classes="4"),
+    ],
+)
+def test_hostile_configs_are_refused(folder, edit):
+    change(folder / "config.json", edit)
+    with pytest.raises(ScapHubError) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_fetches_nothing(tmp_path):
+    small, loaded, plan = pruned(tiny_resnet())
+    out = save_checkpoint(tmp_path / "out", small, loaded, plan)
+    kernels = {"_attn_implementation": "me/kernels", "attn_implementation": "me/kernels", "use_kernels": True}
+    change(out / "config.json", lambda d: d.update(kernels, auto_map={"AutoConfig": "me/evil--code.Config"}))
+    again = load(out)
+    assert torch.equal(run(again), run(small))
+    assert "me/" not in str(vars(again.config))
+
+
+@pytest.mark.parametrize("start", [2**63, 10**8, 0])
+def test_a_header_is_no_longer_than_its_file(folder, start):
+    (folder / "model.safetensors").write_bytes(start.to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match="cannot read"):
+        load(folder)
 
 
 def test_what_timm_saved_again_is_still_a_pruned_model(resnet, folder):

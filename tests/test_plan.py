@@ -9,6 +9,7 @@ from scap_hub.channels import channel_groups
 from scap_hub.errors import PlanError
 from scap_hub.plan import PruningPlan, _length, _ranges, ranges
 from scap_hub.surgery import apply_plan
+from scap_hub.zoo import modeling_scap
 from tests.nets import Residual, random_plan
 
 X = torch.randn(1, 3, 8, 8)
@@ -114,6 +115,81 @@ def test_plans_for_another_model_are_refused(groups, change, message):
     plan = PruningPlan.from_json(edited(random_plan(groups, 0, 0.5), change))
     with pytest.raises(PlanError, match=message):
         apply_plan(Residual(), plan)
+
+
+@pytest.mark.parametrize(
+    "path, name, value",
+    [
+        ("depthwise", "stride", [1, 1]), ("depthwise", "padding", [1, 1]), ("depthwise", "dilation", [1, 1]),
+        ("depthwise", "kernel_size", [1, 1]), ("stem", "out_channels", 99), ("act", "inplace", 1),
+        ("stem", "training", 1),
+        ("bn", "__class__", 1), ("stem", "_version", 1), ("stem", "in_channels", 1), ("head", "out_features", 2),
+    ],
+)  # fmt: skip
+def test_a_plan_and_a_config_change_only_what_pruning_changes(groups, path, name, value):
+    plan = random_plan(groups, 0, 0.5)
+    bad = PruningPlan.from_json(edited(plan, lambda d: d["attributes"].setdefault(path, {}).update({name: value})))
+    with pytest.raises(PlanError):
+        apply_plan(Residual(), bad)
+    dense = Residual()
+    cut = {"version": modeling_scap.VERSION, "shapes": {}, "attributes": {path: {name: value}}}
+    if name in vars(dense.get_submodule(path)):  # others are left as they are
+        with pytest.raises(ValueError, match=r"config\.json sets"):
+            modeling_scap.shrink(dense, cut)
+    modeling_scap.shrink(dense, {**cut, "attributes": {path: {"no_such_name": 1}}})
+    assert repr(dense) == repr(Residual())
+
+
+def test_integers_change_only_where_tensors_shrink(groups):
+    plan = random_plan(groups, 0, 0.5)
+    model = torch.nn.Sequential(Residual(), torch.nn.Conv2d(8, 8, 1))
+    moved = {f"0.{name}": cut for name, cut in plan.tensors.items()}
+    own = {f"0.{path}": values for path, values in plan.attributes.items()}
+    fits = plan.model_copy(update={"groups": {}, "tensors": moved, "attributes": own})
+    apply_plan(model, fits)
+    with pytest.raises(PlanError, match="no tensor shrinks"):
+        apply_plan(model, fits.model_copy(update={"attributes": {**own, "1": {"groups": 1, "out_channels": 4}}}))
+    shapes = {"0.bn.weight": "4"}
+    with pytest.raises(ValueError, match="pruning does not change"):
+        cut = {"version": modeling_scap.VERSION, "shapes": shapes, "attributes": {"1": {"out_channels": 4}}}
+        modeling_scap.shrink(model, cut)
+
+
+@pytest.mark.parametrize("name", ["stem.weight", "stem.bias", "bn.running_mean", "expand.weight", "head.weight"])
+def test_a_plan_that_leaves_a_layer_half_cut_is_refused(groups, name):
+    plan = random_plan(groups, 0, 0.5)
+    tensors = {own: cut for own, cut in plan.tensors.items() if own != name}
+    with pytest.raises(PlanError, match=r"incomplete|no tensor shrinks"):
+        apply_plan(Residual(), plan.model_copy(update={"tensors": tensors}))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000, '{"version": ' + "9" * 5000 + "}", '{"version": 2, "version": 2}', '{"version": NaN}',
+        '{"version": 2, "keeps": [], "groups": {}, "tensors": ' + '{"a": ' * 80 + "1" + "}" * 81,
+        b"\xff\xfe{", '{"version": true}', '{"version": 2, "keeps": [], "groups": {"stem": {"size": true, "keep": 0}}}',
+    ],
+)  # fmt: skip
+def test_hostile_json_is_one_line(text):
+    with pytest.raises(PlanError) as caught:
+        PruningPlan.from_json(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", ["0-700000000", "0-3,3-5", "5-2", "-1", "9" * 5000, "", "a", "0-1-2"])
+def test_buffers_keep_what_there_is(kept):
+    model = torch.nn.Module()
+    model.register_buffer("scale", torch.arange(8.0), persistent=False)
+    cut = {
+        "version": modeling_scap.VERSION,
+        "shapes": {"scale": "4"},
+        "attributes": {},
+        "buffers": {"scale": {"0": kept}},
+    }
+    with pytest.raises(ValueError):
+        modeling_scap.shrink(model, cut)
+    assert model.scale.shape == (8,)
 
 
 def test_a_plan_does_not_fit_another_width(groups):

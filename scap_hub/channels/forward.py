@@ -15,6 +15,7 @@ from scap_hub.channels.operators import Call, flat, sizes_of
 from scap_hub.channels.partition import Partition
 from scap_hub.channels.proof import Run
 from scap_hub.graph.node import Node
+from scap_hub.surgery import changeable
 from scap_hub.zoo.described import Features
 from scap_hub.zoo.registry import zoo_of
 
@@ -180,6 +181,8 @@ def _held(node: Node, old: int, channels: np.ndarray, role: str, modules: dict[s
 def _places(module: nn.Module, value: Fraction) -> Iterator[tuple[str, int | None]]:
     """Attributes of a module that hold a value; the index of an item for lists."""
     for name, held in vars(module).items():
+        if not changeable(module, name):
+            continue
         if type(held) is int and held == value:
             yield name, None
         elif isinstance(held, list | tuple) and all(type(item) is int for item in held):

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from scap_hub.documents import LARGEST, own_file, parse_json, read_document
 from scap_hub.errors import CheckpointError, ModelError, PlanError
 from scap_hub.files import making
 from scap_hub.hub.layout import cut_of
@@ -134,7 +135,7 @@ def is_pruned(name: str | Path) -> bool:
     if not Path(name).expanduser().is_dir() and (str(name).count("/") != 1 or ":" in str(name)):
         return False
     try:
-        config = json.loads(_read(_local(name), CONFIG))
+        config = parse_json(_read(_local(name), CONFIG))
     except (CheckpointError, ValueError):
         return False
     return isinstance(config, dict) and pruned_entry(config) is not None
@@ -224,16 +225,16 @@ def _dump(document: dict[str, Any]) -> str:
 
 def _read(folder: Path, name: str) -> str:
     try:
-        return (folder / name).read_text(encoding="utf-8")
+        return read_document(folder, name)
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
-            f"{folder} is no complete pruned checkpoint: cannot read {name} ({type(error).__name__}); save it again"
+            f"{folder} is no complete pruned checkpoint: cannot read {name} ({one_line(error)}); save it again"
         ) from None
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads(_read(folder, CONFIG))
+        config = parse_json(_read(folder, CONFIG))
     except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG} is not JSON ({error}): save the checkpoint again") from None
     entry = pruned_entry(config) if isinstance(config, dict) else None
@@ -279,8 +280,8 @@ def _shrink(model: nn.Module, cut: dict[str, Any]) -> None:
 
 def _check_plan(dense: nn.Module, plan: PruningPlan, cut: dict[str, Any]) -> None:
     """The plan is the record of what was done; config.json repeats the sizes that it leaves."""
-    planned = {name: tensor.shape for name, tensor in apply_plan(dense, plan).state_dict().items()}
-    shrunk = copy.deepcopy(dense)
+    small, shrunk = apply_plan(dense, plan), copy.deepcopy(dense)
+    planned = {name: tensor.shape for name, tensor in small.state_dict().items()}
     _shrink(shrunk, cut)
     for name, tensor in shrunk.state_dict().items():
         if tensor.shape != planned[name]:
@@ -288,6 +289,24 @@ def _check_plan(dense: nn.Module, plan: PruningPlan, cut: dict[str, Any]) -> Non
                 f"{PLAN} leaves {tuple(planned[name])} of {name!r}, {CONFIG} leaves {tuple(tensor.shape)}: "
                 "they belong to different models; save the checkpoint again"
             )
+    numbers = {path: [list(dict(change).values()) for change in changes] for path, changes in plan.calls.items()}
+    differs = next(
+        (path for path in plan.attributes if _integers(small, path, plan) != _integers(shrunk, path, plan)), None
+    )
+    for path, values in cut["attributes"].items():
+        if any(plan.attributes.get(path, {}).get(name) != value for name, value in values.items()):
+            differs = path
+    if differs is not None or cut.get("calls", {}) != numbers:
+        raise CheckpointError(
+            f"{PLAN} and {CONFIG} give different numbers to {differs or 'calls'!r}: they belong to different models; "
+            "save the checkpoint again"
+        )
+
+
+def _integers(model: nn.Module, path: str, plan: PruningPlan) -> dict[str, Any]:
+    """What a module has where the plan gives it numbers; a config keeps the dense ones."""
+    held = vars(model.get_submodule(path))
+    return {name: held[name] for name in plan.attributes[path] if not name.startswith("config.")}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -300,7 +319,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file() or not index.is_file():  # in the order of transformers
         return [folder / WEIGHTS]
     try:
-        names = set(json.loads(_read(folder, index.name))["weight_map"].values())
+        names = set(parse_json(_read(folder, index.name))["weight_map"].values())
         return [folder / Path(name).name for name in sorted(names)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} lists no weights ({error!r}): save the checkpoint again") from None
@@ -312,6 +331,7 @@ def _check_weights(model: nn.Module, files: list[Path]) -> None:
     found: dict[str, list[int]] = {}
     for path in files:
         try:
+            _check_header(own_file(path.parent, path.name))
             with safe_open(path, "pt") as file:
                 found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
@@ -327,6 +347,14 @@ def _check_weights(model: nn.Module, files: list[Path]) -> None:
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(f"{files[0]} does not fit the rebuilt model: {', '.join(problems[:3])}{more}")
+
+
+def _check_header(path: Path) -> None:
+    """The header is read into memory, so it must be no longer than the file that it claims to describe."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > min(LARGEST, path.stat().st_size):
+        raise OSError(f"its header claims {length} bytes")
 
 
 def _load_tensors(model: nn.Module, files: list[Path], buffer_dtypes: Mapping[str, str]) -> None:

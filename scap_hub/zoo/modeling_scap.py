@@ -25,6 +25,43 @@ CHANGEABLE = frozenset(_SIZED)
 """Functions of which a plan may change numbers, because they are sizes; arithmetic stays as it is."""
 
 
+_WIDTHS = frozenset((
+    "in_channels", "out_channels", "groups", "num_channels", "num_groups", "in_features", "out_features",
+    "num_features", "normalized_shape", "num_parameters", "embed_dim", "kdim", "vdim", "num_heads", "head_dim",
+    "unflattened_size",
+))  # fmt: skip
+
+
+def changeable(module: nn.Module, name: str) -> bool:
+    """Whether pruning may change an integer: a count of channels in torch's layers, any public size in other modules.
+
+    How a convolution moves over its input is never changed.
+    """
+    kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn") and kind is not nn.Module]
+    fixed = {*nn.Conv2d.__constants__, *(own for kind in kinds for own in getattr(kind, "__constants__", ()))}
+    return name in _WIDTHS or not (name in fixed or name.startswith("_") or type(module) in kinds)
+
+
+def narrower(model: nn.Module, cut: Any) -> Any:
+    """Whether something shrinks at a module's path; one without tensors goes by the nearest around it that has some.
+
+    `cut`: ids of the tensors that shrink.
+    """
+    held: dict[str, bool] = {}
+    tensors = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    for name, tensor in (pair for pairs in tensors for pair in pairs):
+        while name:
+            name = name.rpartition(".")[0]
+            held[name] = held.get(name, False) or id(tensor) in cut
+
+    def shrinks(path: str) -> bool:
+        while path and path not in held:
+            path = path.rpartition(".")[0]
+        return held.get(path, False)
+
+    return shrinks
+
+
 class Numbers(TorchFunctionMode):
     """Gives calls of torch functions other numbers than the forward pass has for them."""
 
@@ -80,10 +117,15 @@ def shrink(model: nn.Module, cut: dict[str, Any], prefix: str = "") -> None:
             if text.count(",") + 1 != old.dim() or any(not 0 < n <= o for n, o in zip(sizes, old.shape, strict=True)):
                 raise ValueError(f"config.json cuts {name!r} to {text}, but the dense model has {tuple(old.shape)}")
             smaller[id(old)] = (old, sizes, cut.get("buffers", {}).get(name, {}))
+    shrinks = narrower(model, smaller)
     for path, attributes in cut["attributes"].items():
-        module = modules.get(f"{path}.".removeprefix(prefix)[:-1], nn.Module())
+        place = f"{path}.".removeprefix(prefix)[:-1]
+        module = modules.get(place, nn.Module())
         for name in attributes.keys() & vars(module).keys():
-            values.append((module, name, _value(f"{path}.{name}", vars(module)[name], attributes[name])))
+            old, new = vars(module)[name], _value(f"{path}.{name}", vars(module)[name], attributes[name])
+            if not changeable(module, name) or (old != new and not shrinks(place)):
+                raise ValueError(f"config.json sets {name!r} in {path!r}, which pruning does not change")
+            values.append((module, name, new))
     for path, changes in cut.get("calls", {}).items():
         if (module := modules.get(f"{path}.".removeprefix(prefix)[:-1])) is not None:
             values.append((module, "forward", partial(renumbered, module, [_change(*change) for change in changes])))
@@ -99,7 +141,8 @@ def _change(function: str, call: int, position: int, old: float, new: float) -> 
     if (
         function not in CHANGEABLE
         or {type(call), type(position)} != {int}
-        or not {type(old), type(new)} <= {int, float}
+        or not type(old) is type(new) in (int, float)
+        or not -1e18 < old - new < 1e18
     ):
         raise ValueError(f"config.json changes numbers of {function!r}, which it may not")
     return function, call, position, old, new
@@ -120,7 +163,12 @@ def _narrowed(old: torch.Tensor, shape: list[int], kept: dict[str, str]) -> torc
     for dim, size in enumerate(shape):
         if str(dim) in kept and size < new.shape[dim]:
             pairs = [part.split("-") for part in kept[str(dim)].split(",")]
-            indices = torch.cat([torch.arange(int(pair[0]), int(pair[-1]) + 1) for pair in pairs])
+            ends = [int(end) for pair in pairs for end in (pair[0], pair[-1])]
+            spans = list(zip(ends[::2], ends[1::2], strict=True))
+            apart = all(b < a for b, a in zip(ends[1::2], ends[2::2], strict=False)) and ends == sorted(ends)
+            if not apart or ends[-1] >= new.shape[dim] or sum(b - a + 1 for a, b in spans) != size:
+                raise ValueError(f"config.json keeps {kept[str(dim)][:40]!r} where it cuts {new.shape[dim]} to {size}")
+            indices = torch.cat([torch.arange(a, b + 1) for a, b in spans])
             new = new.index_select(dim, indices.to(new.device))
         new = new.narrow(dim, 0, size)
     return nn.Parameter(new.clone(), old.requires_grad) if isinstance(old, nn.Parameter) else new.clone()
@@ -133,6 +181,8 @@ def scap_pruned(
 ) -> nn.Module:  # fmt: skip
     """Entry point for timm: `base`, cut to size; features always come through timm's FeatureGetterNet."""
     timm = import_module("timm.models")
+    if base.partition(".")[0] == "scap_pruned" or not timm.is_model(base.partition(".")[0]):
+        raise ValueError(f"config.json prunes {base!r}, which is no model of timm's")  # nor one of another repository
     if pretrained_cfg:
         known = pretrained_cfg if isinstance(pretrained_cfg, dict) else vars(pretrained_cfg)
         known = {**known, **(pretrained_cfg_overlay or {}), "architecture": "scap_pruned"}

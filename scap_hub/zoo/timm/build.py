@@ -122,11 +122,15 @@ def rebuild(config: dict[str, Any]) -> nn.Module:
     Raises:
         ModelError: Unknown architecture, or arguments that timm refuses.
     """
-    arguments = config["model_args"]
+    arguments, name = config["model_args"], config["architecture"]
+    if not isinstance(name, str) or not is_name(name) or ":" in name:
+        raise ModelError(f"config.json names the unknown model {name!r}: upgrade timm")
+    if not isinstance(arguments, dict) or not isinstance(config["pretrained_cfg"], dict):
+        raise ModelError("model_args and pretrained_cfg in config.json are JSON objects: save the checkpoint again")
     if opens := _OPENS_FILES & arguments.keys():
         raise ModelError(f"model_args in config.json would open files ({', '.join(sorted(opens))}): remove them")
     return _create(
-        config["architecture"],
+        name,
         pretrained=False,
         pretrained_cfg=config["pretrained_cfg"],
         num_classes=config["num_classes"],

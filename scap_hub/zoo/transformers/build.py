@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from scap_hub.zoo.base import LoadedModel, Preprocessing, Wanted, Zoo, default_p
 from scap_hub.zoo.transformers.processor import observed_preprocessing
 
 _INTERPOLATION = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as image processors store them
+
+
+_FETCHES = re.compile(r"_.*|.*_implementation|auto_map|quantization_config|use_kernels|kernel_config")
 
 
 def from_folder(zoo: Zoo, folder: Path, source: str, wanted: Wanted) -> LoadedModel:
@@ -95,8 +99,8 @@ def rebuild(config: dict[str, Any]) -> nn.Module:
     Raises:
         ModelError: No such class, or a config that it refuses.
     """
-    name = config["architectures"][0]
-    model_class = getattr(transformers, name, None)
+    name, config = config["architectures"][0], _inert(config)
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise ModelError(f"transformers {transformers.__version__} has no model {name!r}: upgrade transformers")
     if model_class.__module__.startswith("transformers.models.timm"):
@@ -105,6 +109,14 @@ def rebuild(config: dict[str, Any]) -> nn.Module:
         return model_class(AutoConfig.for_model(**config))
     except Exception as error:
         raise ModelError(f"transformers cannot build {name!r}: {one_line(error)}") from error
+
+
+def _inert(value: Any) -> Any:
+    """A config without what fetches code, kernels or other weights."""
+    if isinstance(value, dict):
+        kept = {key: _inert(own) for key, own in value.items() if not _FETCHES.fullmatch(str(key))}
+        return kept | ({"use_pretrained_backbone": False} if "use_pretrained_backbone" in value else {})
+    return [_inert(item) for item in value] if isinstance(value, list) else value
 
 
 def _config(module: Any) -> dict[str, Any]:
