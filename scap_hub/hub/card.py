@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from string import Template
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from scap_hub.markdown import code, escaped, fenced, metadata
 from scap_hub.plan import PruningPlan
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Task
 from scap_hub.zoo.base import CODE, LoadedModel
@@ -90,20 +92,21 @@ def model_card(
         model_name=title,
         eval_results=_eval_results(measured),
     )
-    origin = f", from [`{loaded.base_model}`](https://huggingface.co/{loaded.base_model})" if loaded.base_model else ""
+    base = loaded.base_model
+    origin = f", from [{escaped(base)}](https://huggingface.co/{quote(base)})" if base else ""
     preprocessing = loaded.preprocessing
     text = Template(files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")).substitute(
         begin=BEGIN,
         end=END,
-        title=title,
-        origin=f"`{loaded.name}` with {loaded.num_classes} classes{origin}",
+        title=escaped(title),
+        origin=f"{code(loaded.name)} with {loaded.num_classes} classes{origin}",
         measurements=_measurements(measured),
         removed="\n\n".join(filter(None, [_CHANNELS if picture else "", _removed(plan), _verified(measured)])),
         doors=_doors(loaded, plain),
         input_size=" x ".join(map(str, preprocessing.input_size)),
         mean=_numbers(preprocessing.mean),
         std=_numbers(preprocessing.std),
-        recipe=f"\n## How it was made\n\n```yaml\n{recipe_yaml.strip()}\n```\n" if recipe_yaml else "",
+        recipe=f"\n## How it was made\n\n{fenced(recipe_yaml.strip(), 'yaml')}\n" if recipe_yaml else "",
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text.rstrip()}\n"
 
@@ -115,37 +118,24 @@ def merged_card(theirs: str, ours: str) -> str:
         theirs: The card in the repository, whoever wrote it.
         ours: The card of the model to be published.
     """
-    their_data, their_text = _split(theirs)
-    our_data, our_text = _split(ours)
+    their_data, their_text = metadata(theirs)
+    our_data, our_text = metadata(ours)
     kept = {key: value for key, value in their_data.items() if key not in _OURS}
     data = {**our_data, **kept}
     if tags := dict.fromkeys([*_list(kept.get("tags")), *_list(our_data.get("tags"))]):
         data["tags"] = list(tags)
-    block = _block(our_text)
-    if BEGIN in their_text and END in their_text:
-        before, _, rest = their_text.partition(BEGIN)
-        text = before + block + rest.partition(END)[2]
+    block = _block(our_text) or f"{BEGIN}\n{our_text.strip()}\n{END}"
+    if theirs_before := _block(their_text):
+        text = their_text.replace(theirs_before, block, 1)
     else:
         text = f"{their_text.rstrip()}\n\n{block}\n".lstrip()
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n\n{text.strip()}\n"
 
 
-def _block(text: str) -> str:
-    if BEGIN in text and END in text:
-        return BEGIN + text.partition(BEGIN)[2].partition(END)[0] + END
-    return f"{BEGIN}\n{text.strip()}\n{END}"
-
-
-def _split(card: str) -> tuple[dict[str, Any], str]:
-    """Metadata and text; a card whose metadata is no YAML has text only."""
-    found = re.match(r"\s*---\r?\n(.*?)\r?\n---\s*(?:\r?\n|$)(.*)", card, re.DOTALL)
-    if not found:
-        return {}, card
-    try:
-        data = yaml.safe_load(found[1]) or {}
-    except yaml.YAMLError:
-        data = None
-    return (data, found[2]) if isinstance(data, dict) else ({}, found[2])
+def _block(text: str) -> str | None:
+    """Our part of a card: between two markers that are lines of their own, so no name in a line is one."""
+    found = re.search(rf"^{re.escape(BEGIN)}$.*?^{re.escape(END)}$", text, re.DOTALL | re.MULTILINE)
+    return found[0] if found else None
 
 
 def _list(value: Any) -> list[Any]:
@@ -186,8 +176,10 @@ def _measurements(measured: Measured) -> str:
         title, show = _measurement(key, measured.task)
         where = {"top1": measured.dataset, "latency_ms": measured.device}.get(key)
         share = f"{after / before:.2f}" if before else "-"
-        rows.append(f"| {title}{f' ({where})' if where else ''} | {show(before)} | {show(after)} | {share} |")
-    missed = f"\n\n**The latency budget is missed**: {measured.missed}." if measured.missed else ""
+        rows.append(
+            f"| {escaped(title)}{f' ({escaped(where)})' if where else ''} | {show(before)} | {show(after)} | {share} |"
+        )
+    missed = f"\n\n**The latency budget is missed**: {escaped(measured.missed)}." if measured.missed else ""
     return "\n".join(rows) + missed
 
 
@@ -195,14 +187,14 @@ def _removed(plan: PruningPlan) -> str:
     if not plan.groups:
         return "Nothing."
     rows = ["| channels made by | before | after |", "|---|---|---|"]
-    rows += [f"| `{name}` | {cut.size} | {len(plan.kept(name))} |" for name, cut in plan.groups.items()]
+    rows += [f"| {code(name)} | {cut.size} | {len(plan.kept(name))} |" for name, cut in plan.groups.items()]
     return "\n".join(rows)
 
 
 def _verified(measured: Measured) -> str:
     """Whether it is proven that only these channels are gone."""
     if measured.unverified is not None:
-        return f"**Not verified**, that nothing but these channels is gone: {measured.unverified}."
+        return f"**Not verified**, that nothing but these channels is gone: {escaped(measured.unverified)}."
     if measured.verified is None:
         return ""
     return (
@@ -235,7 +227,7 @@ def _doors(loaded: LoadedModel, plain: bool) -> str:
 
 
 def _code(text: str) -> str:
-    return f"```python\n{text}\n```"
+    return fenced(text, "python")
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from scap_hub.errors import ModelError
+from scap_hub.markdown import metadata
 from scap_hub.zoo.base import LoadedModel, Wanted, Zoo, first_difference
 from scap_hub.zoo.registry import PLAIN, nearest, pruned_entry, zoo_of, zoo_of_config, zoo_with_name
 
@@ -122,10 +123,9 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _license(folder: Path) -> str | None:
-    from huggingface_hub import ModelCard
-
     readme = folder / "README.md"
-    return ModelCard.load(readme).data.get("license") if readme.is_file() else None
+    found = metadata(readme.read_text("utf-8", "replace"))[0].get("license") if readme.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def _checked(loaded: LoadedModel) -> LoadedModel:
