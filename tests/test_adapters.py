@@ -298,7 +298,7 @@ def test_bad_folders(config, message, tmp_path):
             },
             "would open files",
         ),
-        ("timm", {"architecture": "no", "num_classes": 3, "pretrained_cfg": {}, "model_args": {}}, "Unknown model"),
+        ("timm", {"architecture": "no", "num_classes": 3, "pretrained_cfg": {}, "model_args": {}}, "unknown model"),
         ("transformers", {"model_type": "resnet"}, "architectures"),
         ("transformers", {"model_type": "resnet", "architectures": ["os"]}, "no model 'os'"),
         ("transformers", {"model_type": "nope", "architectures": ["ResNetForImageClassification"]}, "cannot build"),
