@@ -28,6 +28,7 @@ TINY = [
 def run(capsys, monkeypatch):
     for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY"):
         monkeypatch.setenv(variable, "")  # restored afterwards
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["scap-hub", *map(str, arguments)])
@@ -51,6 +52,21 @@ def test_prune_prints_json_and_keeps_quiet(run):
     assert report["after"]["macs"] <= 0.6 * report["before"]["macs"]
     code, out, error = run(*TINY, "--set", "finetune_epochs=0", "--quiet")
     assert (code, out, error) == (0, "", "")
+
+
+def test_flags_that_people_type_reach_the_recipe(run, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--epochs", 0, "--lr", 0.02, "--batch-size", 16, "--precision", "bf16", "--seed", 3, "--device", "cpu"]
+    code, _, error = run(*TINY, *flags, "--set", "seed=4", "--out", out, "--quiet")
+    assert (code, error) == (0, "")
+    recipe = Recipe.from_yaml(out / "recipe.yaml")
+    assert (recipe.finetune.epochs, recipe.finetune.learning_rate, recipe.finetune.precision) == (0, 0.02, "bf16")
+    assert (recipe.data.batch_size, recipe.seed) == (16, 3)
+
+
+def test_version(run):
+    code, out, _ = run("--version")
+    assert code == 0 and f"scap_hub {scap_hub.__version__}, torch {torch.__version__.partition('+')[0]}" in out
 
 
 def test_two_processes_print_once_and_save_once(tmp_path):
@@ -245,7 +261,9 @@ def test_recipes(run, tmp_path):
         (["prune", "test_resnet", "--set", "epochs"], "--set 'epochs': write KEY=VALUE"),
         (["prune", "test_resnet", "--set", "seed={"], "--set 'seed={': '{' is not a YAML value"),
         (["prune", "test_resnet", "--recipe", "half-mac"], "did you mean 'half-macs'?"),
-        (["prune", "test_resnet", "--nonsense"], "--nonsense; see `scap-hub prune --help`"),
+        (["prune", "test_resnet", "--nonsense"], "No such option: --nonsense"),
+        (["prune", "test_resnet", "--device", "gpu9"], "--device 'gpu9' cannot be used here"),
+        (["prune", "test_resnet", "--data", "digits", "--epochs", "-1"], "finetune.epochs: Input should be greater"),
         (["bench", "test_resnet", "--batch", "many"], "batch sizes [0]"),
         (["bench", "test_resnet", "--dtype", "fp8"], "give dtypes out of fp32"),
         (["inspect"], "see `scap-hub inspect --help`"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
@@ -17,10 +19,18 @@ EXIT_CODES = (
     "130: interrupted by Ctrl-C; 143: by SIGTERM; 129: by SIGHUP."
 )
 
+
+def print_version(wanted: bool) -> None:
+    """Prints the version of scap_hub and of the libraries that a result depends on, and ends."""
+    if wanted:
+        names = ("scap_hub", "torch", "timm", "transformers", "accelerate")
+        print(", ".join(f"{name} {metadata.version(name)}" for name in names))
+        raise typer.Exit
+
+
 app = typer.Typer(
     help="Compress the vision models you already use: structured pruning for timm and Hugging Face models.",
     epilog=EXIT_CODES,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -29,6 +39,15 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(recipes, name="recipe")
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print versions and exit.")
+    ] = False,
+) -> None: ...
+
 
 # The base of all usage errors has no public name: up to typer 0.25 it is click's, from 0.26 on a private copy of it.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]

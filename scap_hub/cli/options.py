@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,22 @@ def overrides(settings: list[str] | None) -> dict[str, Any]:
         RecipeError: One of them is not KEY=VALUE.
     """
     return dict(_setting(text) for text in settings or [])
+
+
+def use_device(name: str) -> None:
+    """Makes accelerate compute there; call it before anything asks accelerate for a device.
+
+    Raises:
+        RecipeError: There is no such device.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
+        first = (str(error).splitlines() or ["no reason given"])[0]
+        raise RecipeError(f"--device {name!r} cannot be used here: {first}; write cpu, or leave it out") from None
+    os.environ["ACCELERATE_TORCH_DEVICE"] = name
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scap_hub.cli.options import AsJson, Out, Quiet, Settings, overrides
+from scap_hub.cli.options import AsJson, Out, Quiet, Settings, overrides, use_device
 from scap_hub.cli.output import is_main_process, output, print_report, print_table, say
 from scap_hub.errors import PlanError
 from scap_hub.selection.target import EXAMPLES
@@ -27,6 +27,17 @@ def prune(
         str | None, typer.Option(metavar="NAME|FILE.py:CLASS", help="What scores the channels; also one of your own.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder, absent or empty.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images; 0 trains nothing.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate of the fine-tuning.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images at once, on each device.")] = None,
+    precision: Annotated[str | None, typer.Option(metavar="bf16|no", help="Of the fine-tuning.")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="cpu|cuda:N|mps", help="Where to compute; the fastest there is if left out.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything that is random.")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="ME/NAME", help="Hub repository that the result is published in.")
+    ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew; without it an interrupted run with the same --out goes on.")
     ] = False,
@@ -43,11 +54,20 @@ def prune(
     with output(quiet):
         import scap_hub
 
+        flags = {
+            "target": target,
+            "finetune_epochs": epochs,
+            "finetune_learning_rate": lr,
+            "data_batch_size": batch_size,
+            "finetune_precision": precision,
+            "seed": seed,
+            "publish_repo_id": push_to_hub,
+        }
         # The criterion first, because a new one replaces the old one's options.
         changes: dict[str, Any] = {"criterion": criterion} if criterion is not None else {}
-        changes |= overrides(settings)
-        if target is not None:
-            changes["target"] = target
+        changes |= overrides(settings) | {key: value for key, value in flags.items() if value is not None}
+        if device is not None:
+            use_device(device)
         result = scap_hub.prune(model, data, recipe, output_dir=out, restart=restart, **changes)
     print_report(result.report, result.report.to_dict(), quiet, as_json)
     if out is not None:
