@@ -15,8 +15,9 @@ demo: setup
 	rm -rf out/demo
 	$(BIN)/scap-hub demo --out out/demo
 
+# A process for each core, whole files each, because many share what a fixture made.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # Long ones too: the wheel in a fresh environment, the notebook, wide sweeps.
 test-slow: setup
