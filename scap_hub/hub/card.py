@@ -91,12 +91,14 @@ def model_card(
         eval_results=_eval_results(measured),
     )
     origin = f", from [`{loaded.base_model}`](https://huggingface.co/{loaded.base_model})" if loaded.base_model else ""
+    before = " (called dense here, but pruned before; the plan beside the weights is of all rounds)"
+    before = before if loaded.earlier else ""
     preprocessing = loaded.preprocessing
     text = Template(files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")).substitute(
         begin=BEGIN,
         end=END,
         title=title,
-        origin=f"`{loaded.name}` with {loaded.num_classes} classes{origin}",
+        origin=f"`{loaded.name}` with {loaded.num_classes} classes{origin}{before}",
         measurements=_measurements(measured),
         removed="\n\n".join(filter(None, [_CHANNELS if picture else "", _removed(plan), _verified(measured)])),
         doors=_doors(loaded, plain),
