@@ -141,6 +141,14 @@ class PruningPlan(_Strict):
         """Kept channels of a group, ascending."""
         return self.indices(self.groups[group].keep)
 
+    def left(self, name: str) -> tuple[int, ...]:
+        """The shape that a tensor is left with."""
+        cut = self.tensors[name]
+        sizes = {dim: len(self.indices(entry)) for dim, entry in cut.keep.items()}
+        if cut.blocks is not None:
+            sizes[1] = len(self.indices(cut.blocks[0]))
+        return tuple(sizes.get(dim, size) for dim, size in enumerate(cut.shape))
+
     def indices(self, entry: int) -> list[int]:
         """The indices that an entry of `keeps` lists."""
         return [index for first, last in _ranges(self.keeps[entry]) for index in range(first, last + 1)]
@@ -165,6 +173,34 @@ class PruningPlan(_Strict):
             return cls(keeps=(), groups={}, tensors={})
         whole: Cuttable = groups if hasattr(groups, "cut") else groups[0].whole
         return whole.cut(keep)
+
+    def then(self, later: PruningPlan) -> PruningPlan:
+        """One plan for the dense model that does this one, and then another that was made for the smaller model.
+
+        Raises:
+            PlanError: The other one was made for another model.
+        """
+        cutting = Cutting()
+        return PruningPlan(
+            libraries=later.libraries,
+            groups={
+                name: GroupCut(size=size, keep=cutting.entry(stays))
+                for name, (size, stays) in _joined_groups(self, later).items()
+            },
+            tensors={
+                name: _joined_tensor(name, self, later, cutting)
+                for name in dict.fromkeys([*self.tensors, *later.tensors])
+            },
+            attributes={
+                path: {**self.attributes.get(path, {}), **later.attributes.get(path, {})}
+                for path in dict.fromkeys([*self.attributes, *later.attributes])
+            },
+            calls={
+                path: _joined_calls(self.calls.get(path, ()), later.calls.get(path, ()))
+                for path in dict.fromkeys([*self.calls, *later.calls])
+            },
+            keeps=cutting.entries(),
+        )
 
     def to_json(self) -> str:
         """The plan as JSON text."""
@@ -208,6 +244,76 @@ class Cutting:
     def entries(self) -> tuple[str, ...]:
         """All lists, as `PruningPlan.keeps` has them."""
         return tuple(self._numbers)
+
+
+def _joined_calls(first: Sequence[CallNumber], later: Sequence[CallNumber]) -> tuple[CallNumber, ...]:
+    """Changes after changes: of one place, the number in the code is the first one's, the new number the last one's."""
+    changes = {(change.function, change.call, change.position): change for change in first}
+    for change in later:
+        place = (change.function, change.call, change.position)
+        old = changes.get(place, change).old
+        changes[place] = change.model_copy(update={"old": old})
+    return tuple(changes.values())
+
+
+def _joined_groups(first: PruningPlan, later: PruningPlan) -> dict[str, tuple[int, list[int]]]:
+    """Size and kept channels of each group that one of two plans cuts."""
+    joined = {name: (group.size, first.kept(name)) for name, group in first.groups.items()}
+    for name, group in later.groups.items():
+        size, stayed = joined.get(name, (group.size, list(range(group.size))))
+        if group.size != len(stayed):
+            raise PlanError(
+                f"group {name!r} was left with {len(stayed)} channels, but the next plan was made for {group.size}: "
+                "it belongs to another model; make it anew"
+            )
+        joined[name] = size, [stayed[index] for index in later.kept(name)]
+    return joined
+
+
+def _joined_tensor(name: str, first: PruningPlan, later: PruningPlan, cutting: Cutting) -> TensorCut:
+    """What stays of a tensor after two plans."""
+    one = first.tensors.get(name) or TensorCut(shape=later.tensors[name].shape)
+    shape, left = one.shape, first.left(name) if name in first.tensors else one.shape
+    two = later.tensors.get(name) or TensorCut(shape=left)
+    if two.shape != left:
+        raise PlanError(
+            f"tensor {name!r} was left with shape {left}, but the next plan was made for {two.shape}: "
+            "it belongs to another model; make it anew"
+        )
+    keep = {}
+    for dim in one.keep.keys() | two.keep.keys():
+        if dim != 1 or not (one.blocks or two.blocks):
+            stayed = first.indices(one.keep[dim]) if dim in one.keep else list(range(shape[dim]))
+            chosen = later.indices(two.keep[dim]) if dim in two.keep else range(len(stayed))
+            keep[dim] = cutting.entry(stayed[index] for index in chosen)
+    blocks = _joined_blocks(first, one, later, two, cutting) if one.blocks or two.blocks else None
+    refers = [(plan, cut.refers) for plan, cut in ((first, one), (later, two)) if cut.refers is not None]
+    kept: list[int] = []
+    for plan, entry in refers:
+        kept = [kept[index] for index in plan.indices(entry)] if kept else plan.indices(entry)
+    return TensorCut(shape=shape, keep=keep, blocks=blocks, refers=cutting.entry(kept) if kept else None)
+
+
+def _joined_blocks(
+    first: PruningPlan, one: TensorCut, later: PruningPlan, two: TensorCut, cutting: Cutting
+) -> tuple[int, ...]:
+    """The columns that stay of each row of a grouped weight: one block a row, as whole blocks may leave."""
+    columns = _columns(first, one)
+    stay = first.indices(one.keep[0]) if 0 in one.keep else list(range(one.shape[0]))
+    for row, chosen in zip(stay, _columns(later, two), strict=True):
+        columns[row] = [columns[row][index] for index in chosen]
+    # Rows that leave keep as many as the others, whichever.
+    width = len(columns[stay[0]])
+    return tuple(cutting.entry(own[:width]) for own in columns)
+
+
+def _columns(plan: PruningPlan, cut: TensorCut) -> list[list[int]]:
+    """The columns that stay of each row, before rows leave."""
+    if cut.blocks is not None:
+        lists = [plan.indices(entry) for entry in cut.blocks]
+    else:
+        lists = [plan.indices(cut.keep[1]) if 1 in cut.keep else list(range(cut.shape[1]))]
+    return [list(lists[row * len(lists) // cut.shape[0]]) for row in range(cut.shape[0])]
 
 
 def ranges(indices: Sequence[int]) -> str:

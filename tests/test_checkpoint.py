@@ -347,7 +347,10 @@ def test_what_timm_saved_again_is_still_a_pruned_model(resnet, folder):
     (folder / "config.json").write_text(json.dumps(config))
     assert torch.equal(run(load(folder)), run(resnet[0]))
     assert is_pruned(folder) and input_size(folder) == SIZE
-    with pytest.raises(ModelError, match="already pruned"):
+    again = load_model(folder)
+    assert again.preprocessing == resnet[1].preprocessing and torch.equal(run(again.module), run(resnet[0]))
+    (folder / "pruning_plan.json").unlink()
+    with pytest.raises(ModelError, match="already pruned, and .* no pruning_plan.json"):
         load_model(folder)
 
 

@@ -121,8 +121,9 @@ def test_a_zoo_of_one_s_own_goes_all_the_way(toy, tmp_path):
     # It promises no code of ours in the repository, so there is none, and the card does not offer it.
     assert not (tmp_path / "out" / "modeling_scap.py").exists() and "Without scap_hub" not in card
 
-    with pytest.raises(ModelError, match="already pruned"):
-        load_model(tmp_path / "out")
+    second = scap_hub.prune(str(tmp_path / "out"), images(), QUICK, target="macs=0.7", output_dir=tmp_path / "second")
+    assert second.loaded.zoo is toy and second.loaded.config == {"brick": result.loaded.config["brick"]}
+    assert torch.equal(answer(scap_hub.load(tmp_path / "second")), answer(second.model))
 
 
 def test_its_modules_and_folders_are_recognised(toy, tmp_path):

@@ -94,12 +94,14 @@ def model_card(
     )
     base = loaded.base_model
     origin = f", from [{escaped(base)}](https://huggingface.co/{quote(base)})" if base else ""
+    before = " (called dense here, but pruned before; the plan beside the weights is of all rounds)"
+    before = before if loaded.earlier else ""
     preprocessing = loaded.preprocessing
     text = Template(files(__package__).joinpath("card_template.md").read_text(encoding="utf-8")).substitute(
         begin=BEGIN,
         end=END,
         title=escaped(title),
-        origin=f"{code(loaded.name)} with {loaded.num_classes} classes{origin}",
+        origin=f"{code(loaded.name)} with {loaded.num_classes} classes{origin}{before}",
         measurements=_measurements(measured),
         removed="\n\n".join(filter(None, [_CHANNELS if picture else "", _removed(plan), _verified(measured)])),
         doors=_doors(loaded, plain),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from scap_hub.plan import PruningPlan, TensorCut
+from scap_hub.plan import PruningPlan
 from scap_hub.zoo.base import LoadedModel
 from scap_hub.zoo.modeling_scap import VERSION
 
@@ -13,18 +13,20 @@ def cut_of(plan: PruningPlan, loaded: LoadedModel) -> dict[str, Any]:
     """Derives the cut from the plan; `modeling_scap.shrink` reads it.
 
     Args:
-        plan: What stays.
-        loaded: The dense model that the plan was made for.
+        plan: What stays of the dense model, in all rounds.
+        loaded: The model that the last round was made for.
     """
     dense = loaded.module
     saved = dense.state_dict().keys()
-    shapes = {name: ",".join(_sizes(cut, plan)) for name, cut in plan.tensors.items()}
+    shapes = {name: ",".join(_sizes(name, plan)) for name in plan.tensors}
+    earlier = loaded.earlier.attributes if loaded.earlier else {}
     # config.json keeps the dense sizes: the zoo builds the dense model from them.
     changed = {
         path: {
             name: value
             for name, value in values.items()
-            if not name.startswith("config.") and _plain(getattr(dense.get_submodule(path), name)) != value
+            if not name.startswith("config.")
+            and (name in earlier.get(path, {}) or _plain(getattr(dense.get_submodule(path), name)) != value)
         }
         for path, values in plan.attributes.items()
     }
@@ -38,11 +40,9 @@ def cut_of(plan: PruningPlan, loaded: LoadedModel) -> dict[str, Any]:
     return {**cut, **({"buffers": buffers} if buffers else {}), **({"calls": calls} if calls else {})}
 
 
-def _sizes(cut: TensorCut, plan: PruningPlan) -> list[str]:
-    sizes = {dim: len(plan.indices(entry)) for dim, entry in cut.keep.items()}
-    if cut.blocks is not None:
-        sizes[1] = len(plan.indices(cut.blocks[0]))
-    return [str(sizes[dim]) if sizes.get(dim, size) != size else "*" for dim, size in enumerate(cut.shape)]
+def _sizes(name: str, plan: PruningPlan) -> list[str]:
+    sizes = zip(plan.left(name), plan.tensors[name].shape, strict=True)
+    return [str(left) if left != size else "*" for left, size in sizes]
 
 
 def _plain(value: Any) -> Any:

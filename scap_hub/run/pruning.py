@@ -231,6 +231,8 @@ class _Pipeline:
             small = apply_plan(model, plan)
         if recipe.publish.layout == "uniform" and number + 1 == recipe.schedule.steps:
             plain_config(self.loaded, small)  # refuses before the training what saving would refuse after it
+        if self.loaded.earlier is not None and number == 0:
+            self.loaded.earlier.then(plan)  # likewise
         with stages("repair"):
             settings = recipe.repair.model_dump()
             self.kept.weights(f"repaired-{number}", small, lambda: repair(model, small, plan, calibration, **settings))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scap_hub.errors import ModelError
+from scap_hub.plan import PruningPlan
 from scap_hub.zoo.described import Features, Shape, Widths, block_widths, observed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -59,10 +60,12 @@ class LoadedModel:
         preprocessing: How to feed it.
         num_classes: Width of the classifier, 0 where there is none. Classification only.
         labels: Class names by index, None where unknown. Classification only.
-        config: JSON-able document to rebuild an untrained copy, in the zoo's own config.json layout.
+        config: JSON-able document to rebuild an untrained copy, in the zoo's own config.json layout; of the dense
+            model where the module was pruned before.
         image_processor: The transformers image processor's JSON-able document, None where there is none.
         base_model: Hub id of the pretrained weights, None where there are none.
         license: Licence of those weights, None where unknown.
+        earlier: What was removed before from what `config` rebuilds; None if nothing was.
     """
 
     module: nn.Module
@@ -76,6 +79,7 @@ class LoadedModel:
     image_processor: dict[str, Any] | None = None
     base_model: str | None = None
     license: str | None = None
+    earlier: PruningPlan | None = None
 
 
 class Wanted(NamedTuple):
@@ -181,6 +185,28 @@ class Zoo(Protocol):
         """
         ...
 
+    def describe(
+        self,
+        module: nn.Module,
+        config: dict[str, Any],
+        processor: dict[str, Any] | None,
+        source: str,
+        input_size: tuple[int, int, int] | None,
+    ) -> LoadedModel:
+        """Describes what `rebuild` built for a pruned model's folder.
+
+        Args:
+            module: The dense model.
+            config: The pruned model's config.json, with our entry.
+            processor: Its image processor's document, None where it has none.
+            source: What the user asked for.
+            input_size: (channels, height, width) in pixels, None for the model's own.
+
+        Raises:
+            ModelError: The module does not take that input size.
+        """
+        return self.from_module(module, source, input_size)
+
     def rebuild(self, config: dict[str, Any]) -> nn.Module:
         """Builds an untrained model from `LoadedModel.config`; runs no code but the zoo's own.
 
@@ -276,6 +302,17 @@ class Zoo(Protocol):
             ModelError: The constructor refuses them.
         """
         return None
+
+
+def remember(loaded: LoadedModel) -> None:
+    """Notes on a pruned module where it comes from, which nobody can tell from its layers; its copies have it too."""
+    known: Any = {field.name: getattr(loaded, field.name) for field in fields(loaded) if field.name != "module"}
+    vars(loaded.module)["scap_origin"] = {**known, "zoo": loaded.zoo.name}
+
+
+def remembered(module: nn.Module) -> dict[str, Any] | None:
+    """The fields of `LoadedModel` that `remember` noted, with the name of the zoo; None for any other module."""
+    return vars(module).get("scap_origin")
 
 
 def logits(output: Any) -> Tensor:

@@ -9,13 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from scap_hub.errors import ModelError
+from scap_hub.errors import ModelError, ScapHubError
 from scap_hub.markdown import metadata
-from scap_hub.zoo.base import LoadedModel, Wanted, Zoo, first_difference
-from scap_hub.zoo.registry import PLAIN, nearest, pruned_entry, zoo_of, zoo_of_config, zoo_with_name
+from scap_hub.plan import PruningPlan
+from scap_hub.surgery import apply_plan
+from scap_hub.zoo.base import LoadedModel, Wanted, first_difference, remembered
+from scap_hub.zoo.building import skeleton
+from scap_hub.zoo.pruned import read_pruned, resized
+from scap_hub.zoo.registry import PLAIN, nearest, pruned_entry, zoo_named, zoo_of, zoo_of_config, zoo_with_name
 
 
 def load_model(
@@ -29,7 +32,7 @@ def load_model(
 
     Args:
         model: A name that a zoo knows (timm's "resnet18.a1_in1k"), a Hub id or local folder of a model that one
-            knows (also as "hf-hub:owner/name@revision" or "local-dir:folder"), or an nn.Module.
+            knows (also as "hf-hub:owner/name@revision" or "local-dir:folder"), dense or pruned, or an nn.Module.
         pretrained: Whether to load weights; of no effect on an nn.Module.
         num_classes: Width of the classifier; a new head where the weights have another. By default len(labels).
         input_size: (C, H, W) in pixels, instead of the model's own.
@@ -45,7 +48,7 @@ def load_model(
     if num_classes is None and labels is not None:
         num_classes = len(labels)
     if isinstance(model, nn.Module):
-        loaded = _checked(zoo_of(model).from_module(model, type(model).__name__, input_size))
+        loaded = _checked(_described(model, input_size))
     else:
         loaded = _checked(_from_name(str(model), Wanted(pretrained, num_classes, input_size)))
     if num_classes not in (None, loaded.num_classes):
@@ -58,32 +61,6 @@ def load_model(
             raise ModelError(f"{len(labels)} labels for {loaded.num_classes} classes: give one label a class")
         loaded.labels = list(labels)
     return loaded
-
-
-def rebuild(zoo: Zoo, config: dict[str, Any]) -> nn.Module:
-    """Builds an untrained copy of a model from `LoadedModel.config`; runs no code but the zoo's own.
-
-    Raises:
-        ModelError: A model that only its owner can build, or a config that the zoo refuses.
-    """
-    try:
-        return zoo.rebuild(config)
-    except (KeyError, IndexError, TypeError) as error:
-        raise ModelError(f"config.json lacks what it takes to build a {zoo.name} model: {error!r}") from None
-
-
-def skeleton(zoo: Zoo, config: dict[str, Any]) -> nn.Module:
-    """As `rebuild`, without memory for the weights where the zoo can.
-
-    Raises:
-        ModelError: As `rebuild`.
-    """
-    try:
-        with torch.device("meta"):
-            return rebuild(zoo, config)
-    except ModelError:
-        # Some constructors compute with tensors, which have no values there.
-        return rebuild(zoo, config)
 
 
 def _from_name(name: str, wanted: Wanted) -> LoadedModel:
@@ -104,6 +81,8 @@ def _from_name(name: str, wanted: Wanted) -> LoadedModel:
         base_model, _, revision = place.partition("@")
         folder = fetch_dense(base_model, wanted.pretrained, revision or None)
     config = _read_config(folder, name)
+    if pruned_entry(config) is not None:
+        return _pruned(folder, name, wanted)
     loaded = zoo_of_config(config).from_folder(folder, config, name, wanted)
     return replace(loaded, base_model=base_model if wanted.pretrained else None, license=_license(folder))
 
@@ -117,9 +96,30 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
         raise ModelError(f"config.json of {name!r} is no JSON: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"config.json of {name!r} is no JSON object, but {json.dumps(config)[:40]}")
-    if pruned_entry(config) is not None:
-        raise ModelError(f"{name!r} is already pruned: load it with scap_hub.load({name!r}), and pass that model")
     return config
+
+
+def _pruned(folder: Path, name: str, wanted: Wanted) -> LoadedModel:
+    """A pruned model as it lies there."""
+    try:
+        loaded = replace(read_pruned(folder, wanted), source=name)
+    except ScapHubError as error:
+        raise ModelError(f"{name!r} is already pruned, and cannot be opened to be pruned further: {error}") from None
+    if wanted.num_classes not in (None, loaded.num_classes):
+        raise ModelError(
+            f"{name!r} is already pruned, with {loaded.num_classes} classes, not {wanted.num_classes}: give the dense "
+            "model a new head, and prune that"
+        )
+    return loaded
+
+
+def _described(module: nn.Module, input_size: tuple[int, int, int] | None) -> LoadedModel:
+    """A module that the caller has."""
+    known = remembered(module)
+    if known is None:
+        return zoo_of(module).from_module(module, type(module).__name__, input_size)
+    loaded = LoadedModel(module=module.eval(), **{**known, "zoo": zoo_named(known["zoo"])})
+    return loaded if input_size is None else resized(loaded, input_size)
 
 
 def _license(folder: Path) -> str | None:
@@ -128,15 +128,30 @@ def _license(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def _altered(loaded: LoadedModel) -> str | None:
+    """Where a module is not what its description says; None if it is."""
+    if not loaded.zoo.rebuilds:
+        path = _other_shape(loaded.module, loaded.earlier) if loaded.earlier else None
+        return path and f"its {path!r} is not what pruning left"
+    copy = skeleton(loaded.zoo, loaded.config)
+    path = first_difference(loaded.module, apply_plan(copy, loaded.earlier) if loaded.earlier else copy)
+    return path and f"its {path!r} is not what {loaded.zoo.name} builds for {loaded.name!r}"
+
+
+def _other_shape(module: nn.Module, plan: PruningPlan) -> str | None:
+    """The first tensor that has not the shape that a plan leaves."""
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
+    return next((name for name in plan.tensors if shapes.get(name) != plan.left(name)), None)
+
+
 def _checked(loaded: LoadedModel) -> LoadedModel:
     """Makes sure now, not after hours of work, that the config rebuilds the model."""
-    if not loaded.zoo.rebuilds:
+    if not loaded.zoo.rebuilds and loaded.earlier is None:
         return loaded
     try:
-        copy = skeleton(loaded.zoo, loaded.config)
-        path = first_difference(loaded.module, copy)
-        reason = path and f"its {path!r} is not what {loaded.zoo.name} builds for {loaded.name!r}"
-    except ModelError as error:
+        reason = _altered(loaded)
+    except ScapHubError as error:
         reason = str(error)
     if not reason:
         return loaded

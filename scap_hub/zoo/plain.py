@@ -60,6 +60,27 @@ class PlainZoo(Zoo):
             num_classes=output.shape[1],
         )
 
+    def describe(
+        self,
+        module: nn.Module,
+        config: dict[str, Any],
+        processor: dict[str, Any] | None,
+        source: str,
+        input_size: tuple[int, int, int] | None,
+    ) -> LoadedModel:
+        """What our entry says of the module; its owner alone can build it."""
+        entry = config["scap"]
+        return LoadedModel(
+            module=module,
+            zoo=self,
+            name=type(module).__name__,
+            source=source,
+            preprocessing=default_preprocessing(input_size or (3, 224, 224)),
+            num_classes=entry["num_classes"],
+            labels=entry.get("labels"),
+            config={"reason": entry["reason"]} if "reason" in entry else {},
+        )
+
     def rebuild(self, config: dict[str, Any]) -> nn.Module:
         """Never: only its owner can.
 

@@ -75,12 +75,12 @@ def refusals(repo_id: str, revision: str | None, error: type[ScapHubError], kind
 
 
 def fetch_dense(repo_id: str, pretrained: bool, revision: str | None = None) -> Path:
-    """Downloads what it takes to build a dense model: the config, and the weights if asked for.
+    """Downloads what it takes to build a model: the documents, and the weights if asked for.
 
     Raises:
         ModelError: No such repo, no network, or no weights.
     """
-    documents = ("config.json", "preprocessor_config.json", "README.md")
+    documents = ("config.json", "preprocessor_config.json", "pruning_plan.json", "README.md")
     options: dict[str, Any] = {"revision": revision, "advice": NO_NETWORK, "error": ModelError}
     if not pretrained:
         return fetch(repo_id, documents, **options)

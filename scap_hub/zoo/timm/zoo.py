@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from scap_hub.errors import CheckpointError
+from scap_hub.errors import CheckpointError, ModelError
 from scap_hub.zoo.auto import auto_door, auto_map
 from scap_hub.zoo.base import FORMAT, Door, LoadedModel, Uniform, Wanted, Zoo
 from scap_hub.zoo.described import Shape, Widths
@@ -42,11 +42,9 @@ class TimmZoo(Zoo):
         return "architecture" in config and "model_type" not in config
 
     def knows_module(self, module: nn.Module) -> bool:
-        """Whether timm built the module; what it loaded as a pruned model counts as its owner's."""
+        """Whether timm built the module."""
         cfg = getattr(module, "pretrained_cfg", None)
-        if "timm" not in sys.modules or not isinstance(cfg, dict):
-            return False
-        return cfg.get("architecture") not in (None, ARCHITECTURE)
+        return "timm" in sys.modules and isinstance(cfg, dict) and cfg.get("architecture") is not None
 
     def from_name(self, name: str, wanted: Wanted) -> LoadedModel:
         """A model of timm's registry, with its tag's weights."""
@@ -66,10 +64,28 @@ class TimmZoo(Zoo):
 
         return build.from_module(self, module, source, input_size)
 
+    def describe(
+        self,
+        module: nn.Module,
+        config: dict[str, Any],
+        processor: dict[str, Any] | None,
+        source: str,
+        input_size: tuple[int, int, int] | None,
+    ) -> LoadedModel:
+        """As any model; one that takes images of one size alone was built for it."""
+        cfg: Any = config["pretrained_cfg"]
+        if input_size and cfg.get("fixed_input_size") and tuple(cfg["input_size"]) != tuple(input_size):
+            raise ModelError(
+                f"{source} takes images of {cfg['input_size']} alone, not {input_size}: set the size before"
+            )
+        return self.from_module(module, source, input_size)
+
     def rebuild(self, config: dict[str, Any]) -> nn.Module:
         """An untrained model from timm's config.json layout."""
         from scap_hub.zoo.timm import build
 
+        if config.get("architecture") == ARCHITECTURE:
+            raise ModelError("timm does not tell what it was pruned from; scap_hub.load does")
         return build.rebuild(config)
 
     def write_config(

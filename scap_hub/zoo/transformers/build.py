@@ -43,7 +43,7 @@ def from_folder(zoo: Zoo, folder: Path, source: str, wanted: Wanted) -> LoadedMo
             module = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"transformers cannot load {source!r}: {one_line(error)}") from error
-    return from_module(zoo, module, source, wanted.input_size, processor_from=str(folder))
+    return from_module(zoo, module, source, wanted.input_size, image_processor(str(folder)))
 
 
 def from_module(
@@ -51,7 +51,7 @@ def from_module(
     module: Any,
     source: str,
     input_size: tuple[int, int, int] | None,
-    processor_from: str | None = None,
+    processor: dict[str, Any] | None,
 ) -> LoadedModel:
     """Describes a transformers model.
 
@@ -60,7 +60,7 @@ def from_module(
         module: The model.
         source: What the user asked for.
         input_size: Overrides the image processor's.
-        processor_from: Folder or cached Hub id of the image processor; by default where the model came from.
+        processor: The image processor's document, None where there is none.
 
     Raises:
         ModelError: The model does not take that number of channels.
@@ -69,7 +69,6 @@ def from_module(
     channels = getattr(config, "num_channels", 3)
     if input_size and input_size[0] != channels:
         raise ModelError(f"input_size {input_size}: the model takes {channels} channels; build it with that many")
-    processor = _image_processor(processor_from or module.name_or_path)
     if processor is None:
         size = getattr(config, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else size
@@ -127,7 +126,8 @@ def _config(module: Any) -> dict[str, Any]:
     return document
 
 
-def _image_processor(source: str) -> dict[str, Any] | None:
+def image_processor(source: str) -> dict[str, Any] | None:
+    """The document of the image processor in a folder or a cached Hub repository; None where there is none."""
     try:
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError):

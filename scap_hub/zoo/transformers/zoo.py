@@ -42,7 +42,21 @@ class TransformersZoo(Zoo):
         """One of transformers' models."""
         from scap_hub.zoo.transformers import build
 
-        return build.from_module(self, module, source, input_size)
+        name: Any = module
+        return build.from_module(self, module, source, input_size, build.image_processor(name.name_or_path))
+
+    def describe(
+        self,
+        module: nn.Module,
+        config: dict[str, Any],
+        processor: dict[str, Any] | None,
+        source: str,
+        input_size: tuple[int, int, int] | None,
+    ) -> LoadedModel:
+        """With the image processor that lies beside the weights."""
+        from scap_hub.zoo.transformers import build
+
+        return build.from_module(self, module, source, input_size, processor)
 
     def rebuild(self, config: dict[str, Any]) -> nn.Module:
         """An untrained model of the class that `architectures` names."""

@@ -1,0 +1,375 @@
+"""Reads pruned models from disk: config.json, the plan that shrinks the rebuilt model, and safetensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from scap_hub.documents import LARGEST, own_file, parse_json, read_document
+from scap_hub.errors import CheckpointError, ModelError, PlanError
+from scap_hub.plan import PruningPlan
+from scap_hub.surgery import apply_plan
+from scap_hub.zoo import modeling_scap
+from scap_hub.zoo.base import FORMAT, LoadedModel, Preprocessing, Wanted, Zoo, one_line, remember, remembered
+from scap_hub.zoo.building import rebuild, skeleton
+from scap_hub.zoo.registry import pruned_entry, zoo_named
+
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+CONFIG = "config.json"
+PLAN = "pruning_plan.json"
+IMAGE_PROCESSOR = "preprocessor_config.json"
+UNIFORM = "uniform"
+"""Layout of a checkpoint whose config builds the pruned model with nothing of ours."""
+PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def load(
+    folder_or_repo_id: str | Path,
+    model: nn.Module | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> nn.Module:
+    """Loads a pruned model, in eval mode; runs no code from the folder and unpickles nothing.
+
+    Args:
+        folder_or_repo_id: Folder that `save_checkpoint` wrote, or Hub id of one.
+        model: The dense model, trained or not, where it comes from no zoo; untouched.
+        revision: Branch, tag or commit of a Hub id.
+        token: Hub token; None uses the stored one.
+
+    Raises:
+        CheckpointError: Not a pruned checkpoint, incomplete, or its weights do not fit.
+        ModelError: The dense model cannot be rebuilt.
+        PlanError: The plan is malformed or made for another model.
+    """
+    folder = _local(folder_or_repo_id, revision, token)
+    config = _read_config(folder)
+    zoo, plan = _zoo(config), _plan(folder)
+    small = _checked(folder, zoo, config, plan, model)
+    files = weight_files(folder)
+    _check_weights(small, files)
+    dense = copy.deepcopy(model) if model is not None else rebuild(zoo, zoo.dense_config(config))
+    # Another network than the zoo's may stand in for it; then there is nothing to be told of it.
+    known = _described(folder, zoo, config, plan, dense) if not zoo.rebuilds or zoo.knows_module(dense) else None
+    small = _smaller(dense, zoo, config, plan)
+    _load_tensors(small, files, config["scap"].get("buffer_dtypes", {}))
+    if known is not None:
+        remember(replace(known, module=small, source=str(folder_or_repo_id)))
+    return small.eval()
+
+
+def read_pruned(folder: Path, wanted: Wanted) -> LoadedModel:
+    """A pruned model and its description, as `load_model` gives them of a dense one.
+
+    Args:
+        folder: Written by `save_checkpoint`.
+        wanted: What the model shall be; its number of classes is not looked at.
+
+    Raises:
+        CheckpointError: As `load`; also where nothing tells what was removed.
+        ModelError: The dense model cannot be rebuilt, or does not take the input size.
+        PlanError: As `load`.
+    """
+    config = _read_config(folder)
+    zoo, plan = _zoo(config), _plan(folder)
+    if plan is None and not _is_uniform(config):
+        raise CheckpointError(f"{folder} has no {PLAN}, which says what was removed; scap_hub.load does without")
+    if wanted.pretrained:
+        module = load(folder)
+        known = remembered(module)
+        assert known is not None  # a dense model was built, by the zoo that describes it
+        loaded = LoadedModel(module=module, **{**known, "zoo": zoo})
+    else:
+        _checked(folder, zoo, config, plan, None)
+        dense = rebuild(zoo, zoo.dense_config(config))
+        loaded = _described(folder, zoo, config, plan, dense)
+        loaded = replace(loaded, module=_smaller(dense, zoo, config, plan).eval())
+        remember(loaded)
+    return resized(loaded, wanted.input_size) if wanted.input_size else loaded
+
+
+def resized(loaded: LoadedModel, input_size: tuple[int, int, int]) -> LoadedModel:
+    """A pruned model for images of another size: (channels, height, width) in pixels.
+
+    Raises:
+        ModelError: The model does not take it.
+    """
+    own = loaded.preprocessing.input_size
+    if input_size[0] != own[0]:
+        raise ModelError(f"input_size {input_size}: the model takes {own[0]} channels; build it with that many")
+    if loaded.zoo.rebuilds and input_size != own:
+        dense = rebuild(loaded.zoo, loaded.config)
+        sized = loaded.zoo.describe(dense, loaded.config, loaded.image_processor, loaded.source, input_size)
+        loaded = replace(loaded, config=sized.config, image_processor=sized.image_processor)
+    return replace(loaded, preprocessing=replace(loaded.preprocessing, input_size=input_size))
+
+
+def _described(
+    folder: Path, zoo: Zoo, config: dict[str, Any], plan: PruningPlan | None, dense: nn.Module
+) -> LoadedModel:
+    """What is known of a pruned model, with the dense one that it is made from."""
+    entry, processor = config["scap"], None
+    if (folder / IMAGE_PROCESSOR).is_file():
+        try:
+            processor = parse_json(_read(folder, IMAGE_PROCESSOR))
+        except ValueError as error:
+            raise CheckpointError(f"{folder / IMAGE_PROCESSOR} is not JSON ({error}): save it again") from None
+    preprocessing = _preprocessing(entry.get("preprocessing"))
+    loaded = zoo.describe(dense, config, processor, str(folder), preprocessing.input_size if preprocessing else None)
+    return replace(
+        loaded,
+        preprocessing=preprocessing or loaded.preprocessing,
+        base_model=entry.get("base_model"),
+        license=entry.get("license"),
+        earlier=None if _is_uniform(config) else plan,
+    )
+
+
+def _preprocessing(entry: Any) -> Preprocessing | None:
+    """Our entry; None where it was lost and the zoo's own entries tell."""
+    if not isinstance(entry, dict) or entry.keys() != {field.name for field in fields(Preprocessing)}:
+        return None
+    lists = {name: tuple(entry[name]) for name in ("input_size", "mean", "std")}
+    return Preprocessing(**{**entry, **lists})
+
+
+def _plan(folder: Path) -> PruningPlan | None:
+    """The record of what was removed; not all who save a model again keep it."""
+    return PruningPlan.from_json(_read(folder, PLAN)) if (folder / PLAN).is_file() else None
+
+
+def _checked(
+    folder: Path, zoo: Zoo, config: dict[str, Any], plan: PruningPlan | None, model: nn.Module | None
+) -> nn.Module:
+    """The pruned model without memory, where the zoo can; a foreign file may claim any size."""
+    dense = copy.deepcopy(model) if model is not None else skeleton(zoo, zoo.dense_config(config))
+    if not _is_uniform(config):
+        cut = _cut(zoo, config)
+        if plan is not None:
+            _check_plan(dense, plan, cut)
+        _shrink(dense, cut)
+    return dense
+
+
+def _smaller(dense: nn.Module, zoo: Zoo, config: dict[str, Any], plan: PruningPlan | None) -> nn.Module:
+    """The pruned model; by the plan if it is there, which also tells the widths in a config."""
+    if _is_uniform(config):
+        return dense
+    if plan is not None:
+        return apply_plan(dense, plan)
+    _shrink(dense, _cut(zoo, config))
+    return dense
+
+
+def is_pruned(name: str | Path) -> bool:
+    """Whether this names a pruned checkpoint: a folder, or a Hub id, whose files are then fetched."""
+    if not Path(name).expanduser().is_dir() and (str(name).count("/") != 1 or ":" in str(name)):
+        return False
+    try:
+        config = parse_json(_read(_local(name), CONFIG))
+    except (CheckpointError, ValueError):
+        return False
+    return isinstance(config, dict) and pruned_entry(config) is not None
+
+
+def dense_model(folder_or_repo_id: str | Path) -> nn.Module | None:
+    """The dense model that a pruned one was made from, untrained; None where the config no longer tells.
+
+    Raises:
+        CheckpointError: Not a pruned checkpoint.
+        ModelError: A model that only its owner can build.
+    """
+    config = _read_config(_local(folder_or_repo_id))
+    if _is_uniform(config):
+        return None
+    zoo = _zoo(config)
+    return rebuild(zoo, zoo.dense_config(config)).eval()
+
+
+def input_size(folder_or_repo_id: str | Path) -> tuple[int, int, int]:
+    """(channels, height, width) that a pruned model was made for.
+
+    Raises:
+        CheckpointError: Not a pruned checkpoint, or one that was saved again without that entry.
+    """
+    config = _read_config(_local(folder_or_repo_id))
+    try:
+        channels, height, width = config["scap"]["preprocessing"]["input_size"]
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{CONFIG} of {folder_or_repo_id} does not say the input size: save it again") from None
+    return channels, height, width
+
+
+def _local(folder_or_repo_id: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The folder itself, or the downloaded one."""
+    folder = Path(folder_or_repo_id).expanduser()
+    if folder.is_dir():
+        return folder
+    from scap_hub.zoo.remote import fetch  # huggingface_hub is slow to import
+
+    return fetch(
+        str(folder_or_repo_id),
+        (CONFIG, PLAN, IMAGE_PROCESSOR, "model*.safetensors*"),
+        revision=revision,
+        token=token,
+        advice="connect, or give a local folder",
+        error=CheckpointError,
+    )
+
+
+def _read(folder: Path, name: str) -> str:
+    try:
+        return read_document(folder, name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{folder} is no complete pruned checkpoint: cannot read {name} ({one_line(error)}); save it again"
+        ) from None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = parse_json(_read(folder, CONFIG))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG} is not JSON ({error}): save the checkpoint again") from None
+    entry = pruned_entry(config) if isinstance(config, dict) else None
+    if not isinstance(entry, dict):
+        raise CheckpointError(
+            f"{folder / CONFIG} has no 'scap' entry: not a pruned model; load it with its own library"
+        )
+    if entry.get("version") != FORMAT:
+        raise CheckpointError(
+            f"{folder} has layout version {entry.get('version')!r}, this scap_hub reads {FORMAT}: upgrade scap_hub"
+        )
+    return {**config, "scap": entry}
+
+
+def _zoo(config: dict[str, Any]) -> Zoo:
+    try:
+        return zoo_named(config["scap"].get("library"))
+    except ModelError as error:
+        raise CheckpointError(f"config.json cannot be read: {error}") from None
+
+
+def _is_uniform(config: dict[str, Any]) -> bool:
+    """Whether the zoo itself builds the pruned model."""
+    return config["scap"].get("layout") == UNIFORM
+
+
+def _cut(zoo: Zoo, config: dict[str, Any]) -> dict[str, Any]:
+    """The sizes that pruning left."""
+    cut = zoo.cut_in(config)
+    if cut is None:
+        raise CheckpointError("config.json lacks the sizes of the pruned model ('cut'): save the checkpoint again")
+    return cut
+
+
+def _shrink(model: nn.Module, cut: dict[str, Any]) -> None:
+    try:
+        modeling_scap.shrink(model, cut)
+    except ValueError as error:
+        raise PlanError(one_line(error)) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PlanError(f"'cut' in config.json is malformed ({error!r}): save the checkpoint again") from None
+
+
+def _check_plan(dense: nn.Module, plan: PruningPlan, cut: dict[str, Any]) -> None:
+    """The plan is the record of what was done; config.json repeats the sizes that it leaves."""
+    small, shrunk = apply_plan(dense, plan), copy.deepcopy(dense)
+    planned = {name: tensor.shape for name, tensor in small.state_dict().items()}
+    _shrink(shrunk, cut)
+    for name, tensor in shrunk.state_dict().items():
+        if tensor.shape != planned[name]:
+            raise CheckpointError(
+                f"{PLAN} leaves {tuple(planned[name])} of {name!r}, {CONFIG} leaves {tuple(tensor.shape)}: "
+                "they belong to different models; save the checkpoint again"
+            )
+    numbers = {path: [list(dict(change).values()) for change in changes] for path, changes in plan.calls.items()}
+    differs = next(
+        (path for path in plan.attributes if _integers(small, path, plan) != _integers(shrunk, path, plan)), None
+    )
+    for path, values in cut["attributes"].items():
+        if any(plan.attributes.get(path, {}).get(name) != value for name, value in values.items()):
+            differs = path
+    if differs is not None or cut.get("calls", {}) != numbers:
+        raise CheckpointError(
+            f"{PLAN} and {CONFIG} give different numbers to {differs or 'calls'!r}: they belong to different models; "
+            "save the checkpoint again"
+        )
+
+
+def _integers(model: nn.Module, path: str, plan: PruningPlan) -> dict[str, Any]:
+    """What a module has where the plan gives it numbers; a config keeps the dense ones."""
+    held = vars(model.get_submodule(path))
+    return {name: held[name] for name in plan.attributes[path] if not name.startswith("config.")}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: one, or the shards that the index lists; they need not exist.
+
+    Raises:
+        CheckpointError: The index is malformed.
+    """
+    index = folder / INDEX
+    if (folder / WEIGHTS).is_file() or not index.is_file():  # in the order of transformers
+        return [folder / WEIGHTS]
+    try:
+        names = set(parse_json(_read(folder, index.name))["weight_map"].values())
+        return [folder / Path(name).name for name in sorted(names)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} lists no weights ({error!r}): save the checkpoint again") from None
+
+
+def _check_weights(model: nn.Module, files: list[Path]) -> None:
+    """Compares the files' headers with the model, before any weight is read."""
+    wanted = model.state_dict(keep_vars=True)
+    found: dict[str, list[int]] = {}
+    for path in files:
+        try:
+            _check_header(own_file(path.parent, path.name))
+            with safe_open(path, "pt") as file:
+                found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read {path}: {one_line(error)}") from None
+    # Of tied tensors only one is stored.
+    stored = {id(tensor) for name, tensor in wanted.items() if name in found}
+    problems = [f"{name} is missing" for name, tensor in wanted.items() if id(tensor) not in stored]
+    for name, shape in found.items():
+        if name not in wanted:
+            problems.append(f"{name} is unknown")
+        elif list(wanted[name].shape) != shape:
+            problems.append(f"{name} has {tuple(shape)} instead of {tuple(wanted[name].shape)}")
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"{files[0]} does not fit the rebuilt model: {', '.join(problems[:3])}{more}")
+
+
+def _check_header(path: Path) -> None:
+    """The header is read into memory, so it must be no longer than the file that it claims to describe."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > min(LARGEST, path.stat().st_size):
+        raise OSError(f"its header claims {length} bytes")
+
+
+def _load_tensors(model: nn.Module, files: list[Path], buffer_dtypes: Mapping[str, str]) -> None:
+    """Loads weights in the precision in which they were saved."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    try:
+        for name, dtype in buffer_dtypes.items():
+            tensors[name].data = tensors[name].data.to(PRECISIONS[dtype])
+    except KeyError as error:
+        raise CheckpointError(f"'buffer_dtypes' in config.json does not fit the rebuilt model: {error}") from None
+    state = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    for name in state.keys() & tensors.keys():
+        tensors[name].data = tensors[name].data.to(state[name].dtype)
+    # Checked already; what is missing is tied to what is there.
+    model.load_state_dict(state, strict=False)
