@@ -45,20 +45,25 @@ def open_splits(name: str, settings: DataSettings) -> dict[str, Any]:
         raise DataError(f"data set {name!r} cannot be loaded {where}: {' '.join(str(error).split())}") from error
 
 
+def is_rows(source: Any) -> bool:
+    """Whether this is a data set of `datasets`."""
+    import datasets
+
+    return isinstance(source, (datasets.Dataset, datasets.IterableDataset))
+
+
 def as_splits(source: Any) -> dict[str, Any]:
     """Splits of a `datasets` object, by name.
 
     Raises:
         DataError: It is something else.
     """
-    import datasets
-
-    if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
+    if is_rows(source):
         return {str(source.split or "train"): source}
     if isinstance(source, Mapping) and source:
         return dict(source)
     raise DataError(
-        "a data set is a name, a folder, a datasets.Dataset or DatasetDict, or a DataLoader, "
+        "a data set is a name, a folder, a datasets.Dataset or DatasetDict, a torch data set, or a DataLoader, "
         f"not {type(source).__name__}"
     )
 
