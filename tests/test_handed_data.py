@@ -175,7 +175,7 @@ LABELS = torch.arange(9) % 3
     ],
 )  # fmt: skip
 def test_types_that_are_clear_are_read(dtype, labels):
-    data = load(IMAGES.to(dtype), labels)
+    data = load(IMAGES.to(dtype), labels, 5)
     for loader in (data.train, data.calibration):
         images, numbers = (torch.cat(column) for column in zip(*loader, strict=True))
         assert images.dtype == torch.float32 and torch.equal(images, IMAGES.to(dtype).float())
@@ -207,7 +207,7 @@ def test_labels_that_are_unclear_are_refused(labels, message):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_wrong_label_in_a_later_batch_is_one_line(workers):
     labels = torch.cat([LABELS[:8], torch.tensor([3])])
-    loader = DataLoader(TensorDataset(IMAGES, labels), batch_size=4, num_workers=workers)
+    loader = DataLoader(TensorDataset(IMAGES, labels), batch_size=5, num_workers=workers)
     data = load_data(loader, COLOUR, DataSettings(calibration_images=4), num_classes=3)
     with pytest.raises(DataError, match=r"^label 3 in the DataLoader is outside the classifier's range") as error:
         scap_hub.finetune(net(), data, epochs=1)
@@ -231,7 +231,7 @@ def test_samples_that_make_no_batch(folder):
         (DataLoader(uneven, batch_size=4), "make no batch: .*give images of one size"),
         (uneven, "make no batch: .*give images of one size"),
         (TensorDataset(torch.zeros(0, 3, 16, 16)), "the data set has no images"),
-        (DataLoader([(IMAGES[0], "ash")]), r"this one yields list of a tensor \(1, 3, 16, 16\), list of str"),
+        (DataLoader([(IMAGES[0], "ash")]), r"this one yields list of a tensor \(1, 3, 16, 16\), tuple of str"),
     ]
     for source, message in cases:
         with pytest.raises(DataError, match=message):
@@ -260,7 +260,7 @@ def test_a_last_batch_of_one_image():
     assert len(history) == 2 and len(loader) == 3
     for small in (load(IMAGES, LABELS, 64), load_data(TensorDataset(IMAGES, LABELS), COLOUR, num_classes=3)):
         assert len(scap_hub.finetune(net(), small, epochs=1)) == 2
-    with pytest.raises(DataError, match="a batch of one image cannot be trained on .* give batches of two or more"):
+    with pytest.raises(DataError, match=r"a batch of one image cannot be trained on .* give batches of two or more"):
         scap_hub.finetune(net(), load(IMAGES, LABELS, 1), epochs=1)
 
 
@@ -287,3 +287,18 @@ def test_prune_with_a_data_set_of_pictures(folder):
     result = scap_hub.prune(net(), ImageFolder(folder), model_input_size=(3, 16, 16), data_batch_size=8, **run)
     assert result.report.after.top1 is not None and len(result.report.history) == 2
     assert np.isfinite(result.report.history[-1]["loss"])
+
+
+def test_floats_that_are_no_normalised_pixels_are_told():
+    raw = TensorDataset((IMAGES * 127.5 + 127.5).round(), LABELS)
+    for source in (raw, DataLoader(raw, batch_size=4)):
+        with pytest.warns(UserWarning, match=r"have values up to 255, and normalised .* would be within 1: normalise"):
+            load_data(source, COLOUR, SETTINGS, num_classes=3)
+
+
+@pytest.mark.parametrize("name", ["no/such-photos", "/no/such/photos", "photoz"])
+def test_a_typo_in_the_data_is_told_before_the_model_is_loaded(name, monkeypatch):
+    monkeypatch.setattr("scap_hub.run.inputs.load_model", lambda *args: pytest.fail("loaded for nothing"))
+    with pytest.raises(DataError, match=name) as error:
+        scap_hub.prune("resnet50", name)
+    assert "\n" not in str(error.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -86,6 +87,25 @@ class Checked:
         )
 
 
+_BEYOND = 10
+"""Values so many times as large as the largest normalised one are no normalised pixels."""
+
+
+def warn_if_raw(images: Tensor, preprocessing: Preprocessing | None, where: str) -> None:
+    """Warns of floats that cannot be what the model's preprocessing makes, such as 0 to 255; only its owner knows."""
+    if preprocessing is None or not images.is_floating_point() or not images.numel():
+        return
+    mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+    largest, usual = images.abs().max().item(), (torch.maximum(mean, 1 - mean) / std).max().item()
+    if largest > _BEYOND * usual:
+        warnings.warn(
+            f"the images of {where} have values up to {largest:g}, and normalised with mean {preprocessing.mean} and "
+            f"standard deviation {preprocessing.std} they would be within {usual:.3g}: normalise them, unless the "
+            "model was trained on such values",
+            stacklevel=2,
+        )
+
+
 def _described(batch: Any) -> str:
     if isinstance(batch, (tuple, list)):
         return f"{type(batch).__name__} of {', '.join(map(_described, batch)) or 'nothing'}"
@@ -128,7 +148,8 @@ def with_check(loader: DataLoader, check: Checked, whole_batches: bool = False) 
 
 def _leaves_one(loader: DataLoader) -> bool:
     size = loader.batch_size
-    if size is None or size < 2 or loader.drop_last or type(loader.batch_sampler) is not BatchSampler:
+    # A batch sampler of the caller's own has no batch size.
+    if size is None or size < 2 or loader.drop_last or isinstance(loader.dataset, IterableDataset):
         return False
     images = len(loader.sampler)  # type: ignore[arg-type]
     return images > size and images % size == 1
@@ -197,7 +218,9 @@ class Handed:
             first = self._first(source)
             image = first_of(first)
             self.labelled = settings.labels and isinstance(first, (tuple, list)) and len(first) > 1
-            if isinstance(image, Image.Image):
+            if isinstance(image, Tensor):
+                warn_if_raw(image, preprocessing, numbering.where)
+            elif isinstance(image, Image.Image):
                 self._pictures, self._colour = True, Image.getmodebase(image.mode) != "L"
                 channels = preprocessing.input_size[0]
                 if channels not in (1, 3):

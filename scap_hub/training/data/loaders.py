@@ -20,7 +20,7 @@ from scap_hub.tasks import IMAGE_CLASSIFICATION, Batch, Task
 from scap_hub.training.data.batches import loader_of
 from scap_hub.training.data.classes import Classes, agreed_classes
 from scap_hub.training.data.columns import find_columns
-from scap_hub.training.data.handed import Handed, is_handed
+from scap_hub.training.data.handed import Handed, is_handed, warn_if_raw
 from scap_hub.training.data.images import Images, Numbering, Part, RowReader, Stream
 from scap_hub.training.data.named import handed_classes, handed_numbers, named_classes
 from scap_hub.training.data.sources import as_splits, open_splits, split_names
@@ -237,6 +237,7 @@ def _from_hands(
     held_out, final = (splits[name].measuring() if name else None for name in (validation, test))
     if whole.whole is None:
         calibration = _calibration(whole.loader(), settings, seed, task)
+        warn_if_raw(calibration.dataset[:][0], preprocessing, whole.numbering.where)
         training = whole.loader(whole_batches=accelerator().num_processes == 1)
     else:
         hold_out = validation is None and whole.labelled

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,36 @@ def open_splits(name: str, settings: DataSettings) -> dict[str, Any]:
     Raises:
         DataError: There is no such data set, or it cannot be read.
     """
-    import datasets
-
     if name == "digits":
         return _digits()
     path = Path(name).expanduser()
-    try:
+    with _refusals(name, path):
         return as_splits(_opened(name, path, settings))
+
+
+def ensure_there(name: str, settings: DataSettings) -> None:
+    """Finds out whether there is such a data set, without reading it: before a model is loaded for it.
+
+    Raises:
+        DataError: There is none.
+    """
+    import datasets
+
+    path = Path(name).expanduser()
+    if name == "digits" or path.exists():
+        return
+    with _refusals(name, path):
+        _ensure_reachable(name, path, settings)
+        datasets.load_dataset_builder(name, revision=settings.revision)
+
+
+@contextlib.contextmanager
+def _refusals(name: str, path: Path) -> Iterator[None]:
+    """Says in one line why `datasets` refuses a data set."""
+    import datasets
+
+    try:
+        yield
     except (
         OSError,
         ValueError,
@@ -108,10 +132,14 @@ def _opened(name: str, path: Path, settings: DataSettings) -> Any:
         return datasets.load_dataset("parquet", data_files=str(path), streaming=settings.streaming)
     if path.exists():
         return datasets.load_dataset(name, streaming=settings.streaming)
+    _ensure_reachable(name, path, settings)
+    return datasets.load_dataset(name, revision=settings.revision, streaming=settings.streaming)
+
+
+def _ensure_reachable(name: str, path: Path, settings: DataSettings) -> None:
     if path.is_absolute() or name.startswith(("~", ".")):
         raise DataError(f"no data set {name!r}: there is no such file or folder")
     _ask_hub(name, settings.revision)
-    return datasets.load_dataset(name, revision=settings.revision, streaming=settings.streaming)
 
 
 def _ask_hub(name: str, revision: str | None) -> None:
