@@ -16,6 +16,12 @@ class ModelError(ScapHubError):
 class DataError(ScapHubError):
     """A data set that cannot be read, or does not fit the model."""
 
+    def __init__(self, message: str) -> None:
+        # torch's loader processes hand on an error as its traceback; the message is the last line.
+        super().__init__(
+            message.strip().rpartition("\n")[2].removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
+        )
+
 
 class PlanError(ScapHubError):
     """A pruning plan that is malformed, unbalanced, or does not fit the model."""

@@ -212,7 +212,7 @@ def test_loaders_are_used_as_they_are():
     before = torch.random.get_rng_state()
     data = load_data(loader, GREY, DataSettings(calibration_images=20, batch_size=8), num_classes=10)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert data.train is loader and data.validation is None
+    assert data.train.sampler is loader.sampler and data.validation is None
     assert [len(images) for images, _ in data.calibration] == [8, 8, 4]
     both = load_data({"train": loader, "validation": loader}, GREY)
     assert both.validation is loader
@@ -249,7 +249,11 @@ def text_labels():
         (lambda: rows().select([]), {}, "custom[train] has no images"),
         (lambda: datasets.DatasetDict(a=rows(), b=rows()), {}, "which split of 'custom' to train on? It has a, b"),
         (lambda: None, {}, "no data set; pass dataset=... or set data.dataset"),
-        (lambda: 3, {}, "a data set is a name, a folder, a datasets.Dataset or DatasetDict, or a DataLoader, not int"),
+        (
+            lambda: 3,
+            {},
+            "a datasets.Dataset or DatasetDict, a torch data set, or a DataLoader, not int",
+        ),
         (lambda: "/no/such/folder", {}, "no data set '/no/such/folder': there is no such file or folder"),
         (lambda: DataLoader(TensorDataset(torch.rand(4, 8))), {}, "must yield (images, labels) or (images,) tuples"),
     ],

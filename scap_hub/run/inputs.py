@@ -16,7 +16,8 @@ from scap_hub.progress import track
 from scap_hub.recipe import DataSettings, Recipe
 from scap_hub.run.stages import Stages
 from scap_hub.training.data import Data, load_data
-from scap_hub.training.distributed import accelerator
+from scap_hub.training.data.sources import ensure_there
+from scap_hub.training.distributed import accelerator, main_first
 from scap_hub.training.finetune import finetune
 from scap_hub.zoo import LoadedModel, load_model
 
@@ -60,6 +61,9 @@ def _loaded(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data
     source = settings.name if model is None else model
     if source is None:
         raise RecipeError("no model; pass a name or a module, or set model.name in the recipe")
+    wanted = recipe.data.dataset if dataset is None else dataset
+    if isinstance(wanted, str | Path):
+        main_first(lambda: ensure_there(str(wanted), recipe.data))  # a typo is told before a model is downloaded
     loaded = load_model(source, settings.pretrained, settings.num_classes, settings.input_size)
     if loaded.module is model:
         # The caller's module stays as it is, on its own device.

@@ -54,8 +54,8 @@ def prune(
 
     Args:
         model: timm name, Hub id or folder, or an nn.Module (which is left untouched); the recipe's if left out.
-        dataset: "digits", Hub id, image folder, `datasets.Dataset(Dict)` or DataLoader; the recipe's if left out.
-            Without any, models trained on ImageNet use unlabelled images of timm/mini-imagenet.
+        dataset: "digits", Hub id, image folder, `datasets.Dataset(Dict)`, torch data set or DataLoader; the
+            recipe's if left out. Without any, models trained on ImageNet use unlabelled images of timm/mini-imagenet.
         recipe: Shipped name ("half-macs"), path, dict or `Recipe`.
         output_dir: Where to save the result, absent or empty; what each stage found is kept beside it until the end, so
             that the same call resumes. A call that differs in anything is refused.

@@ -112,6 +112,21 @@ class Task(ABC):
             DataError: One does not; names it.
         """
 
+    def given(self, targets: Tensor, images: int, num_classes: int, where: str) -> Tensor:
+        """The targets of a batch that the caller made, checked, as `loss` and the meter read them.
+
+        Args:
+            targets: As the caller's loader yields them.
+            images: How many images they are for.
+            num_classes: Width of the classifier; 0 where it is unknown.
+            where: The loader in words, for the message of an error.
+
+        Raises:
+            DataError: As `check`, or what they mean is unclear.
+        """
+        self.check(targets, num_classes, where)
+        return targets
+
     def renumbered(self, targets: Any, numbers: Tensor) -> Any:
         """Targets of a data set that numbers its classes in another order than the model.
 

@@ -75,6 +75,28 @@ class ImageClassification(Task):
                 "classifier set model.num_classes and finetune.dense_epochs"
             )
 
+    def given(self, targets: Tensor, images: int, num_classes: int, where: str) -> Tensor:
+        """Labels, int64 (N,), from those of shape (N,) or (N, 1), or one-hot (N, classes), of any type."""
+        numbers = targets.long()
+        if targets.is_floating_point() and not torch.equal(numbers.to(targets.dtype), targets):
+            wrong = targets[numbers != targets][0].item()
+            raise DataError(
+                f"label {wrong:g} in {where} is no class number: give whole numbers (smoothed and mixed labels are "
+                "made by finetune.label_smoothing and finetune.mixup)"
+            )
+        if numbers.ndim == 2 and numbers.shape[1] == 1:
+            numbers = numbers[:, 0]
+        elif numbers.ndim == 2 and num_classes in (0, numbers.shape[1]) and _one_hot(numbers):
+            numbers = numbers.argmax(1)
+        if numbers.shape != (images,):
+            raise DataError(
+                f"labels of shape {tuple(targets.shape)} in {where} for {images} images are neither class numbers, "
+                f"({images},), nor one-hot, ({images}, {num_classes or 'classes'}) with a single 1 in each row: give "
+                "one class number for each image"
+            )
+        self.check(numbers, num_classes, where)
+        return numbers
+
     def renumbered(self, targets: Tensor, numbers: Tensor) -> Tensor:
         """See `Task.renumbered`."""
         return numbers[targets]
@@ -111,6 +133,11 @@ class ImageClassification(Task):
     def meter(self, device: torch.device) -> Meter:
         """See `Task.meter`."""
         return _Accuracy(device)
+
+
+def _one_hot(rows: Tensor) -> bool:
+    """Whether each row holds zeros and a single one."""
+    return bool(((rows == 0) | (rows == 1)).all()) and bool((rows.sum(1) == 1).all())
 
 
 class _Accuracy(Meter):

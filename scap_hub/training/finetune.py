@@ -25,6 +25,7 @@ from scap_hub.progress import track
 from scap_hub.recipe import DataSettings, FinetuneSettings, Recipe
 from scap_hub.training import checkpoints
 from scap_hub.training.data import Data, load_data
+from scap_hub.training.data.handed import image_size
 from scap_hub.training.distributed import accelerator, average_buffers
 from scap_hub.training.evaluate import evaluate
 from scap_hub.training.history import History, Losses
@@ -111,7 +112,7 @@ def _read(
     with warnings.catch_warnings():
         # Whether a pruned model can be built by name does not matter here.
         warnings.simplefilter("ignore")
-        loaded = load_model(model, input_size=input_size or _image_size(dataset, seed))
+        loaded = load_model(model, input_size=input_size or image_size(dataset, seed))
     return load_data(
         dataset,
         loaded.preprocessing,
@@ -121,18 +122,6 @@ def _read(
         model_classes=loaded.labels,
         pixels=loaded.zoo.pixels(loaded),
     )
-
-
-def _image_size(dataset: Any, seed: int) -> tuple[int, int, int] | None:
-    """(channels, height, width) of the images of a DataLoader, or of the first of several; None for other data."""
-    loader = next(iter(dataset.values()), None) if isinstance(dataset, Mapping) else dataset
-    if not isinstance(loader, DataLoader):
-        return None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        batch = next(iter(loader), None)
-    images = batch[0] if isinstance(batch, (tuple, list)) else batch
-    return tuple(images.shape[1:]) if isinstance(images, Tensor) and images.ndim == 4 else None  # type: ignore[return-value]
 
 
 @dataclass
@@ -283,7 +272,7 @@ def _epoch(training: _Training, epoch: int) -> float:
     bar = track(training.loader, f"fine-tuning, epoch {epoch} of {settings.epochs}")
     for batch in bar:
         with here.accumulate(training.wrapped):
-            loss = training.objective(training.wrapped, batch)
+            loss = _loss(training, batch)
             here.backward(loss)
             training.optimizer.step()
             training.optimizer.zero_grad()
@@ -298,6 +287,18 @@ def _epoch(training: _Training, epoch: int) -> float:
     if not all(bool(weight.isfinite().all()) for weight in training.model.parameters()):
         raise FloatingPointError("the last step")
     return losses.mean
+
+
+def _loss(training: _Training, batch: Any) -> Tensor:
+    try:
+        return training.objective(training.wrapped, batch)
+    except ValueError as error:
+        if len(batch[0]) > 1:
+            raise
+        # Batch norm has no variance over one value.
+        raise DataError(
+            f"a batch of one image cannot be trained on ({' '.join(str(error).split())}): give batches of two or more"
+        ) from error
 
 
 def _not_finite(training: _Training, epoch: int, error: FloatingPointError) -> TrainingError:

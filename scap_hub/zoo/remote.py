@@ -19,7 +19,10 @@ from huggingface_hub.errors import (
 
 from scap_hub.errors import ModelError, ScapHubError
 
-NO_NETWORK = "connect, give a local folder, or pass pretrained=False"
+NO_NETWORK = (
+    "connect, give a local folder, or do without trained weights: pretrained=False, or on the command line "
+    "--set model_pretrained=false"
+)
 
 
 def fetch(

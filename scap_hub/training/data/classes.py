@@ -42,7 +42,7 @@ class Classes:
         """
         if names is None or self.names is None or not self.by_name:
             return None
-        found = _matched(names, self.names)
+        found = matched(names, self.names)
         if found is None:
             raise DataError(
                 f"{where} does not name its classes as the training images do: {_unlike(names, self.names)}"
@@ -75,7 +75,7 @@ def agreed_classes(
     if not names:
         return Classes(num_classes, None, by_name)
     same_count = num_classes in (0, len(names))
-    if models and by_name and _matched(names, models) is not None and (same_count or not new_head):
+    if models and by_name and matched(names, models) is not None and (same_count or not new_head):
         return Classes(num_classes, models)
     if not same_count and not new_head:
         raise DataError(
@@ -91,7 +91,7 @@ def agreed_classes(
     return Classes(len(names), names if by_name or not models or not same_count else models, by_name)
 
 
-def _matched(names: Sequence[str], models: Sequence[str]) -> list[int] | None:
+def matched(names: Sequence[str], models: Sequence[str]) -> list[int] | None:
     """For each name the number of the model's class that has it; None if one has none, or several."""
     keys, theirs = _keys(names), _keys(models)
     if keys == theirs:

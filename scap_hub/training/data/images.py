@@ -114,6 +114,10 @@ class Numbering:
         """The target of one row, checked."""
         return self._renumbered(self.task.target(value, self._own, self.where))  # type: ignore[return-value]
 
+    def batch(self, targets: Tensor, images: int) -> Tensor:
+        """The targets of a batch that the caller made, of so many images, checked."""
+        return self._renumbered(self.task.given(targets, images, self._own, self.where))  # type: ignore[return-value]
+
     def _renumbered(self, targets: Tensor | None) -> Tensor | None:
         if targets is None or self.numbers is None:
             return targets

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from scap_hub.errors import DataError
 from scap_hub.private import column_types
 from scap_hub.recipe import DataSettings
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Batch, Task
-from scap_hub.training.data.classes import agreed_classes
+from scap_hub.training.data.batches import loader_of
+from scap_hub.training.data.classes import Classes, agreed_classes
 from scap_hub.training.data.columns import find_columns
-from scap_hub.training.data.images import Images, Part, RowReader, Stream
+from scap_hub.training.data.handed import Handed, is_handed, warn_if_raw
+from scap_hub.training.data.images import Images, Numbering, Part, RowReader, Stream
+from scap_hub.training.data.named import handed_classes, handed_numbers, named_classes
 from scap_hub.training.data.sources import as_splits, open_splits, split_names
 from scap_hub.training.data.transforms import as_batch, finish, pixels_of
 from scap_hub.training.data.unreadable import Tolerance
-from scap_hub.training.distributed import main_first
+from scap_hub.training.distributed import accelerator, main_first
 from scap_hub.zoo.base import Pixels, Preprocessing
 
 VALIDATION_SHARE = 0.1
@@ -88,9 +89,9 @@ def load_data(
 
     Args:
         dataset: "digits" (embedded), Hub id, image folder, parquet file or folder, save_to_disk folder,
-            `datasets.Dataset` or `DatasetDict`, or a torch DataLoader, used as it is; a dict of split name to
-            DataLoader too. None stands for `settings.dataset`.
-        preprocessing: How the model wants its images; DataLoaders know.
+            `datasets.Dataset` or `DatasetDict`, a torch data set, or a torch DataLoader, used as it is; a dict of split
+            name to one of these two as well. None stands for `settings.dataset`.
+        preprocessing: How the model wants its images; DataLoaders know, and data sets of tensors.
         settings: The recipe's `data` block.
         num_classes: Width of the classifier, to check the targets against; 0 checks nothing.
         new_head: Whether the classifier will be replaced where the data names another number of classes.
@@ -107,10 +108,11 @@ def load_data(
     source = settings.dataset if dataset is None else dataset
     if source is None:
         raise DataError("no data set; pass dataset=... or set data.dataset in the recipe")
-    if isinstance(source, DataLoader):
+    if is_handed(source):
         source = {"train": source}
-    if isinstance(source, Mapping) and source and all(isinstance(split, DataLoader) for split in source.values()):
-        return _from_loaders(source, settings, num_classes, seed, task)
+    if isinstance(source, Mapping) and source and all(map(is_handed, source.values())):
+        model = Classes(num_classes, model_classes, settings.match_classes)
+        return _from_hands(source, preprocessing, settings, model, new_head, seed, task, pixels)
     if isinstance(source, (str, Path)):
         name = str(source)
         splits = main_first(lambda: open_splits(name, settings))
@@ -156,12 +158,12 @@ def _from_splits(
     mirror = settings.augmentation == "crop-flip" or (settings.augmentation == "auto" and parts.in_colour())
     augmented = functools.partial(plain, shift=settings.augmentation != "none", mirror=mirror)
     return Data(
-        train=_loader(parts.train, augmented, settings, shuffle=True),
-        validation=_loader(parts.validation, plain, settings) if parts.validation is not None else None,
-        calibration=_loader(parts.calibration, plain, settings),
+        train=loader_of(parts.train, augmented, settings, shuffle=True),
+        validation=loader_of(parts.validation, plain, settings) if parts.validation is not None else None,
+        calibration=loader_of(parts.calibration, plain, settings),
         labels=list(classes.names) if classes.names and whole.labelled else None,
         name=name,
-        test=_loader(final, plain, settings) if final is not None and final.labelled else None,
+        test=loader_of(final, plain, settings) if final is not None and final.labelled else None,
         task=task,
         sources=[source for source in (whole, held_out, final, parts.calibration) if source is not None],
     )
@@ -180,6 +182,15 @@ class _Parts:
         return images.in_colour()
 
 
+def _divided(images: int, hold_out: bool, calibration_images: int, seed: int) -> tuple[list[int], list[int], list[int]]:
+    """Which images train, which are held out for validation, if any, and which of the former calibrate."""
+    # The split does not depend on the seed, so that runs with several seeds can be compared.
+    order = np.random.default_rng(0).permutation(images)
+    spared = round(VALIDATION_SHARE * images) if hold_out else 0
+    chosen = np.random.default_rng(seed).permutation(order[spared:])[:calibration_images]
+    return order[spared:].tolist(), order[:spared].tolist(), chosen.tolist()
+
+
 def _parts(whole: Images | Stream, held_out: Images | Stream | None, calibration_images: int, seed: int) -> _Parts:
     """Divides the training images.
 
@@ -193,66 +204,67 @@ def _parts(whole: Images | Stream, held_out: Images | Stream | None, calibration
     if isinstance(whole, Stream):
         shuffled = whole.shuffled(seed)
         return _Parts(shuffled, validation, shuffled.first(calibration_images))
-    # The split does not depend on the seed, so that runs with several seeds can be compared.
-    order = np.random.default_rng(0).permutation(len(whole))
-    spared = round(VALIDATION_SHARE * len(whole)) if held_out is None and whole.labelled else 0
-    chosen = np.random.default_rng(seed).permutation(order[spared:])[:calibration_images]
-    return _Parts(
-        Part(whole, order[spared:].tolist(), refill=True),
-        Part(whole, order[:spared].tolist()) if spared else validation,
-        Part(whole, chosen.tolist()),
-    )
+    train, spared, chosen = _divided(len(whole), held_out is None and whole.labelled, calibration_images, seed)
+    return _Parts(Part(whole, train, refill=True), Part(whole, spared) if spared else validation, Part(whole, chosen))
 
 
-def _loader(images: Dataset, collate: Callable, settings: DataSettings, shuffle: bool = False) -> DataLoader:
-    streamed = isinstance(images, IterableDataset)
-    return DataLoader(
-        images,
-        batch_size=settings.batch_size,
-        shuffle=shuffle and not streamed,
-        collate_fn=collate,
-        num_workers=_workers(images) if settings.workers is None else settings.workers,
-        # A last batch of one image would break batch norm.
-        drop_last=shuffle and (streamed or len(images) > settings.batch_size),  # type: ignore[arg-type]
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _workers(images: Dataset) -> int:
-    """Loader processes: none where the images are kept in memory."""
-    source = images.dataset if isinstance(images, Subset) else images
-    if getattr(source, "cache", None) is not None:
-        return 0
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(8, (os.cpu_count() or 1) // processes_here))
-
-
-def _from_loaders(
-    loaders: Mapping[str, DataLoader], settings: DataSettings, num_classes: int, seed: int, task: Task
+def _from_hands(
+    given: Mapping[str, Any],
+    preprocessing: Preprocessing,
+    settings: DataSettings,
+    model: Classes,
+    new_head: bool,
+    seed: int,
+    task: Task,
+    pixels: Pixels | None,
 ) -> Data:
-    train, validation, test = split_names(loaders, settings)
+    """Torch loaders, used as they are but for a check, and torch data sets, by split."""
+    train, validation, test = split_names(given, settings)
     if train is None:
-        raise DataError(f"which of the loaders {', '.join(loaders)} to train on? Name it 'train'")
+        raise DataError(f"which of {', '.join(given)} to train on? Name it 'train'")
+    used = {name: given[name] for name in (train, validation, test) if name is not None}
+    named = {name: named_classes(source, task) if settings.labels else None for name, source in used.items()}
+    first = next((found for found in named.values() if found is not None), None)
+    classes = handed_classes(first, model, new_head)
+    splits = {}
+    for name, source in used.items():
+        where = "the DataLoader" if isinstance(source, DataLoader) else "the data set"
+        where = f"{where} {name!r}" if len(used) > 1 else where
+        numbering = Numbering(task, handed_numbers(named[name], classes, where), classes.count, where)
+        splits[name] = Handed(source, numbering, preprocessing, settings, pixels)
+
+    whole = splits[train]
+    held_out, final = (splits[name].measuring() if name else None for name in (validation, test))
+    if whole.whole is None:
+        calibration = _calibration(whole.loader(), settings, seed, task)
+        warn_if_raw(calibration.dataset[:][0], preprocessing, whole.numbering.where)
+        training = whole.loader(whole_batches=accelerator().num_processes == 1)
+    else:
+        hold_out = validation is None and whole.labelled
+        own, spared, chosen = _divided(len(whole.whole), hold_out, settings.calibration_images, seed)
+        training = loader_of(Subset(whole.whole, own), whole.collate(augment=True), settings, shuffle=True)
+        calibration = loader_of(Subset(whole.whole, chosen), whole.collate(), settings)
+        held_out = loader_of(Subset(whole.whole, spared), whole.collate(), settings) if spared else held_out
     return Data(
-        train=loaders[train],
-        validation=loaders[validation] if validation else None,
-        calibration=_calibration(loaders[train], settings, num_classes, seed, task),
-        labels=None,
-        name="DataLoader",
-        test=loaders[test] if test else None,
+        train=training,
+        validation=held_out,
+        calibration=calibration,
+        labels=list(classes.names) if first is not None and classes.names else None,
+        name=type(given[train]).__name__,
+        test=final,
         task=task,
     )
 
 
-def _calibration(loader: DataLoader, settings: DataSettings, num_classes: int, seed: int, task: Task) -> DataLoader:
+def _calibration(loader: DataLoader, settings: DataSettings, seed: int, task: Task) -> DataLoader:
     """The first images of the caller's loader; the random state stays as it was."""
     batches: list[Batch] = []
     count = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for batch in loader:
-            batches.append(_checked(batch, num_classes, task))
-            count += len(batches[-1][0])
+            batches.append(batch)
+            count += len(batch[0])
             if count >= settings.calibration_images:
                 break
     if not batches:
@@ -263,16 +275,3 @@ def _calibration(loader: DataLoader, settings: DataSettings, num_classes: int, s
     images = TensorDataset(*(torch.cat(column)[: settings.calibration_images] for column in zip(*batches, strict=True)))
     collate = functools.partial(as_batch, collate=task.collate)
     return DataLoader(images, batch_size=settings.batch_size, collate_fn=collate)
-
-
-def _checked(batch: Any, num_classes: int, task: Task) -> Batch:
-    """A batch of the caller's loader, as a tuple."""
-    parts = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-    if len(parts) > 2 or not all(isinstance(part, Tensor) for part in parts) or parts[0].ndim != 4:
-        raise DataError(
-            "a DataLoader must yield (images, labels) or (images,) tuples of tensors, images (N, C, H, W); "
-            f"this one yields {type(batch).__name__}"
-        )
-    if len(parts) == 2:
-        task.check(parts[1], num_classes, "the DataLoader")
-    return parts

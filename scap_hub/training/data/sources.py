@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,36 @@ def open_splits(name: str, settings: DataSettings) -> dict[str, Any]:
     Raises:
         DataError: There is no such data set, or it cannot be read.
     """
-    import datasets
-
     if name == "digits":
         return _digits()
     path = Path(name).expanduser()
-    try:
+    with _refusals(name, path):
         return as_splits(_opened(name, path, settings))
+
+
+def ensure_there(name: str, settings: DataSettings) -> None:
+    """Finds out whether there is such a data set, without reading it: before a model is loaded for it.
+
+    Raises:
+        DataError: There is none.
+    """
+    import datasets
+
+    path = Path(name).expanduser()
+    if name == "digits" or path.exists():
+        return
+    with _refusals(name, path):
+        _ensure_reachable(name, path, settings)
+        datasets.load_dataset_builder(name, revision=settings.revision)
+
+
+@contextlib.contextmanager
+def _refusals(name: str, path: Path) -> Iterator[None]:
+    """Says in one line why `datasets` refuses a data set."""
+    import datasets
+
+    try:
+        yield
     except (
         OSError,
         ValueError,
@@ -45,20 +69,25 @@ def open_splits(name: str, settings: DataSettings) -> dict[str, Any]:
         raise DataError(f"data set {name!r} cannot be loaded {where}: {' '.join(str(error).split())}") from error
 
 
+def is_rows(source: Any) -> bool:
+    """Whether this is a data set of `datasets`."""
+    import datasets
+
+    return isinstance(source, (datasets.Dataset, datasets.IterableDataset))
+
+
 def as_splits(source: Any) -> dict[str, Any]:
     """Splits of a `datasets` object, by name.
 
     Raises:
         DataError: It is something else.
     """
-    import datasets
-
-    if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
+    if is_rows(source):
         return {str(source.split or "train"): source}
     if isinstance(source, Mapping) and source:
         return dict(source)
     raise DataError(
-        "a data set is a name, a folder, a datasets.Dataset or DatasetDict, or a DataLoader, "
+        "a data set is a name, a folder, a datasets.Dataset or DatasetDict, a torch data set, or a DataLoader, "
         f"not {type(source).__name__}"
     )
 
@@ -103,10 +132,14 @@ def _opened(name: str, path: Path, settings: DataSettings) -> Any:
         return datasets.load_dataset("parquet", data_files=str(path), streaming=settings.streaming)
     if path.exists():
         return datasets.load_dataset(name, streaming=settings.streaming)
+    _ensure_reachable(name, path, settings)
+    return datasets.load_dataset(name, revision=settings.revision, streaming=settings.streaming)
+
+
+def _ensure_reachable(name: str, path: Path, settings: DataSettings) -> None:
     if path.is_absolute() or name.startswith(("~", ".")):
         raise DataError(f"no data set {name!r}: there is no such file or folder")
     _ask_hub(name, settings.revision)
-    return datasets.load_dataset(name, revision=settings.revision, streaming=settings.streaming)
 
 
 def _ask_hub(name: str, revision: str | None) -> None:

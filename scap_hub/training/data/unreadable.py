@@ -36,12 +36,6 @@ class Tolerance:
 class TooManyUnreadable(DataError):
     """Images that cannot be read, named."""
 
-    def __init__(self, message: str) -> None:
-        # torch's loader processes hand on an error as its traceback; the message is the last line.
-        super().__init__(
-            message.strip().rpartition("\n")[2].removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
-        )
-
     @classmethod
     def of(cls, where: str, names: Sequence[str], allowed: int) -> TooManyUnreadable:
         """The error for the images of a split.
