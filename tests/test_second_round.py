@@ -102,7 +102,7 @@ def test_a_second_round_keeps_what_the_first_knew(first, how, tmp_path):
 def test_what_pruning_says_of_a_loaded_module_is_true(first, tmp_path):
     dense, folder, _ = first
     module = scap_hub.load(folder)
-    # By hand, step by step, it is another model than the folder's: preprocessing and labels stay, the rest is not known.
+    # By hand it is another model than the folder's: preprocessing and labels stay, the rest is not known.
     other = scap_hub.apply_plan(module, random_plan(module, 0.5, 1))
     with pytest.warns(UserWarning, match="not rebuilt by name"):
         loaded = load_model(other)
@@ -159,7 +159,7 @@ def test_a_module_of_one_s_own_goes_two_rounds(tmp_path):
     small = scap_hub.apply_plan(module, two)
     second = save_checkpoint(tmp_path / "two", small, again, two)
     assert torch.equal(answer(load(second, model=net), inputs), answer(small, inputs))
-    with pytest.raises(ModelError, match="already pruned, .*model=dense"):
+    with pytest.raises(ModelError, match=r"already pruned, .*model=dense"):
         load_model(second)
     # A new head is no longer what the folder rebuilds.
     module.head = nn.Linear(module.head.in_features, 4)
