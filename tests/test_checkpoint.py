@@ -350,7 +350,7 @@ def test_what_timm_saved_again_is_still_a_pruned_model(resnet, folder):
     again = load_model(folder)
     assert again.preprocessing == resnet[1].preprocessing and torch.equal(run(again.module), run(resnet[0]))
     (folder / "pruning_plan.json").unlink()
-    with pytest.raises(ModelError, match="already pruned, and .* no pruning_plan.json"):
+    with pytest.raises(ModelError, match=r"already pruned, and .* no pruning_plan.json"):
         load_model(folder)
 
 
