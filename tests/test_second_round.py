@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ import transformers
 from torch import nn
 
 import scap_hub
-from scap_hub.errors import ModelError, PlanError, ScapHubError
+from scap_hub.errors import CheckpointError, ModelError, PlanError, ScapHubError
 from scap_hub.hub.checkpoint import load, save_checkpoint
 from scap_hub.plan import PruningPlan
 from scap_hub.zoo import load_model
@@ -102,7 +103,7 @@ def test_a_second_round_keeps_what_the_first_knew(first, how, tmp_path):
 def test_what_pruning_says_of_a_loaded_module_is_true(first, tmp_path):
     dense, folder, _ = first
     module = scap_hub.load(folder)
-    # By hand it is another model than the folder's: preprocessing and labels stay, the rest is not known.
+    # By hand, step by step, it is another model than the folder's: preprocessing and labels stay.
     other = scap_hub.apply_plan(module, random_plan(module, 0.5, 1))
     with pytest.warns(UserWarning, match="not rebuilt by name"):
         loaded = load_model(other)
@@ -118,6 +119,16 @@ def test_what_pruning_says_of_a_loaded_module_is_true(first, tmp_path):
         out = save_checkpoint(tmp_path / type(source).__name__, scap_hub.apply_plan(sized.module, plan), sized, plan)
         assert load_model(out).preprocessing == sized.preprocessing
     assert not torch.equal(answer(load_model(folder, pretrained=False).module), answer(module))
+
+
+@pytest.mark.parametrize("entry", [{"input_size": 5}, {"input_size": "abc"}, {"mean": None}, {"std": ["a", 1, 1]}])
+def test_preprocessing_that_cannot_be_is_refused(first, entry, tmp_path):
+    folder = shutil.copytree(first[1], tmp_path / "folder")
+    config = json.loads((folder / "config.json").read_text())
+    config["scap"]["preprocessing"].update(entry)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="'preprocessing' in config"):
+        load(folder)
 
 
 def test_a_pruned_model_that_timm_loaded_keeps_its_preprocessing(tmp_path):

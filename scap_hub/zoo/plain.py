@@ -76,7 +76,7 @@ class PlainZoo(Zoo):
             name=type(module).__name__,
             source=source,
             preprocessing=default_preprocessing(input_size or (3, 224, 224)),
-            num_classes=entry["num_classes"],
+            num_classes=entry.get("num_classes", 0),
             labels=entry.get("labels"),
             config={"reason": entry["reason"]} if "reason" in entry else {},
         )

@@ -138,8 +138,14 @@ def _preprocessing(entry: Any) -> Preprocessing | None:
     """Our entry; None where it was lost and the zoo's own entries tell."""
     if not isinstance(entry, dict) or entry.keys() != {field.name for field in fields(Preprocessing)}:
         return None
-    lists = {name: tuple(entry[name]) for name in ("input_size", "mean", "std")}
-    return Preprocessing(**{**entry, **lists})
+    size, mean, std = (entry[name] for name in ("input_size", "mean", "std"))
+    if not (_numbers(size, int) and len(size) == 3 and _numbers(mean, int, float) and _numbers(std, int, float)):
+        raise CheckpointError("'preprocessing' in config.json is malformed: save the checkpoint again")
+    return Preprocessing(**{**entry, "input_size": tuple(size), "mean": tuple(mean), "std": tuple(std)})
+
+
+def _numbers(value: Any, *kinds: type) -> bool:
+    return isinstance(value, list) and all(type(item) in kinds for item in value)
 
 
 def _plan(folder: Path) -> PruningPlan | None:
