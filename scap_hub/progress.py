@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -25,3 +26,9 @@ def track(items: Iterable[T], description: str, total: int | None = None, **opti
 def announce(description: str) -> tqdm[None]:
     """A context manager that shows a line of text, for work whose steps cannot be counted."""
     return tqdm(desc=description, bar_format="{desc} ...", disable=_quiet, leave=False, dynamic_ncols=True)
+
+
+def tell(line: str) -> None:
+    """Writes a line that stays, above the bars; to standard error, so that it stands in a log as well."""
+    if not _quiet:
+        tqdm.write(line, file=sys.stderr)

@@ -388,3 +388,13 @@ def test_two_ranks_train_alike_and_see_each_image_once(tmp_path, digits):
     assert same(first["state"], second["state"])
     assert same(first["state"], first["resumed"]) and same(second["state"], second["resumed"])
     assert first["error"] == second["error"] and "not finite at step 1 of epoch 1" in first["error"]
+
+
+def test_every_epoch_leaves_a_line(capsys):
+    data = load_data("digits", GREY, DataSettings(batch_size=64, calibration_images=16), num_classes=10)
+    model = tiny_net()
+    finetune(model, data, epochs=2, distillation={"weight": 0})
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("epoch ")]
+    assert [line.partition(":")[0] for line in lines] == ["epoch 1 of 2", "epoch 2 of 2"]
+    assert all("loss" in line and "Top-1" in line and "learning rate" in line for line in lines)
+    assert lines[-1].endswith("0:00:00 left")

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from scap_hub.errors import DataError, TrainingError
 from scap_hub.placement import lower_precision, raise_precision
-from scap_hub.progress import track
+from scap_hub.progress import tell, track
 from scap_hub.recipe import DataSettings, FinetuneSettings, Recipe
 from scap_hub.training import checkpoints
 from scap_hub.training.data import Data, load_data
@@ -192,11 +193,24 @@ def _trained(
             average_buffers(network)
         row = {"epoch": epoch, "loss": mean_loss, "learning_rate": float(training.schedule.get_last_lr()[0])}
         row |= _validate(training)
-        history.record(training.kept, {**row, "seconds": time.perf_counter() - start})
+        row["seconds"] = time.perf_counter() - start
+        history.record(training.kept, row)
+        tell(_line(row, settings.epochs, data))
         if output_dir is not None:
             checkpoints.save(output_dir, epoch, training.identity, training.state)
     model.load_state_dict(history.best)
     return history.rows
+
+
+def _line(row: Mapping[str, float], epochs: int, data: Data) -> str:
+    """One epoch in words, with the time that the others will take."""
+    metric = data.task.metric
+    told = [f"loss {row['loss']:.4g}"]
+    if metric.key in row:
+        told.append(f"{metric.title} {row[metric.key]:.2%}, validation loss {row['validation_loss']:.4g}")
+    told.append(f"learning rate {row['learning_rate']:.2g}")
+    left = timedelta(seconds=round(row["seconds"] * (epochs - row["epoch"])))
+    return f"epoch {row['epoch']} of {epochs}: {', '.join(told)}; {left} left"
 
 
 def _prepared(
