@@ -215,7 +215,7 @@ def test_loaders_are_used_as_they_are():
     assert data.train.sampler is loader.sampler and data.validation is None
     assert [len(images) for images, _ in data.calibration] == [8, 8, 4]
     both = load_data({"train": loader, "validation": loader}, GREY)
-    assert both.validation is loader
+    assert both.validation.sampler is loader.sampler
 
 
 def test_columns_can_be_named():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -91,6 +92,10 @@ _BEYOND = 10
 """Values so many times as large as the largest normalised one are no normalised pixels."""
 
 
+_LOOKED_AT = 8
+"""About so many images of a data set are looked at."""
+
+
 def warn_if_raw(images: Tensor, preprocessing: Preprocessing | None, where: str) -> None:
     """Warns of floats that cannot be what the model's preprocessing makes, such as 0 to 255; only its owner knows."""
     if preprocessing is None or not images.is_floating_point() or not images.numel():
@@ -155,6 +160,14 @@ def _leaves_one(loader: DataLoader) -> bool:
     return images > size and images % size == 1
 
 
+@contextlib.contextmanager
+def _readable(index: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise DataError(f"image {index} of the data set cannot be read: {' '.join(str(error).split())}") from error
+
+
 class Readable(Dataset):
     """A data set of PIL images, as uint8 (C, H, W) of the model's size, and their targets."""
 
@@ -173,11 +186,9 @@ class Readable(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         """See `Readable`."""
-        try:
+        with _readable(index):
             sample = self.dataset[index]
             image = upright(first_of(sample), self.channels)
-        except (OSError, ValueError) as error:
-            raise DataError(f"image {index} of the data set cannot be read: {' '.join(str(error).split())}") from None
         rest = sample[1:] if isinstance(sample, (tuple, list)) else ()
         return (self.pixels(image), *rest)
 
@@ -219,7 +230,10 @@ class Handed:
             image = first_of(first)
             self.labelled = settings.labels and isinstance(first, (tuple, list)) and len(first) > 1
             if isinstance(image, Tensor):
-                warn_if_raw(image, preprocessing, numbering.where)
+                spread = range(0, len(source), max(1, len(source) // _LOOKED_AT))
+                with torch.random.fork_rng(devices=[]):
+                    values = torch.cat([first_of(source[index]).flatten() for index in spread])
+                warn_if_raw(values, preprocessing, numbering.where)
             elif isinstance(image, Image.Image):
                 self._pictures, self._colour = True, Image.getmodebase(image.mode) != "L"
                 channels = preprocessing.input_size[0]
@@ -236,7 +250,8 @@ class Handed:
             ) from None
         if not images:
             raise DataError(f"{self.numbering.where} has no images")
-        return source[0]
+        with _readable(0), torch.random.fork_rng(devices=[]):
+            return source[0]
 
     def collate(self, augment: bool = False) -> Checked:
         """What makes checked batches.
