@@ -16,3 +16,8 @@ def did_you_mean(name: object, names: Iterable[str], cutoff: float = 0.6) -> str
     """
     near = difflib.get_close_matches(str(name), list(names), n=1, cutoff=cutoff)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error that somebody else raised."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

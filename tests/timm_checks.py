@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 import scap_hub
 from scap_hub.channels.oracle import randomize
+from tests.independent import difference
+from tests.nets import random_plan
 
 CLASSES = 5
 
@@ -32,17 +34,8 @@ def built(name: str) -> tuple[nn.Module, Tensor]:
     return model, torch.randn(2, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def halved(model: nn.Module, images: Tensor) -> nn.Module:
-    """The model with every second channel."""
-    groups = scap_hub.channel_groups(model, (images[:1],))
-    scores = {g.name: torch.rand(g.size, generator=torch.Generator().manual_seed(1)) for g in groups if g.prunable}
-    plan = scap_hub.select(groups, scores, target="ratio=0.5", round_to=1)
-    return scap_hub.apply_plan(model, plan).eval()
-
-
 def _same(one: Any, other: Any, tolerance: float = 1e-9) -> None:
-    assert one.shape == other.shape, f"{tuple(one.shape)} is not {tuple(other.shape)}"
-    error = float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
+    error = difference(one, other)
     assert error < tolerance, f"differs by {error:.1e}"
 
 
@@ -148,7 +141,8 @@ CHECKS: dict[str, Callable[[nn.Module, Tensor], None]] = {
 def faults(name: str) -> Iterator[str]:
     """What a pruned model cannot do that the dense one can."""
     model, images = built(name)
-    small = halved(model, images)
+    plan = random_plan(scap_hub.channel_groups(model, (images[:1],)), seed=1, ratio=0.5)
+    small = scap_hub.apply_plan(model, plan).eval()
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     for label, check in CHECKS.items():
         with contextlib.suppress(Exception):

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from scap_hub.errors import RecipeError
+from scap_hub.text import one_line
 
 Model = Annotated[str, typer.Argument(help="timm name, Hub id or folder.")]
 RecipeSource = Annotated[str, typer.Argument(metavar="NAME|FILE", help="Shipped name or YAML file.")]
@@ -41,8 +42,8 @@ def use_device(name: str) -> None:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
-        first = (str(error).splitlines() or ["no reason given"])[0]
-        raise RecipeError(f"--device {name!r} cannot be used here: {first}; write cpu, or leave it out") from None
+        why = one_line(error)
+        raise RecipeError(f"--device {name!r} cannot be used here: {why}; write cpu, or leave it out") from None
     os.environ["ACCELERATE_TORCH_DEVICE"] = name
 
 

@@ -16,8 +16,9 @@ from scap_hub.errors import CheckpointError
 from scap_hub.files import making
 from scap_hub.hub.layout import cut_of
 from scap_hub.plan import PruningPlan
+from scap_hub.text import one_line
 from scap_hub.zoo import LoadedModel, modeling_scap
-from scap_hub.zoo.base import CODE, FORMAT, one_line
+from scap_hub.zoo.base import CODE, FORMAT
 from scap_hub.zoo.pruned import (
     CONFIG,
     IMAGE_PROCESSOR,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from scap_hub.errors import CheckpointError, ModelError, ScapHubError, VerificationError
 from scap_hub.files import replacing
 from scap_hub.hub.checkpoint import input_size, load
-from scap_hub.zoo.base import logits, one_line
+from scap_hub.text import one_line
+from scap_hub.zoo.base import logits
 
 TOLERANCE = 1e-4
 """Largest difference of any logit: absolute, but relative to the batch's largest logit where that is above 1, because

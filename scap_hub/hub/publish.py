@@ -25,8 +25,9 @@ from huggingface_hub.utils import validate_repo_id
 from scap_hub.errors import CheckpointError, PublishError
 from scap_hub.hub.card import HERE, PICTURE, merged_card
 from scap_hub.hub.checkpoint import CONFIG, IMAGE_PROCESSOR, INDEX, PLAN, RECIPE, WEIGHTS, weight_files
+from scap_hub.text import one_line
 from scap_hub.zoo import modeling_scap
-from scap_hub.zoo.base import CODE, one_line
+from scap_hub.zoo.base import CODE
 
 CARD = "README.md"
 # Only these are published beside the weights, whatever else lies in the folder. None of them is a pickle file.

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from scap_hub.errors import ModelError, PlanError
 from scap_hub.placement import placement
+from scap_hub.text import one_line
 from scap_hub.zoo import LoadedModel, logits
-from scap_hub.zoo.base import one_line
 
 
 def plain_config(loaded: LoadedModel, small: nn.Module) -> dict[str, Any]:

@@ -65,11 +65,8 @@ def _difference(name: str, old: Any, new: Any) -> str:
 def _calibration(data: Data) -> str:
     # Drawing a loader's workers takes a number from torch's generator; the run's own order of draws stays.
     with torch.random.fork_rng(devices=[]):
-        return fingerprints.of_tensors([part for batch in data.calibration for part in batch if _is_tensor(part)])
-
-
-def _is_tensor(part: Any) -> bool:
-    return isinstance(part, torch.Tensor)
+        parts = [part for batch in data.calibration for part in batch]
+    return fingerprints.of_tensors([part for part in parts if isinstance(part, torch.Tensor)])
 
 
 def _own_code() -> str:

@@ -14,6 +14,7 @@ from torch import nn
 
 from scap_hub.errors import CheckpointError
 from scap_hub.files import replacing
+from scap_hub.text import one_line
 from scap_hub.training.checkpoints import separate
 from scap_hub.training.distributed import accelerator, from_main
 
@@ -73,8 +74,7 @@ class Kept:
 
 def damaged(path: Path, error: Exception) -> CheckpointError:
     """The error for a file that cannot be read."""
-    line = next(iter(str(error).splitlines()), type(error).__name__)
-    return CheckpointError(f"cannot read {str(path)!r}, which an interrupted run left ({line}); {ADVICE}")
+    return CheckpointError(f"cannot read {str(path)!r}, which an interrupted run left ({one_line(error)}); {ADVICE}")
 
 
 ADVICE = "begin anew with --restart (restart=True)"
@@ -112,6 +112,4 @@ def _save(path: Path, state: Any) -> None:
 
 def unwritable(path: Path, error: Exception) -> CheckpointError:
     """The error for a file that cannot be written."""
-    return CheckpointError(
-        f"cannot write {str(path)!r}: {str(error).splitlines()[0]}; make room, or choose another output folder"
-    )
+    return CheckpointError(f"cannot write {str(path)!r}: {one_line(error)}; make room, or choose another output folder")

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from scap_hub.errors import ScapHubError, TrainingError
 from scap_hub.files import making
+from scap_hub.text import one_line
 from scap_hub.training.distributed import accelerator, from_main
 from scap_hub.training.history import History
 
@@ -108,7 +109,7 @@ def _write(folder: Path, epoch: int, identity: dict[str, Any], state: State, ran
             torch.save({**states, "ranks": ranks}, unfinished / _STATES)
             (unfinished / _DOCUMENT).write_text(json.dumps({"identity": identity, "history": history}))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise TrainingError(f"cannot write a checkpoint to {str(folder)!r}: {_line(error)}") from error
+        raise TrainingError(f"cannot write a checkpoint to {str(folder)!r}: {one_line(error)}") from error
     for path in old:
         shutil.rmtree(path)
 
@@ -138,11 +139,7 @@ _ADVICE = "delete it or choose another folder"
 
 
 def _unusable(path: Path, error: Exception) -> TrainingError:
-    return TrainingError(f"cannot resume from {str(path)!r}: {_line(error)}; {_ADVICE}")
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return TrainingError(f"cannot resume from {str(path)!r}: {one_line(error)}; {_ADVICE}")
 
 
 def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -355,8 +355,3 @@ def _structure(module: nn.Module) -> dict[str, object]:
         # They do nothing in eval mode, and their rates are no part of the architecture.
         if not isinstance(m, (nn.Identity, nn.Dropout, nn.Dropout2d)) and type(m).__name__ != "DropPath"
     }
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error that somebody else raised."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -9,7 +9,8 @@ from torch import nn
 
 from scap_hub.errors import ModelError
 from scap_hub.placement import placement
-from scap_hub.zoo.base import LoadedModel, Zoo, default_preprocessing, logits, one_line
+from scap_hub.text import one_line
+from scap_hub.zoo.base import LoadedModel, Zoo, default_preprocessing, logits
 from scap_hub.zoo.described import Widths
 from scap_hub.zoo.timm.widths import TimmFeatures, timm_features, timm_widths
 

@@ -17,8 +17,9 @@ from scap_hub.documents import LARGEST, own_file, parse_json, read_document
 from scap_hub.errors import CheckpointError, ModelError, PlanError
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
+from scap_hub.text import one_line
 from scap_hub.zoo import modeling_scap
-from scap_hub.zoo.base import FORMAT, LoadedModel, Preprocessing, Wanted, Zoo, one_line, remember, remembered
+from scap_hub.zoo.base import FORMAT, LoadedModel, Preprocessing, Wanted, Zoo, remember, remembered
 from scap_hub.zoo.building import rebuild, skeleton
 from scap_hub.zoo.registry import pruned_entry, zoo_named
 
@@ -160,9 +161,10 @@ def _checked(
     dense = copy.deepcopy(model) if model is not None else skeleton(zoo, zoo.dense_config(config))
     if not _is_uniform(config):
         cut = _cut(zoo, config)
-        if plan is not None:
-            _check_plan(dense, plan, cut)
+        planned = None if plan is None else apply_plan(dense, plan)
         _shrink(dense, cut)
+        if plan is not None and planned is not None:
+            _check_plan(planned, plan, dense, cut)
     return dense
 
 
@@ -287,11 +289,16 @@ def _shrink(model: nn.Module, cut: dict[str, Any]) -> None:
         raise PlanError(f"'cut' in config.json is malformed ({error!r}): save the checkpoint again") from None
 
 
-def _check_plan(dense: nn.Module, plan: PruningPlan, cut: dict[str, Any]) -> None:
-    """The plan is the record of what was done; config.json repeats the sizes that it leaves."""
-    small, shrunk = apply_plan(dense, plan), copy.deepcopy(dense)
+def _check_plan(small: nn.Module, plan: PruningPlan, shrunk: nn.Module, cut: dict[str, Any]) -> None:
+    """The plan is the record of what was done; config.json repeats the sizes that it leaves.
+
+    Args:
+        small: The dense model after the plan.
+        plan: The record.
+        shrunk: The dense model after the sizes in the config.
+        cut: These sizes.
+    """
     planned = {name: tensor.shape for name, tensor in small.state_dict().items()}
-    _shrink(shrunk, cut)
     for name, tensor in shrunk.state_dict().items():
         if tensor.shape != planned[name]:
             raise CheckpointError(

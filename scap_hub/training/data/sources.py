@@ -12,7 +12,7 @@ from huggingface_hub.errors import HTTPError
 
 from scap_hub.errors import DataError
 from scap_hub.recipe import DataSettings
-from scap_hub.zoo.base import one_line
+from scap_hub.text import one_line
 from scap_hub.zoo.remote import refusals
 
 DIGITS = Path(__file__).parents[2] / "data" / "digits"

@@ -12,8 +12,8 @@ from timm.models import filter_pretrained_cfg, resolve_pretrained_cfg, split_mod
 from torch import nn
 
 from scap_hub.errors import ModelError
-from scap_hub.text import did_you_mean
-from scap_hub.zoo.base import LoadedModel, Preprocessing, Wanted, Zoo, one_line
+from scap_hub.text import did_you_mean, one_line
+from scap_hub.zoo.base import LoadedModel, Preprocessing, Wanted, Zoo
 from scap_hub.zoo.remote import NO_NETWORK, fetch_dense
 from scap_hub.zoo.timm.private import get_model_args, note_model_args, resolve_input_data_config
 

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from scap_hub.errors import ModelError
-from scap_hub.zoo.base import LoadedModel, Preprocessing, Wanted, Zoo, default_preprocessing, one_line
+from scap_hub.text import one_line
+from scap_hub.zoo.base import LoadedModel, Preprocessing, Wanted, Zoo, default_preprocessing
 from scap_hub.zoo.transformers.processor import observed_preprocessing
 
 _INTERPOLATION = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as image processors store them
