@@ -5,9 +5,6 @@ import torch
 from torch import nn
 
 from scap_hub.channels.groups import ChannelGroup, Tap
-from scap_hub.progress import set_quiet
-
-set_quiet(True)
 
 
 def tap(model, module, output=None, post=(), dim=1, rows=None):

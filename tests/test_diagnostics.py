@@ -8,11 +8,8 @@ import scap_hub
 from scap_hub.channels import channel_groups
 from scap_hub.criteria import base, score
 from scap_hub.criteria.diagnostics import diagnose
-from scap_hub.progress import set_quiet
 from tests.nets import Residual
 from tests.test_pruning import QUICK, images
-
-set_quiet(True)
 
 
 @pytest.fixture

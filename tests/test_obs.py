@@ -22,13 +22,11 @@ from scap_hub.criteria.obs.elimination import CompensatedWeight, eliminate
 from scap_hub.criteria.patches import patches, views
 from scap_hub.criteria.scap.outputs import marginal
 from scap_hub.errors import CalibrationError, RecipeError
-from scap_hub.progress import set_quiet
 from scap_hub.selection.select import select
 from tests import scap_set_reference as reference
 from tests.nets import Residual
 from tests.scap_set_reference import least_squares
 
-set_quiet(True)
 torch.set_num_threads(1)
 IMAGES = [torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(2)]
 
