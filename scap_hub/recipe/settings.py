@@ -196,7 +196,10 @@ class DistillationSettings(Block):
 
 class FinetuneSettings(Block):
     epochs: CountOrZero = 5
-    """Passes over the training images; 0 trains nothing."""
+    """Passes over the training images, or equal parts of `steps`; 0 trains nothing."""
+    steps: Count | None = None
+    """Optimiser steps to train for, whatever the number of images, which a stream may not know; all passes, if left
+    out. After each of `epochs` parts the model is measured and a checkpoint is kept."""
     dense_epochs: CountOrZero = 0
     """Passes that tune the dense model before it is pruned; if above 0, a classifier that does not fit the class names
     of the data is replaced by a new one."""
@@ -226,6 +229,11 @@ class FinetuneSettings(Block):
     """Batches per optimiser step."""
     patience: Count | None = None
     """Stop after this many epochs without a better validation result; never, if left out."""
+
+    def lasting(self, epochs: int) -> FinetuneSettings:
+        """The same for another number of epochs, each as long as before."""
+        steps = self.steps and max(1, round(self.steps * epochs / max(1, self.epochs)))
+        return self.model_copy(update={"epochs": epochs, "steps": steps})
 
 
 class EvaluateSettings(Block):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from scap_hub.training.data.images import Images, Stream
+from scap_hub.training.data.images import Images
+from scap_hub.training.data.stream import Stream
 
 WHOLE = 256 * 2**20
 """Bytes up to which a data set is read whole; of a larger one `SAMPLE` rows are."""

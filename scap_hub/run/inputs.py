@@ -18,6 +18,7 @@ from scap_hub.run.stages import Stages
 from scap_hub.training.data import Data, load_data
 from scap_hub.training.data.sources import ensure_there
 from scap_hub.training.distributed import accelerator, main_first
+from scap_hub.training.feed import steps_at_ends
 from scap_hub.training.finetune import finetune
 from scap_hub.zoo import LoadedModel, load_model
 
@@ -36,7 +37,10 @@ def load_dense(model: Any, dataset: Any, recipe: Recipe, stages: Stages) -> tupl
         stages: Where the seconds are counted.
     """
     with stages("load"):
-        return _loaded(model, dataset, recipe)
+        loaded, data = _loaded(model, dataset, recipe)
+    if recipe.finetune.epochs or recipe.finetune.dense_epochs:
+        steps_at_ends(data.train, recipe.finetune.lasting(1))  # what cannot be trained on is told before any work
+    return loaded, data
 
 
 def tune_dense(loaded: LoadedModel, data: Data, recipe: Recipe, stages: Stages, work: Path | None = None) -> None:
@@ -51,7 +55,7 @@ def tune_dense(loaded: LoadedModel, data: Data, recipe: Recipe, stages: Stages, 
     """
     if recipe.finetune.dense_epochs:
         with stages("tune dense"):
-            tuning = recipe.finetune.model_copy(update={"epochs": recipe.finetune.dense_epochs})
+            tuning = recipe.finetune.lasting(recipe.finetune.dense_epochs)
             finetune(loaded.module, data, tuning, output_dir=work and work / "training-dense", seed=recipe.seed)
 
 

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import json
 import pickle
-import random
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from scap_hub.errors import ScapHubError, TrainingError
 from scap_hub.files import making
 from scap_hub.text import one_line
 from scap_hub.training.distributed import accelerator, from_main
+from scap_hub.training.feed import Feed
 from scap_hub.training.history import History
+from scap_hub.training.random_states import random_states, set_random_states
 
 _DOCUMENT, _STATES = "run.json", "training.pt"
 _UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError)
@@ -43,14 +42,14 @@ class State:
         optimizer: Has a state_dict.
         schedule: Has a state_dict.
         history: What was done, and the best weights.
-        generators: Random generators of the caller's training loader, see `generators`.
+        feed: The training batches, whose place is kept.
     """
 
     modules: Mapping[str, nn.Module]
     optimizer: Any
     schedule: Any
     history: History
-    generators: Mapping[str, torch.Generator]
+    feed: Feed
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -70,7 +69,7 @@ def save(folder: Path, epoch: int, identity: dict[str, Any], state: State) -> No
     Raises:
         TrainingError: It cannot be written.
     """
-    ranks = gather_object([_random_states(state.generators)])
+    ranks = gather_object([{"place": state.feed.state_dict(), **random_states(state.feed.generators)}])
     from_main(lambda: _write(folder, epoch, identity, state, ranks))
 
 
@@ -90,7 +89,11 @@ def resume(folder: Path, identity: dict[str, Any], state: State) -> bool:
         state.optimizer.load_state_dict(states["optimizer"])
         state.schedule.load_state_dict(states["schedule"])
         state.history.load_state_dict({**document["history"], "best": weights["best"]})
-        _set_random_states(states["ranks"][accelerator().process_index], state.generators)
+        own = states["ranks"][accelerator().process_index]
+        state.feed.load_state_dict(own["place"])
+        set_random_states(own, state.feed.generators)
+    except ScapHubError:
+        raise
     except _UNREADABLE as error:
         raise _unusable(path, error) from error
     return True
@@ -145,35 +148,3 @@ def _unusable(path: Path, error: Exception) -> TrainingError:
 def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU that share no memory, as safetensors wants them."""
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-
-
-def _random_states(generators: Mapping[str, torch.Generator]) -> dict[str, Any]:
-    """The states of this rank's random generators."""
-    states = {
-        "python": random.getstate(),
-        "numpy": [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
-        "torch": torch.get_rng_state(),
-        "loader": {name: generator.get_state() for name, generator in generators.items()},
-    }
-    device = accelerator().device
-    if device.type != "cpu":
-        states["device"] = torch.get_device_module(device).get_rng_state(device)
-    return states
-
-
-def _set_random_states(states: dict[str, Any], generators: Mapping[str, torch.Generator]) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(tuple(states["numpy"]))
-    torch.set_rng_state(states["torch"])
-    for name in generators.keys() & states["loader"].keys():
-        generators[name].set_state(states["loader"][name])
-    if "device" in states:
-        device = accelerator().device
-        torch.get_device_module(device).set_rng_state(states["device"], device)
-
-
-def generators(loader: DataLoader) -> dict[str, torch.Generator]:
-    """Those that belong to a loader, by name; ask before accelerate prepares it, which gives samplers new ones."""
-    owners = {"loader": loader, "sampler": loader.sampler, "batch sampler": loader.batch_sampler}
-    found = {name: getattr(owner, "generator", None) for name, owner in owners.items()}
-    return {name: generator for name, generator in found.items() if isinstance(generator, torch.Generator)}

@@ -63,6 +63,11 @@ def main_first(make: Callable[[], T]) -> T:
 def shard(loader: DataLoader) -> Iterable[Any]:
     """This rank's batches of a loader, on its device; every image is seen by exactly one rank, once."""
     here = accelerator()
+    if here.num_processes > 1 and hasattr(loader.dataset, "of_rank"):
+        return prepare_data_loader(
+            with_data(loader, loader.dataset.of_rank(here.process_index, here.num_processes)),
+            device=here.device, put_on_device=True, num_processes=1, process_index=0,
+        )  # fmt: skip
     if isinstance(loader.dataset, IterableDataset) and here.num_processes > 1:
         whole = prepare_data_loader(loader, device=here.device, put_on_device=True, num_processes=1, process_index=0)
         return itertools.islice(whole, here.process_index, None, here.num_processes)
@@ -75,6 +80,12 @@ def shard(loader: DataLoader) -> Iterable[Any]:
         use_seedable_sampler=True,
         data_seed=0,
     )
+
+
+def with_data(loader: DataLoader, dataset: IterableDataset, **changes: Any) -> DataLoader:
+    """A loader like another one, over another stream."""
+    names = ("batch_size", "collate_fn", "num_workers", "pin_memory", "drop_last")
+    return DataLoader(dataset, **{name: getattr(loader, name) for name in names} | changes)
 
 
 @torch.no_grad()

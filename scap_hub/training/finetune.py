@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -16,9 +15,7 @@ from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
-from torch.utils.data import DataLoader
+from torch.optim.lr_scheduler import LRScheduler
 
 from scap_hub.errors import DataError, TrainingError
 from scap_hub.placement import lower_precision, raise_precision
@@ -29,8 +26,10 @@ from scap_hub.training.data import Data, load_data
 from scap_hub.training.data.handed import image_size
 from scap_hub.training.distributed import accelerator, average_buffers
 from scap_hub.training.evaluate import evaluate
+from scap_hub.training.feed import Feed, feed, steps_at_ends
 from scap_hub.training.history import History, Losses
 from scap_hub.training.objective import Objective
+from scap_hub.training.rate import rate_schedule
 from scap_hub.zoo import load_model
 
 
@@ -134,12 +133,12 @@ class _Training:
         wrapped: The same for distributed training.
         kept: The model whose weights are measured and kept: the moving average, or the model itself.
         data: Its validation images are used.
-        loader: This rank's training images.
+        feed: This rank's training images.
+        ends: Optimiser steps that are done when each epoch ends.
         optimizer: Prepared.
         schedule: Of the learning rate, by optimiser step.
         ema: The moving average, if asked for.
         history: What was done so far.
-        generators: Of the caller's loader of training images.
         objective: What is minimised.
         output_dir: Where checkpoints are kept.
         identity: What must be the same for a checkpoint to be taken up.
@@ -149,12 +148,12 @@ class _Training:
     wrapped: nn.Module
     kept: nn.Module
     data: Data
-    loader: Any
+    feed: Feed
+    ends: list[int]
     optimizer: Any
     schedule: LRScheduler
     ema: ModelEmaV3 | None
     history: History
-    generators: dict[str, torch.Generator]
     objective: Objective
     output_dir: Path | None
     identity: dict[str, Any]
@@ -167,7 +166,7 @@ class _Training:
     def state(self) -> checkpoints.State:
         """What a checkpoint holds."""
         modules = {"model": self.model} | ({"average": self.kept} if self.ema else {})
-        return checkpoints.State(modules, self.optimizer, self.schedule, self.history, self.generators)
+        return checkpoints.State(modules, self.optimizer, self.schedule, self.history, self.feed)
 
 
 def _trained(
@@ -178,28 +177,36 @@ def _trained(
     output_dir: Path | None,
     seed: int,
 ) -> list[dict[str, float]]:
-    """Epoch by epoch, from the last checkpoint on if there is one."""
+    """Trains, and leaves the best weights."""
     training = _prepared(model, data, settings, teacher, output_dir, seed)
-    history = training.history
+    try:
+        _train(training)
+    finally:
+        training.feed.close()
+    model.load_state_dict(training.history.best)
+    return training.history.rows
+
+
+def _train(training: _Training) -> None:
+    """Epoch by epoch, from the last checkpoint on if there is one."""
+    settings, history, output_dir = training.settings, training.history, training.output_dir
     if output_dir is None or not checkpoints.resume(output_dir, training.identity, training.state):
         history.record(training.kept, {"epoch": 0, "seconds": 0.0, **_validate(training)})
-    while history.epoch < settings.epochs and not history.is_stale(settings.patience):
+    while history.epoch < len(training.ends) and not history.is_stale(settings.patience):
         epoch, start = history.epoch + 1, time.perf_counter()
         try:
             mean_loss = _epoch(training, epoch)
         except FloatingPointError as error:
             raise _not_finite(training, epoch, error) from None
-        for network in (model, training.kept):
+        for network in (training.model, training.kept):
             average_buffers(network)
         row = {"epoch": epoch, "loss": mean_loss, "learning_rate": float(training.schedule.get_last_lr()[0])}
         row |= _validate(training)
         row["seconds"] = time.perf_counter() - start
         history.record(training.kept, row)
-        tell(_line(row, settings.epochs, data))
+        tell(_line(row, len(training.ends), training.data))
         if output_dir is not None:
             checkpoints.save(output_dir, epoch, training.identity, training.state)
-    model.load_state_dict(history.best)
-    return history.rows
 
 
 def _line(row: Mapping[str, float], epochs: int, data: Data) -> str:
@@ -222,7 +229,7 @@ def _prepared(
     seed: int,
 ) -> _Training:
     here = accelerator()
-    here.gradient_accumulation_steps = settings.gradient_accumulation
+    here.gradient_accumulation_steps, here.step = settings.gradient_accumulation, 0
     here.dataloader_config.use_seedable_sampler = True
     here.dataloader_config.data_seed = seed
     set_seed(seed, device_specific=True)
@@ -230,10 +237,11 @@ def _prepared(
     optimizer = create_optimizer_v2(
         model, opt=settings.optimizer, lr=settings.learning_rate, weight_decay=settings.weight_decay, momentum=0.9
     )
-    generators = checkpoints.generators(data.train)
-    wrapped, optimizer, loader = here.prepare(model, optimizer, data.train)
-    batches = _batches(loader, data.train)
-    schedule = _schedule(optimizer.optimizer, settings, math.ceil(batches / settings.gradient_accumulation))
+    steps_at_ends(data.train, settings)  # refuses what no rank could train on, before anything is shared out
+    batches = feed(data.train)
+    wrapped, optimizer = here.prepare(model, optimizer)
+    ends = steps_at_ends(data.train, settings, batches.batches)
+    schedule = rate_schedule(optimizer.optimizer, settings, ends[-1] if ends else 0)
     ema = ModelEmaV3(model, decay=settings.ema, use_warmup=True) if settings.ema else None
     history = History(data.task.metric.key)
     return _Training(
@@ -241,37 +249,16 @@ def _prepared(
         wrapped=wrapped,
         kept=ema.module if ema else model,
         data=data,
-        loader=loader,
+        feed=batches,
+        ends=ends,
         optimizer=optimizer,
         schedule=schedule,
         ema=ema,
         history=history,
-        generators=generators,
         objective=Objective(data.task, settings, teacher),
         output_dir=output_dir,
         identity={**settings.model_dump(mode="json"), "seed": seed, "processes": here.num_processes},
     )
-
-
-def _batches(loader: Any, given: DataLoader) -> int:
-    """How many batches this rank has.
-
-    Args:
-        loader: This rank's, as accelerate prepared it.
-        given: The one it was made from.
-    """
-    try:
-        batches = len(loader)
-    except TypeError as error:
-        raise DataError(
-            f"cannot fine-tune on a stream of unknown length: {error}; set data.streaming to false"
-        ) from None
-    if not batches:
-        raise DataError(
-            f"too few training images for a batch of {given.batch_size} on each of {accelerator().num_processes} "
-            "processes; lower data.batch_size"
-        )
-    return batches
 
 
 def _epoch(training: _Training, epoch: int) -> float:
@@ -282,8 +269,9 @@ def _epoch(training: _Training, epoch: int) -> float:
     """
     here, settings, losses = accelerator(), training.settings, Losses()
     training.wrapped.train()
-    training.loader.set_epoch(epoch)
-    bar = track(training.loader, f"fine-tuning, epoch {epoch} of {settings.epochs}")
+    begin, end = training.history.steps, training.ends[epoch - 1]
+    title = f"fine-tuning, epoch {epoch} of {len(training.ends)}"
+    bar = track(training.feed, title, (end - begin) * settings.gradient_accumulation)
     for batch in bar:
         with here.accumulate(training.wrapped):
             loss = _loss(training, batch)
@@ -297,6 +285,8 @@ def _epoch(training: _Training, epoch: int) -> float:
                 training.ema.update(training.model, step=training.history.steps)
         if losses.add(loss):
             bar.set_postfix(loss=f"{losses.mean:.3f}")
+        if here.sync_gradients and training.history.steps >= end:
+            break
     losses.check()
     if not all(bool(weight.isfinite().all()) for weight in training.model.parameters()):
         raise FloatingPointError("the last step")
@@ -335,18 +325,3 @@ def _validate(training: _Training) -> dict[str, float]:
     result = evaluate(training.kept, data.validation, training.settings.precision, data.task)
     metric = data.task.metric.key
     return {metric: result[metric], "validation_loss": result["loss"]}
-
-
-def _schedule(optimizer: Optimizer, settings: FinetuneSettings, steps_per_epoch: int) -> LRScheduler:
-    """The learning rate by optimiser step."""
-    steps = max(1, settings.epochs * steps_per_epoch)
-    if settings.schedule == "onecycle":
-        # Momentum stays what the optimiser was given, and AdamW has betas instead.
-        return OneCycleLR(
-            optimizer, settings.learning_rate, total_steps=steps + 1, pct_start=settings.warmup, cycle_momentum=False
-        )
-    rise = round(settings.warmup * steps)
-    cosine = CosineAnnealingLR(optimizer, T_max=max(1, steps - rise))
-    if not rise:
-        return cosine
-    return SequentialLR(optimizer, [LinearLR(optimizer, 1 / (rise + 1), total_iters=rise), cosine], milestones=[rise])

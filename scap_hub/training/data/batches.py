@@ -9,6 +9,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from scap_hub.recipe import DataSettings
+from scap_hub.training.data.stream import Stream
+from scap_hub.training.distributed import accelerator
 
 
 def loader_of(images: Dataset, collate: Callable, settings: DataSettings, shuffle: bool = False) -> DataLoader:
@@ -26,17 +28,19 @@ def loader_of(images: Dataset, collate: Callable, settings: DataSettings, shuffl
         batch_size=settings.batch_size,
         shuffle=shuffle and not streamed,
         collate_fn=collate,
-        num_workers=_workers(images) if settings.workers is None else settings.workers,
+        num_workers=_workers(images, settings.workers),
         # A last batch of one image would break batch norm.
         drop_last=shuffle and (streamed or len(images) > settings.batch_size),  # type: ignore[arg-type]
         pin_memory=torch.cuda.is_available(),
     )
 
 
-def _workers(images: Dataset) -> int:
-    """Loader processes: none where the images are kept in memory."""
+def _workers(images: Dataset, wanted: int | None) -> int:
+    """Loader processes: as many as are wanted, else none where the images are kept in memory."""
     source = images.dataset if isinstance(images, Subset) else images
-    if getattr(source, "cache", None) is not None:
-        return 0
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(8, (os.cpu_count() or 1) // processes_here))
+    if wanted is None:
+        in_memory = getattr(source, "cache", None) is not None
+        wanted = 0 if in_memory else max(1, min(8, (os.cpu_count() or 1) // processes_here))
+    # Loader processes of a stream without shards of their own would all read the whole of it.
+    return min(wanted, source.most_workers(accelerator().num_processes)) if isinstance(source, Stream) else wanted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Subset, get_worker_info
+from torch.utils.data import Dataset, Subset
 
 from scap_hub.errors import DataError
 from scap_hub.private import column_types
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 MEMORY_LIMIT = 512 * 2**20
 """Bytes of decoded images that are kept instead of being decoded again."""
-MOST_WORKERS = 256
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ class RowReader:
     classes: Classes
     tolerance: Tolerance
 
-    def read(self, rows: Any, split: str) -> Images | Stream:
-        """A split's images, by index or, where it is streamed, as they come."""
+    def read(self, rows: Any, split: str) -> tuple[Any, str | None, RowReader, Numbering]:
+        """A split's rows, undecoded, with what else `Images` and `Stream` are made from."""
         import datasets
 
         kinds = column_types(rows)
@@ -63,8 +62,7 @@ class RowReader:
         rows = rows.with_format(None).select_columns([self.columns.image, *([target] if target else [])])
         # Decoding is ours, so that a broken image can be named.
         rows = rows.cast_column(self.columns.image, datasets.Image(decode=False))
-        kind = Images if isinstance(rows, datasets.Dataset) else Stream
-        return kind(rows, target, self, numbering)
+        return rows, target, self, numbering
 
     def image(self, row: Mapping[str, Any]) -> Image.Image:
         """A row's image, decoded, as it is in the file; any exception means that it cannot be read."""
@@ -258,72 +256,3 @@ class Part(Subset):
         if not good:
             raise DataError(f"no image of {self.images.where} can be read")
         return self.images.batch(good, found)
-
-
-class Stream(IterableDataset):
-    """Images as they come."""
-
-    def __init__(
-        self, rows: datasets.IterableDataset, target: str | None, reader: RowReader, numbering: Numbering
-    ) -> None:
-        self.rows, self.where, self.target, self.reader = rows, numbering.where, target, reader
-        self.numbering = numbering
-        # Unreadable images of the last pass, by loader process.
-        self.unreadable = torch.zeros(MOST_WORKERS, dtype=torch.long).share_memory_()
-
-    @property
-    def labelled(self) -> bool:
-        """Whether the images have targets."""
-        return self.target is not None
-
-    @property
-    def skipped(self) -> int:
-        """How many images were found to be unreadable on the last pass."""
-        return int(self.unreadable.sum())
-
-    @property
-    def allowed(self) -> int:
-        """How many images may be unreadable."""
-        try:
-            return self.reader.tolerance.of(len(self))
-        except TypeError:
-            return self.reader.tolerance.of(None)
-
-    def shuffled(self, seed: int) -> Stream:
-        """The same images in another order, as far as a buffer of 1000 reaches."""
-        rows = self.rows.shuffle(seed=seed, buffer_size=1000)
-        return Stream(rows, self.target, self.reader, self.numbering)
-
-    def first(self, count: int) -> Images:
-        """Keeps the first images in memory."""
-        import datasets
-
-        rows = datasets.Dataset.from_list(list(self.rows.take(count)), features=column_types(self.rows))
-        return Images(rows, self.target, self.reader, self.numbering, self.allowed)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Shuffles anew; accelerate's loaders call it."""
-        self.rows.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        known = (self.rows.info.splits or {}).get(str(self.rows.split))
-        if known is None or not known.num_examples:
-            raise TypeError(f"{self.where} does not say how many images it has")
-        return known.num_examples
-
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        place = 0 if worker is None else worker.id % MOST_WORKERS
-        self.unreadable[place] = 0
-        names: list[str] = []
-        for number, row in enumerate(self.rows):
-            image = self.reader.readable(row)
-            if isinstance(image, str):
-                names.append(f"{self.reader.named(row, number)} ({image})")
-                self.unreadable[place] = len(names)
-                if self.skipped > self.allowed:
-                    raise TooManyUnreadable.of(self.where, names, self.allowed)
-            elif self.target is None:
-                yield (image,)
-            else:
-                yield image, self.numbering.one(row[self.target])

@@ -21,9 +21,10 @@ from scap_hub.training.data.batches import loader_of
 from scap_hub.training.data.classes import Classes, agreed_classes
 from scap_hub.training.data.columns import find_columns
 from scap_hub.training.data.handed import Handed, is_handed, warn_if_raw
-from scap_hub.training.data.images import Images, Numbering, Part, RowReader, Stream
+from scap_hub.training.data.images import Images, Numbering, Part, RowReader
 from scap_hub.training.data.named import handed_classes, handed_numbers, named_classes
 from scap_hub.training.data.sources import as_splits, open_splits, split_names
+from scap_hub.training.data.stream import Stream
 from scap_hub.training.data.transforms import as_batch, finish, pixels_of
 from scap_hub.training.data.unreadable import Tolerance
 from scap_hub.training.distributed import accelerator, main_first
@@ -149,9 +150,9 @@ def _from_splits(
     tolerance = Tolerance(settings.max_broken)
     size, pixels = preprocessing.input_size, pixels or pixels_of(preprocessing)
     reader = RowReader(name, columns, size, pixels, task, classes, tolerance)
-    whole = reader.read(splits[train], train)
-    held_out = reader.read(splits[validation], validation) if validation else None
-    final = reader.read(splits[test], test) if test else None
+    whole = _split(reader, splits[train], train)
+    held_out = _split(reader, splits[validation], validation) if validation else None
+    final = _split(reader, splits[test], test) if test else None
     parts = _parts(whole, held_out, settings.calibration_images, seed)
 
     plain = functools.partial(finish, collate=task.collate, mean=preprocessing.mean, std=preprocessing.std)
@@ -167,6 +168,13 @@ def _from_splits(
         task=task,
         sources=[source for source in (whole, held_out, final, parts.calibration) if source is not None],
     )
+
+
+def _split(reader: RowReader, rows: Any, split: str) -> Images | Stream:
+    """A split's images, by index or, where it is streamed, as they come."""
+    import datasets
+
+    return (Images if isinstance(rows, datasets.Dataset) else Stream)(*reader.read(rows, split))
 
 
 @dataclass(frozen=True)
