@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from scap_hub.cli import folders, models, runs
-from scap_hub.cli.output import fail
+from scap_hub.cli.output import end_if_told_or_lost, fail
 from scap_hub.cli.recipes import recipes
 from scap_hub.cli.verify import verify
 from scap_hub.errors import ScapHubError, UnverifiableError, VerificationError
@@ -63,3 +63,6 @@ def main() -> None:
     except UsageError as error:
         command = error.ctx.command_path if getattr(error, "ctx", None) else "scap-hub"  # type: ignore[attr-defined]
         fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)  # type: ignore[attr-defined]
+    except Exception:
+        end_if_told_or_lost()
+        raise

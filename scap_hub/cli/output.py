@@ -49,8 +49,8 @@ def say(text: str, quiet: bool) -> None:
 
 
 def fail(message: str, code: int) -> None:
-    """Ends the process with a line on standard error and an exit code."""
-    if is_main_process():
+    """Ends the process with a line on standard error, from one process alone, and an exit code."""
+    if _tells():
         print(f"scap-hub: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -70,12 +70,42 @@ def output(quiet: bool) -> Iterator[None]:
         with stopping():
             yield
     except KeyboardInterrupt as reason:
+        end_if_lost()
         number = reason.number if isinstance(reason, Stopped) else signal.SIGINT
         by = f" by {reason}" if isinstance(reason, Stopped) else ""
         fail(f"interrupted{by}; with the same --out, the same command goes on where it was", 128 + number)
     finally:
         set_quiet(False)
         logging.disable(logging.NOTSET)
+
+
+def _tells() -> bool:
+    """Whether this process says why the run ends: of several the first that ends, which need not be the main one."""
+    if not _is_one_of_many():
+        return True
+    from scap_hub.training.heartbeat import first_to_tell
+
+    return first_to_tell()
+
+
+def end_if_told_or_lost() -> None:
+    """Ends the process if something failed because another process is lost, or has failed and said so."""
+    end_if_lost()
+    if not _tells():
+        sys.exit(1)
+
+
+def end_if_lost() -> None:
+    """Ends the process if another one is lost, and says which."""
+    if _is_one_of_many():
+        from scap_hub.training import heartbeat
+
+        heartbeat.end_if_lost()
+
+
+def _is_one_of_many() -> bool:
+    """Whether torchrun or the like has started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_main_process() -> bool:

@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from torch.utils.data import DataLoader, IterableDataset
 
 from scap_hub.progress import set_quiet
+from scap_hub.training import heartbeat
 
 T = TypeVar("T")
 
@@ -27,12 +28,18 @@ def accelerator() -> Accelerator:
         # Precision belongs to a recipe, not to the process: see `finetune`.
         mixed_precision="no",
         # Every rank keeps the batch-norm statistics of its own images; `average_buffers` joins them.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            # Who is lost is found by heartbeat; who only works long is waited for.
+            *([InitProcessGroupKwargs(timeout=heartbeat.PATIENCE)] if heartbeat.store() is not None else []),
+        ],
     )
     if not built.is_local_main_process:
         set_quiet(True)
     # A thread of gloo that still holds a tensor aborts a process whose interpreter is gone; NCCL only warns.
     atexit.register(built.state.destroy_process_group)
+    if (watch := heartbeat.start(built.process_index, built.num_processes)) is not None:
+        atexit.register(watch.leave)
     return built
 
 
