@@ -1,15 +1,20 @@
 """Several processes under torchrun: one that is lost ends the run, mistakes are told once."""
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import datasets
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from tests.test_cli import TINY
 
@@ -108,3 +113,58 @@ def test_a_rank_that_works_long_or_has_finished_is_not_lost(tmp_path):
     run = torchrun(tmp_path / "busy.py")
     out, error = run.communicate(timeout=200)
     assert run.returncode == 0 and out.split() == ["done"] and not told(error), error
+
+
+def plan(folder):
+    return json.loads((folder / "pruning_plan.json").read_text())
+
+
+def files(folder, count=5):
+    """A data set in files of unlike sizes, and so of unlike shares."""
+    for number in range(count):
+        images = [
+            Image.fromarray(np.random.default_rng(k).integers(0, 255, (8, 8), np.uint8)) for k in range(number, 9)
+        ]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+        part = datasets.Dataset.from_dict({"image": images, "label": list(range(number, 9))}, features=features)
+        part.to_parquet(folder / "data" / f"train-{number}.parquet")
+    return folder / "data"
+
+
+def nodes():
+    """One worker on each of two machines, which are this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test")
+    return [("--nnodes", 2, "--nproc-per-node", 1, "--local-addr", "127.0.0.1", *meeting)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["two machines", "four ranks"])
+def test_the_plan_of_one_process(how, tmp_path):
+    command = ["-m", "scap_hub", *TINY, "--set", "criterion=scap", "--set", "data_calibration_images=18", "--quiet"]
+    if how == "four ranks":  # of a stream, trained on by steps
+        command += ["--data", files(tmp_path), "--set", "data_streaming=true", "--set", "finetune_steps=3"]
+        command += ["--set", "data_batch_size=2", "--set", "data_labels=false"]
+        launches = [("--standalone", "--nproc_per_node", 4)]
+    else:
+        command += ["--set", "finetune_epochs=1"]
+        launches = nodes()
+    alone = subprocess.run([sys.executable, *map(str, [*command, "--out", tmp_path / "alone"])], cwd=ROOT)
+    assert alone.returncode == 0
+    runs = [torchrun(*command, "--out", tmp_path / "many", ranks=map(str, ranks)) for ranks in launches]
+    errors = [ended(run, 400) for run in runs]
+    assert [run.returncode for run in runs] == [0] * len(runs), errors
+    assert plan(tmp_path / "many") == plan(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_data_that_is_handed_over_on_two_ranks(tmp_path):
+    run = torchrun("-m", "tests.handed_ranks", tmp_path)
+    error = ended(run, 400)
+    assert run.returncode == 0, error
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second and len(first) == 7
+    assert first.pop("too few").startswith("too few training images for a batch of 8 on each of 2 processes; lower")
+    assert all(losses[1] > 0 for _, losses, _ in first.values())

@@ -30,7 +30,7 @@ def prune(
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images; 0 trains nothing.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate of the fine-tuning.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images at once, on each device.")] = None,
-    precision: Annotated[str | None, typer.Option(metavar="bf16|no", help="Of the fine-tuning.")] = None,
+    precision: Annotated[str | None, typer.Option(metavar="bf16|fp16|no", help="Of the fine-tuning.")] = None,
     device: Annotated[
         str | None, typer.Option(metavar="cpu|cuda:N|mps", help="Where to compute; the fastest there is if left out.")
     ] = None,

@@ -221,14 +221,16 @@ class FinetuneSettings(Block):
     """Learning from the dense model."""
     ema: ShareBelowOne = 0.0
     """Decay of an exponential moving average of the weights, which is then what is kept; 0 turns it off."""
-    precision: Literal["no", "bf16"] = "no"
-    """bf16 autocast, or none."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast to bf16, or to fp16 with a scaled loss, or none."""
     channels_last: bool = False
     """Train in the NHWC memory layout."""
     gradient_accumulation: Count = 1
     """Batches per optimiser step."""
     patience: Count | None = None
     """Stop after this many epochs without a better validation result; never, if left out."""
+    log_with: Literal["tensorboard", "wandb", "trackio"] | None = None
+    """Where each epoch's figures are logged as well, under the project "scap_hub"; nowhere, if left out."""
 
     def lasting(self, epochs: int) -> FinetuneSettings:
         """The same for another number of epochs, each as long as before."""

@@ -27,10 +27,13 @@ def identity(loaded: LoadedModel, data: Data, recipe: Recipe, criterion: Criteri
     Args:
         loaded: The dense model as it was loaded, before any tuning.
         data: Its data.
-        recipe: All of it counts but what changes no result: `publish`, and whether to insist on verification.
+        recipe: All of it counts but what changes no result: `publish`, `finetune.log_with`, and whether to insist on
+            verification.
         criterion: What scores the channels.
     """
-    document = recipe.model_dump(mode="json", exclude={"publish": True, "evaluate": {"verify"}})
+    document = recipe.model_dump(
+        mode="json", exclude={"publish": True, "evaluate": {"verify"}, "finetune": {"log_with"}}
+    )
     found = _flat(document, "recipe key ")
     found |= _flat(asdict(loaded.preprocessing), "preprocessing ")
     found |= {f"version of {name}": version(name) for name in _LIBRARIES}

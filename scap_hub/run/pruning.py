@@ -35,6 +35,7 @@ from scap_hub.selection.latency import select_latency
 from scap_hub.selection.select import kept_importance, select
 from scap_hub.surgery import apply_plan
 from scap_hub.timing.clock import milliseconds
+from scap_hub.training.callbacks import Callback, check_tracker
 from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator, from_main
 from scap_hub.training.finetune import finetune
@@ -48,6 +49,7 @@ def prune(
     *,
     output_dir: str | Path | None = None,
     restart: bool = False,
+    callbacks: Sequence[Callback] = (),
     **overrides: Any,
 ) -> Result:
     """Makes a model smaller and faster: scores its channels, removes the least important, repairs, fine-tunes.
@@ -60,6 +62,7 @@ def prune(
         output_dir: Where to save the result, absent or empty; what each stage found is kept beside it until the end, so
             that the same call resumes. A call that differs in anything is refused.
         restart: Whether to throw away what an unfinished run kept, and begin anew.
+        callbacks: Called after each epoch of the pruned model's fine-tuning, see `scap_hub.training.callbacks`.
         **overrides: Recipe values that win: target="macs=0.5", criterion="scap", finetune_epochs=3, seed=0, ...
 
     Raises:
@@ -72,6 +75,7 @@ def prune(
         overrides["data_dataset"] = str(dataset)
     recipe = Recipe.resolve(recipe, **overrides)
     # A mistake is told before any work.
+    check_tracker(recipe.finetune)
     criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
     stages = Stages(recipe.seed)
 
@@ -81,7 +85,9 @@ def prune(
             work.begin(identity(loaded, data, recipe, criterion), restart, _need(loaded, recipe))
         folder = None if work is None else work.folder
         tune_dense(loaded, data, recipe, stages, folder)
-        result = prune_loaded(loaded, data, recipe, work=folder, scores=folder and folder / "scores", stages=stages)
+        result = prune_loaded(
+            loaded, data, recipe, work=folder, scores=folder and folder / "scores", stages=stages, callbacks=callbacks
+        )
         if work is not None:
             from_main(lambda: _save(result, work))
     if (repo_id := recipe.publish.repo_id) is not None:
@@ -111,6 +117,7 @@ def prune_loaded(
     work: Path | None = None,
     scores: Path | None = None,
     stages: Stages | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """`prune` from where model and data are there to where the result is measured; nothing is saved.
 
@@ -122,6 +129,7 @@ def prune_loaded(
         work: Where what each stage finds is kept.
         scores: Where scores are kept; see `kept_scores`.
         stages: Where the seconds are counted.
+        callbacks: As for `prune`.
     """
     stages, kept = stages or Stages(recipe.seed), Kept(work)
     criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
@@ -134,7 +142,9 @@ def prune_loaded(
             before = kept.value("dense", Measures, lambda: measure(given, size, data))
 
     dense = raised(given)
-    pipeline = _Pipeline(replace(loaded, module=dense), data, recipe, criterion, calibration, kept, scores, stages)
+    pipeline = _Pipeline(
+        replace(loaded, module=dense), data, recipe, criterion, calibration, kept, scores, stages, callbacks
+    )
     small: nn.Module = dense
     steps: list[_Step] = []
     while len(steps) < recipe.schedule.steps:
@@ -205,6 +215,7 @@ class _Pipeline:
     kept: Kept
     cache: Path | None
     stages: Stages
+    callbacks: Sequence[Callback]
 
     def step(self, model: nn.Module, earlier: Sequence[_Step]) -> tuple[nn.Module, _Step]:
         """Makes a model one step smaller than the earlier ones; without any it is the dense one."""
@@ -241,7 +252,9 @@ class _Pipeline:
             with stages("fine-tuning"):
                 folder = self.kept.folder and self.kept.folder / f"training-{number}"
                 dense = self.loaded.module
-                history = finetune(small, self.data, recipe.finetune, dense, folder, seed=recipe.seed)
+                history = finetune(
+                    small, self.data, recipe.finetune, dense, folder, seed=recipe.seed, callbacks=self.callbacks
+                )
         return small, _Step(groups, scores, diagnoses, plan, chosen.selection, chosen.verdicts, history)
 
     def _chosen(self, model: nn.Module, groups: ChannelGroups, scores: Scores, earlier: Sequence[_Step]) -> _Chosen:

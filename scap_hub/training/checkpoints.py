@@ -43,6 +43,7 @@ class State:
         schedule: Has a state_dict.
         history: What was done, and the best weights.
         feed: The training batches, whose place is kept.
+        scaler: Of the loss, in fp16.
     """
 
     modules: Mapping[str, nn.Module]
@@ -50,6 +51,7 @@ class State:
     schedule: Any
     history: History
     feed: Feed
+    scaler: torch.amp.GradScaler | None
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -89,6 +91,8 @@ def resume(folder: Path, identity: dict[str, Any], state: State) -> bool:
         state.optimizer.load_state_dict(states["optimizer"])
         state.schedule.load_state_dict(states["schedule"])
         state.history.load_state_dict({**document["history"], "best": weights["best"]})
+        if state.scaler is not None:
+            state.scaler.load_state_dict(states["scaler"])
         own = states["ranks"][accelerator().process_index]
         state.feed.load_state_dict(own["place"])
         set_random_states(own, state.feed.generators)
@@ -109,6 +113,8 @@ def _write(folder: Path, epoch: int, identity: dict[str, Any], state: State, ran
                 save_file(separate(module.state_dict()), unfinished / f"{name}.safetensors")
             save_file(separate(best), unfinished / "best.safetensors")
             states = {"optimizer": state.optimizer.state_dict(), "schedule": state.schedule.state_dict()}
+            if state.scaler is not None:
+                states["scaler"] = state.scaler.state_dict()
             torch.save({**states, "ranks": ranks}, unfinished / _STATES)
             (unfinished / _DOCUMENT).write_text(json.dumps({"identity": identity, "history": history}))
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -28,7 +28,7 @@ def evaluate(
     Args:
         model: Moved to this rank's device, evaluated in eval mode, left in the mode it was in.
         loader: Batches of (images, targets).
-        precision: "bf16" for autocast, or "no".
+        precision: "bf16" or "fp16" for autocast, or "no".
         task: What the model is for.
 
     Returns:
@@ -65,7 +65,8 @@ def evaluate(
 
 def autocast(precision: str) -> torch.autocast:
     """The autocast context of a recipe's precision, on this rank's device."""
-    return torch.autocast(accelerator().device.type, torch.bfloat16, enabled=precision == "bf16")
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(accelerator().device.type, dtype, enabled=precision != "no")
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def _batches(given: DataLoader) -> int:
 def _too_few(given: DataLoader) -> DataError:
     return DataError(
         f"too few training images for a batch of {given.batch_size} on each of {accelerator().num_processes} "
-        "processes; lower data.batch_size"
+        "processes; lower data.batch_size, or that of the DataLoader"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,9 +22,10 @@ from scap_hub.placement import lower_precision, raise_precision
 from scap_hub.progress import tell, track
 from scap_hub.recipe import DataSettings, FinetuneSettings, Recipe
 from scap_hub.training import checkpoints
+from scap_hub.training.callbacks import Callback, Tracking, check_tracker
 from scap_hub.training.data import Data, load_data
 from scap_hub.training.data.handed import image_size
-from scap_hub.training.distributed import accelerator, average_buffers
+from scap_hub.training.distributed import accelerator, average_buffers, from_main
 from scap_hub.training.evaluate import evaluate
 from scap_hub.training.feed import Feed, feed, steps_at_ends
 from scap_hub.training.history import History, Losses
@@ -43,6 +44,7 @@ def finetune(
     seed: int = 0,
     data_settings: DataSettings | None = None,
     input_size: tuple[int, int, int] | None = None,
+    callbacks: Sequence[Callback] = (),
     **changes: Any,
 ) -> list[dict[str, float]]:
     """Trains a model in place, on all ranks, and leaves it in eval mode with its best weights.
@@ -60,6 +62,7 @@ def finetune(
         seed: Seeds shuffling, augmentation, mixup and dropout.
         data_settings: The recipe's `data` block, for a data set that is not a `Data` yet.
         input_size: (channels, height, width) in pixels of its images; the model's own if left out.
+        callbacks: Called after each epoch, see `Callback`.
         **changes: Keys of the `finetune` block that win: epochs=3, learning_rate=1e-3, ...
 
     Returns:
@@ -68,10 +71,11 @@ def finetune(
 
     Raises:
         DataError: No labels and no teacher, or too few images for one batch on each rank.
-        RecipeError: A change of an unknown key, or to a wrong value.
+        RecipeError: A change of an unknown key, or to a wrong value; `log_with` names what is not installed.
         TrainingError: The loss is not finite, or the checkpoint belongs to another run.
     """
     settings = _changed(settings or FinetuneSettings(), changes)
+    check_tracker(settings)
     if not isinstance(data, Data):
         # The zoo knows the dense model better than a pruned one.
         data = _read(data, model if teacher is None else teacher, data_settings, input_size, seed)
@@ -86,9 +90,16 @@ def finetune(
         network.eval()
     precisions = raise_precision(model)
     try:
-        return _trained(model, data, settings, teacher, Path(output_dir) if output_dir else None, seed)
+        training = _prepared(model, data, settings, teacher, Path(output_dir) if output_dir else None, seed)
+        with warnings.catch_warnings():
+            # accelerate puts the scaler of fp16 between optimizer and schedule, which torch takes for a mistake.
+            warnings.filterwarnings("ignore", "Seems like `optimizer.step")
+            _train(training, callbacks)
+        model.load_state_dict(training.history.best)
+        return training.history.rows
     finally:
         here.free_memory()
+        here.scaler = None
         for network in networks:
             network.to(memory_format=torch.contiguous_format)
             network.eval()
@@ -166,47 +177,53 @@ class _Training:
     def state(self) -> checkpoints.State:
         """What a checkpoint holds."""
         modules = {"model": self.model} | ({"average": self.kept} if self.ema else {})
-        return checkpoints.State(modules, self.optimizer, self.schedule, self.history, self.feed)
+        return checkpoints.State(modules, self.optimizer, self.schedule, self.history, self.feed, accelerator().scaler)
 
 
-def _trained(
-    model: nn.Module,
-    data: Data,
-    settings: FinetuneSettings,
-    teacher: nn.Module | None,
-    output_dir: Path | None,
-    seed: int,
-) -> list[dict[str, float]]:
-    """Trains, and leaves the best weights."""
-    training = _prepared(model, data, settings, teacher, output_dir, seed)
-    try:
-        _train(training)
-    finally:
-        training.feed.close()
-    model.load_state_dict(training.history.best)
-    return training.history.rows
-
-
-def _train(training: _Training) -> None:
+def _train(training: _Training, callbacks: Sequence[Callback]) -> None:
     """Epoch by epoch, from the last checkpoint on if there is one."""
     settings, history, output_dir = training.settings, training.history, training.output_dir
-    if output_dir is None or not checkpoints.resume(output_dir, training.identity, training.state):
+    resumed = output_dir is not None and checkpoints.resume(output_dir, training.identity, training.state)
+    if not resumed:
         history.record(training.kept, {"epoch": 0, "seconds": 0.0, **_validate(training)})
-    while history.epoch < len(training.ends) and not history.is_stale(settings.patience):
-        epoch, start = history.epoch + 1, time.perf_counter()
-        try:
-            mean_loss = _epoch(training, epoch)
-        except FloatingPointError as error:
-            raise _not_finite(training, epoch, error) from None
-        for network in (training.model, training.kept):
-            average_buffers(network)
-        row = {"epoch": epoch, "loss": mean_loss, "learning_rate": float(training.schedule.get_last_lr()[0])}
-        row |= _validate(training)
-        row["seconds"] = time.perf_counter() - start
-        history.record(training.kept, row)
-        tell(_line(row, len(training.ends), training.data))
-        if output_dir is not None:
-            checkpoints.save(output_dir, epoch, training.identity, training.state)
+    tracking = Tracking(settings)
+    for row in history.rows:
+        tracking.log(row)
+    try:
+        # Whether they wanted to end the training is not in the checkpoint.
+        stop = resumed and history.epoch > 0 and _wants_to_end(callbacks, training)
+        while not stop and history.epoch < len(training.ends) and not history.is_stale(settings.patience):
+            row = _epoch_and_row(training, history.epoch + 1)
+            history.record(training.kept, row)
+            tell(_line(row, len(training.ends), training.data))
+            tracking.log(row)
+            if output_dir is not None:
+                checkpoints.save(output_dir, history.epoch, training.identity, training.state)
+            stop = _wants_to_end(callbacks, training)
+    finally:
+        tracking.finish()
+        training.feed.close()
+
+
+def _wants_to_end(callbacks: Sequence[Callback], training: _Training) -> bool:
+    """Tells all of them of the last epoch; returns whether one of the main process wants to end the training."""
+    wishes = [callback.on_epoch_end(dict(training.history.rows[-1]), training.kept) for callback in callbacks]
+    return from_main(lambda: any(wishes)) if callbacks else False
+
+
+def _epoch_and_row(training: _Training, epoch: int) -> dict[str, float]:
+    """Trains for one epoch, and says how it went."""
+    start = time.perf_counter()
+    try:
+        mean_loss = _epoch(training, epoch)
+    except FloatingPointError as error:
+        raise _not_finite(training, epoch, error) from None
+    for network in (training.model, training.kept):
+        average_buffers(network)
+    row = {"epoch": epoch, "loss": mean_loss, "learning_rate": float(training.schedule.get_last_lr()[0])}
+    row |= _validate(training)
+    row["seconds"] = time.perf_counter() - start
+    return row
 
 
 def _line(row: Mapping[str, float], epochs: int, data: Data) -> str:
@@ -237,6 +254,8 @@ def _prepared(
     optimizer = create_optimizer_v2(
         model, opt=settings.optimizer, lr=settings.learning_rate, weight_decay=settings.weight_decay, momentum=0.9
     )
+    # Gradients of fp16 are too small without it; accelerate and its optimizers look for it here.
+    here.scaler = torch.amp.GradScaler(here.device.type) if settings.precision == "fp16" else None
     steps_at_ends(data.train, settings)  # refuses what no rank could train on, before anything is shared out
     batches = feed(data.train)
     wrapped, optimizer = here.prepare(model, optimizer)
@@ -244,6 +263,7 @@ def _prepared(
     schedule = rate_schedule(optimizer.optimizer, settings, ends[-1] if ends else 0)
     ema = ModelEmaV3(model, decay=settings.ema, use_warmup=True) if settings.ema else None
     history = History(data.task.metric.key)
+    identity = settings.model_dump(mode="json", exclude={"log_with"})
     return _Training(
         model=model,
         wrapped=wrapped,
@@ -257,7 +277,7 @@ def _prepared(
         history=history,
         objective=Objective(data.task, settings, teacher),
         output_dir=output_dir,
-        identity={**settings.model_dump(mode="json"), "seed": seed, "processes": here.num_processes},
+        identity=identity | {"seed": seed, "processes": here.num_processes},
     )
 
 
@@ -279,7 +299,8 @@ def _epoch(training: _Training, epoch: int) -> float:
             training.optimizer.step()
             training.optimizer.zero_grad()
         if here.sync_gradients:
-            training.schedule.step()
+            if not training.optimizer.step_was_skipped:  # as the scaler does while it finds its scale
+                training.schedule.step()
             training.history.steps += 1
             if training.ema:
                 training.ema.update(training.model, step=training.history.steps)
