@@ -14,7 +14,9 @@ import datasets
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tests.test_cli import TINY
 
@@ -168,3 +170,29 @@ def test_data_that_is_handed_over_on_two_ranks(tmp_path):
     assert first == second and len(first) == 7
     assert first.pop("too few").startswith("too few training images for a batch of 8 on each of 2 processes; lower")
     assert all(losses[1] > 0 for _, losses, _ in first.values())
+
+
+@pytest.mark.slow
+def test_a_killed_training_on_a_stream_goes_on_where_it_was(tmp_path):
+    """Two ranks, each with files of its own; the weights are those of an undisturbed run."""
+    data = files(tmp_path)
+
+    def start(out):
+        changes = {"data_streaming": "true", "data_labels": "false", "data_batch_size": 2, "finetune_steps": 40}
+        changes |= {"finetune_epochs": 20, "data_calibration_images": 8}
+        options = [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
+        return torchrun("-m", "scap_hub", *TINY, "--data", data, *options, "--quiet", "--out", tmp_path / out)
+
+    whole = start("whole")
+    assert (ended(whole, 400), whole.returncode)[1] == 0
+    cut, deadline = start("cut"), time.monotonic() + 200
+    while not list(tmp_path.glob(".cut.unfinished/training-0/checkpoint-0000[3-9]")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for process in [*psutil.Process(cut.pid).children(recursive=True), cut]:
+        process.kill()
+    cut.wait(60)
+    assert list(tmp_path.glob(".cut.unfinished/training-0/checkpoint-*"))
+    resumed = start("cut")
+    assert (error := ended(resumed, 400), resumed.returncode)[1] == 0, error
+    left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(left[name], right[name]) for name in left)
