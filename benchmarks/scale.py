@@ -35,6 +35,7 @@ from torch import Tensor, nn
 import scap_hub
 from scap_hub.progress import set_quiet
 from scap_hub.recipe import FinetuneSettings
+from scap_hub.scores import DEFAULT_CRITERION
 from scap_hub.tasks import IMAGE_CLASSIFICATION
 from scap_hub.timing.clock import device_name
 from scap_hub.training.data.transforms import pixels_of
@@ -81,7 +82,7 @@ def _held(process: Path, name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def stages(model: nn.Module, batches: list[Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:
+def stages(model: nn.Module, batches: list[Tensor], criterion: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The stages of a run between loading and training, in their order; each to be called before the next."""
     found: dict[str, Any] = {}
 
@@ -89,9 +90,9 @@ def stages(model: nn.Module, batches: list[Tensor]) -> Iterator[tuple[str, Calla
         return lambda: found.__setitem__(name, make())
 
     yield "channel groups", keep("groups", lambda: scap_hub.channel_groups(model, batches[0][:1]))
-    yield "scores", keep("scores", lambda: scap_hub.score(model, batches, groups=found["groups"]))
+    yield "scores", keep("scores", lambda: scap_hub.score(model, batches, criterion, groups=found["groups"]))
     yield "selection", keep("plan", lambda: scap_hub.select(found["groups"], found["scores"], "macs=0.5"))
-    yield "refinement", keep("plan", lambda: scap_hub.refine(model, found["groups"], batches, found["plan"]))
+    yield "refinement", keep("plan", lambda: scap_hub.refine(model, found["groups"], batches, found["plan"], criterion))
     yield "verification", lambda: scap_hub.verify(model, found["plan"], (batches[0][:2],))
     yield "surgery", keep("small", lambda: scap_hub.apply_plan(model, found["plan"]))
     yield "repair", lambda: scap_hub.repair(model, found["small"], found["plan"], batches)
@@ -116,7 +117,7 @@ def costs(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     peaks: dict[str, int] = {}
     model = network(options)
     for count in (few, many):
-        for name, run in stages(model, images(count, options)):
+        for name, run in stages(model, images(count, options), options.criterion):
             peaks[name], (took, _) = memory_of(lambda run=run: timed(run))
             seconds.setdefault(name, []).append(took)
             print(f"  {name}, {count} images: {seconds[name][-1]:.2f} s", flush=True)
@@ -176,7 +177,16 @@ def traffic(options: argparse.Namespace) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "traffic.json"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-        given = ["--model", options.model, "--size", str(options.traffic_size), "--count", str(out)]
+        given = [
+            "--model",
+            options.model,
+            "--size",
+            str(options.traffic_size),
+            "--criterion",
+            options.criterion,
+            "--count",
+            str(out),
+        ]
         subprocess.run([*launch, *given], check=True, timeout=3600, stdout=subprocess.DEVNULL)
         return json.loads(out.read_text())
 
@@ -201,7 +211,7 @@ def count_traffic(options: argparse.Namespace) -> None:
     for name in ("all_reduce", "broadcast", "all_gather"):
         counting(name)
     found, model = {}, network(options)
-    for name, run in stages(model, images(16, options)):
+    for name, run in stages(model, images(16, options), options.criterion):
         counted["bytes"] = 0
         run()
         found[name] = counted["bytes"]
@@ -249,6 +259,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny network and small images")
     parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--criterion", default=DEFAULT_CRITERION, help="what scores the channels")
     parser.add_argument("--size", type=int, default=224, help="of the images, in pixels")
     parser.add_argument("--traffic-size", type=int, default=64, help="of those with which traffic is counted")
     parser.add_argument("--images", type=int, nargs=2, default=(16, 32), help="calibration images of the two runs")
@@ -275,7 +286,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.count is not None:
         count_traffic(options)
         return {}
-    found: dict[str, Any] = {"model": options.model, "size": options.size, "device": device_name(accelerator().device)}
+    found: dict[str, Any] = {
+        "model": options.model,
+        "criterion": options.criterion,
+        "size": options.size,
+        "device": device_name(accelerator().device),
+    }
     found |= {"stages": costs(options), "single": single(options), "traffic": traffic(options)}
     found["assumed"] = {
         name: getattr(options, name)

@@ -22,6 +22,7 @@ import accuracy  # noqa: E402
 import finetune  # noqa: E402
 import latency  # noqa: E402
 import repair  # noqa: E402
+import scale  # noqa: E402
 
 needs_images = pytest.mark.skipif(not fashion_mnist.FOLDER.is_dir(), reason="needs Debian's dataset-fashion-mnist")
 
@@ -103,3 +104,34 @@ def test_fine_tuning_is_compared_one_change_at_a_time(name):
     default, own = (finetune.changed(setting, 1e-3, epochs=2).model_dump() for setting in ("default", name))
     different = [key for key in default if default[key] != own[key]]
     assert own["epochs"] == 2 and len(different) == (0 if name == "default" else 2 if name == "SGD" else 1)
+
+
+def test_scale_divides_what_is_done_for_an_image_and_nothing_else():
+    found = {
+        "stages": {"scores": {"image_s": 1.0, "fixed_s": 60.0, "peak_bytes": 2e9}},
+        "single": {"forward_s": 0.5, "training_s": 2.0, "decode_s": 0.01, "weight_bytes": 1e8, "activation_bytes": 1e7},
+        "traffic": {"scores": 3e9},
+    }
+    given = ["--machines", "1", "4", "--devices", "8", "--batch", "32", "--cores", "10", "--network", "8"]
+    rows = {(row["machines"], row["stage"]): row for row in scale.table(found, scale.parsed(given))}
+    one, four = rows[1, "scores"], rows[4, "scores"]
+    assert one["minutes"] == pytest.approx((60 + 256 / 8) / 60) and four["minutes"] == pytest.approx(
+        (60 + 256 / 32) / 60
+    )
+    assert (one["traffic_gb"], four["traffic_gb"]) == (0, 2 * 3 / 4 * 3e9 / 1e9)
+    images = scale.TRAIN / 60
+    for stage, minutes in {"reading": 0.01 / 40 * images, "computing": 2 / 32 * images}.items():
+        assert rows[4, f"an epoch, {stage}"]["minutes"] == pytest.approx(minutes)
+    sending = 2 * 3 / 4 * 1e8 * 8 / 8e9 / (32 * 32) * images
+    assert rows[4, "an epoch, sending"]["minutes"] == pytest.approx(sending)
+    faster = scale.table(found, scale.parsed([*given, "--forward", "20"]))  # 10 times as fast
+    assert faster[0]["minutes"] == pytest.approx((60 + 256 / 80) / 60)
+
+
+@pytest.mark.slow
+def test_scale_measures_what_it_computes_from(tmp_path):
+    found = scale.main(["--quick", "--json", str(tmp_path / "scale.json")])
+    assert json.loads((tmp_path / "scale.json").read_text())["rows"] == found["rows"]
+    assert found["traffic"]["scores"] > 0 and found["stages"]["scores"]["peak_bytes"] > 0
+    assert found["single"]["training_s"] > found["single"]["forward_s"] > 0
+    assert found["single"]["activation_bytes"] > 0

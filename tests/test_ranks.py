@@ -95,6 +95,30 @@ def test_a_mistake_is_told_once_and_ends_every_rank_with_2(arguments, line):
     assert re.search(r"exitcode  : 2 ", root)
 
 
+OWN = """
+import scap_hub
+from scap_hub.cli.app import main
+from scap_hub.errors import DataError
+from scap_hub.training.distributed import accelerator
+
+def prune(*_, **__):
+    if accelerator().process_index == 1:
+        raise DataError("image 7 cannot be read")
+    accelerator().wait_for_everyone()
+
+scap_hub.prune = prune
+main()
+"""
+
+
+@pytest.mark.slow
+def test_what_only_one_rank_finds_is_told_too(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    error = ended(torchrun(tmp_path / "own.py", "prune", "resnet18", "--data", "digits"), 200)
+    assert told(error) == ["scap-hub: image 7 cannot be read"]
+    assert "Connection closed" not in error and "interrupted" not in error
+
+
 BUSY = """
 import os, sys, time
 from scap_hub.training import heartbeat

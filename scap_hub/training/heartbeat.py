@@ -82,6 +82,7 @@ class Heartbeat(threading.Thread):
     def leave(self) -> None:
         """Says that this process ends as it should."""
         self._ended.set()
+        self.join(2 * PERIOD)  # an interpreter that ends must not find it in the middle of a call
         try:
             self.store.set(f"count/{self.rank}", _LEFT.decode())
         except RuntimeError:
