@@ -21,12 +21,14 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import timm
 import torch
 from PIL import Image
@@ -65,21 +67,27 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def memory_of(run: Callable[[], Any]) -> tuple[int, Any]:
-    """Bytes at the peak above what was held before: of the device, or of a process on a CPU under Linux; what came."""
+    """Bytes at the peak above what was held before: of the device, or of this process on a CPU; what came of it."""
     device = accelerator().device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before, found = torch.cuda.memory_allocated(), run()
         return torch.cuda.max_memory_allocated() - before, found
-    process = Path("/proc/self")
-    (process / "clear_refs").write_text("5")  # the peak is what is held now
-    before, found = _held(process, "VmRSS"), run()
-    return _held(process, "VmHWM") - before, found
+    process, ended = psutil.Process(), threading.Event()
+    held = [process.memory_info().rss]
 
+    def look() -> None:
+        while not ended.wait(0.005):
+            held.append(process.memory_info().rss)
 
-def _held(process: Path, name: str) -> int:
-    (line,) = (line for line in (process / "status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        found = run()
+    finally:
+        ended.set()
+        looking.join()
+    return max(held) - held[0], found
 
 
 def stages(model: nn.Module, batches: list[Tensor], criterion: str) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -131,7 +139,7 @@ def costs(options: argparse.Namespace) -> dict[str, dict[str, float]]:
 def single(options: argparse.Namespace) -> dict[str, float]:
     """Seconds of a forward pass, a training step and a JPEG, each for an image; bytes that training keeps of one."""
     model, teacher = network(options), network(options)
-    (batch, *_), labels = images(options.batch, options), torch.zeros(options.batch, dtype=torch.long)
+    (batch, *_), labels = images(options.measured, options), torch.zeros(options.measured, dtype=torch.long)
     labels = labels[: len(batch)].to(batch.device)
     objective = Objective(IMAGE_CLASSIFICATION, FinetuneSettings(precision=options.precision), teacher)
     kept: dict[int, int] = {}
@@ -264,6 +272,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--traffic-size", type=int, default=64, help="of those with which traffic is counted")
     parser.add_argument("--images", type=int, nargs=2, default=(16, 32), help="calibration images of the two runs")
     parser.add_argument("--batch", type=int, default=64, help="images a step, per device")
+    parser.add_argument("--measured", type=int, default=16, help="images a step, where it is measured")
     parser.add_argument("--precision", default="no", choices=("no", "bf16", "fp16"))
     parser.add_argument("--machines", type=int, nargs="+", default=(1, 4))
     parser.add_argument("--devices", type=int, default=8, help="per machine")
@@ -275,7 +284,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.quick:
-        options.model, options.size, options.images, options.batch = "test_resnet", 64, (4, 8), 8
+        options.model, options.size, options.images, options.measured = "test_resnet", 64, (4, 8), 8
     return options
 
 
@@ -300,7 +309,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     found["rows"], found["memory"] = table(found, options), memory(found, options)
     for row in found["rows"]:
         print(f"{row['machines']:3} x {options.devices}  {row['stage']:20} {row['minutes']:9.2f} min "
-              f"{row['traffic_gb']:9.2f} GB")  # fmt: skip
+              f"{row['traffic_gb']:9.2f} GB  {row.get('memory_gb', 0):6.2f} GB held")  # fmt: skip
     print(f"memory while training: {found['memory']['training_gb']:.1f} GB a device")
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -124,7 +124,10 @@ class Stopping(torch.nn.Module):
         return self.net(images)
 
 
-@pytest.mark.parametrize("kind", ["stream", "stream with loader processes", "torch stream", "digits"])
+@pytest.mark.parametrize(
+    "kind",
+    ["stream", "stream with loader processes", "torch stream", pytest.param("digits", marks=pytest.mark.slow)],
+)
 def test_a_training_by_steps_resumes_exactly(kind, tmp_path, capsys):
     def source():
         if kind == "torch stream":
