@@ -30,6 +30,7 @@ from scap_hub.criteria.calibration import images_of
 from scap_hub.criteria.obs.blocks import Compensated, ConsumerBlock, compensated_weight, weight_of
 from scap_hub.criteria.obs.elimination import eliminate
 from scap_hub.criteria.scap.spectra import spectrum
+from scap_hub.criteria.variance import inverse_variances
 from scap_hub.errors import CalibrationError
 from scap_hub.graph.record import evaluating
 from scap_hub.placement import fed, placement, raise_precision
@@ -119,10 +120,8 @@ class Outputs:
         raise_precision(self._model)
         self._probes = _probes(batches, probes)
         with evaluating(self._model), torch.no_grad():
-            variances = _variances(self._run(image) for image in self._probes)
-        # Each output counts alike, relative to its variance over the images; one that never changes does not count.
-        changing = sum(variance > 0 for variance in variances)
-        self._weights = [1 / math.sqrt(variance * changing) if variance > 0 else 0.0 for variance in variances]
+            factors = inverse_variances([z[None] for z in self._run(image)] for image in self._probes)
+        self._weights = [math.sqrt(factor) for factor in factors]
 
     def errors(self, eliminations: Sequence[Elimination]) -> list[list[tuple[int, float]] | None]:
         """What the outputs lose at each width of each elimination, to first order.
@@ -234,27 +233,6 @@ def _change(elimination: Elimination, gradients: Mapping[str, Tensor]) -> Tensor
             gradient = gradients[block.path][block.number * height : (block.number + 1) * height]
             total = total.to(gradient) + change.flatten(1) @ gradient.flatten()
     return total
-
-
-def _variances(outputs: Iterable[Sequence[Tensor]]) -> list[float]:
-    """Of each output, its variance over the images of all processes, times their number, summed over its elements.
-
-    0 for one that does not change but for rounding.
-    """
-    count, sums, squares = 0, [], []  # type: ignore[var-annotated]
-    for leaves in outputs:
-        count += 1
-        values = [leaf.double().cpu() for leaf in leaves]
-        sums = [total + z for total, z in zip(sums or [0.0] * len(values), values, strict=True)]
-        squares = [total + z.square().sum() for total, z in zip(squares or [0.0] * len(values), values, strict=True)]
-    parts = [part for part in gather_object([(count, sums, squares)]) if part[0]]
-    images = sum(part[0] for part in parts)
-    variances = []
-    for own in zip(*(zip(part[1], part[2], strict=True) for part in parts), strict=True):
-        total, square = (sum(values) for values in zip(*own, strict=True))
-        variance = float(square - total.square().sum() / images)
-        variances.append(variance if variance > 1e-9 * float(square) else 0.0)
-    return variances
 
 
 def marginal(order: Sequence[int], errors: Sequence[tuple[int, float]]) -> Tensor:
