@@ -10,7 +10,7 @@ from scap_hub.zoo import import_hooks
 if TYPE_CHECKING:
     from scap_hub.channels import ChannelGroup, ChannelGroups, channel_groups, verify
     from scap_hub.channels.verified import apply_plan
-    from scap_hub.compensation import repair
+    from scap_hub.compensation import repair, tune
     from scap_hub.criteria import Criterion, score
     from scap_hub.errors import ScapHubError
     from scap_hub.hub.checkpoint import load
@@ -56,6 +56,7 @@ _HOMES = {
     "repair": "compensation",
     "score": "criteria",
     "select": "selection.select",
+    "tune": "compensation",
     "verify": "channels",
 }
 
@@ -83,6 +84,7 @@ __all__ = [
     "repair",
     "score",
     "select",
+    "tune",
     "verify",
 ]
 

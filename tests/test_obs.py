@@ -20,6 +20,7 @@ from scap_hub.criteria import OBS, ScapSet, base, score
 from scap_hub.criteria.obs import blocks
 from scap_hub.criteria.obs.elimination import CompensatedWeight, eliminate
 from scap_hub.criteria.patches import patches, views
+from scap_hub.criteria.scap import outputs as outputs_of_a_model
 from scap_hub.criteria.scap.outputs import marginal
 from scap_hub.errors import CalibrationError, RecipeError
 from scap_hub.selection.select import select
@@ -150,7 +151,10 @@ def test_set_criteria_keep_numbers_and_balance_and_repeat(make, name):
 @pytest.mark.parametrize("seed", range(3))
 def test_scap_set_is_the_materialised_one(seed, blend):
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1), nn.Flatten(1)).double()
+    # One number an image, linear in what the second convolution gives: nothing is left to the draw or to first order.
+    head = nn.Linear(64, 1).requires_grad_(False)
+    parts = (nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1), nn.Flatten(1), head)
+    net = nn.Sequential(*parts).double()
     x = torch.cat(IMAGES)[:, :, :4, :4]  # of 16 places, all are read
     options = {"bins": 3, "latent": 2, "blend": blend}
     groups = [group for group in channel_groups(net, x) if group.name == "0"]
@@ -160,13 +164,17 @@ def test_scap_set_is_the_materialised_one(seed, blend):
     moment, weight = reference.blended_moment(conv, x, y, **options), reference.with_bias(conv)
     channel_of_column = torch.cat([torch.arange(6).repeat_interleave(9), torch.tensor([-1])])
     order = reference.order(weight, moment, channel_of_column, 1e-2)
-    dense = reference.patches(conv, y) @ weight.T
-    variance = (dense.unflatten(0, (16, 16)) - dense.unflatten(0, (16, 16)).mean(0)).square().sum()
+
+    def outputs(weight):
+        maps = (reference.patches(conv, y) @ weight.T).unflatten(0, (16, 16)).mT
+        return maps.flatten(1) @ head.weight[0].detach()
+
+    dense = outputs(weight)
     errors = [(0, 0.0)]
-    for gone in (2, 3, 4, 5):  # 0.75, 0.5, 0.25 and 0.1 of 6 channels stay
+    for gone in (1, 2, 3, 4, 5):  # of 6 channels
         keep = reference.remaining(channel_of_column, order[:gone])
-        small = reference.patches(conv, y) @ least_squares(weight, moment, keep, 1e-2)[1].T
-        errors.append((gone, float((small - dense).square().sum() / variance)))
+        small = outputs(least_squares(weight, moment, keep, 1e-2)[1])
+        errors.append((gone, float((small - dense).square().sum() / (dense - dense.mean()).square().sum())))
     torch.testing.assert_close(scores["0"], marginal(order, errors), rtol=1e-4, atol=1e-7)
 
 
@@ -220,7 +228,7 @@ def test_outputs_tell_which_group_can_be_narrow():
     assert kept["scap-set"][0] > 10 and kept["scap-set"][1] <= 4
 
 
-def test_fewer_probes_are_fewer_images_in_forward_passes():
+def test_scoring_runs_the_model_once_for_each_probe_and_once_for_its_gradients():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3), nn.Flatten(), nn.Linear(320, 4)).eval()
     images = [images.float() for images in IMAGES]
@@ -232,8 +240,61 @@ def test_fewer_probes_are_fewer_images_in_forward_passes():
         sizes.clear()
         score(net, images, ScapSet(probes=probes), groups=groups)
         seen.append(sum(sizes))
-    # Once dense, then with 6, 4, 2 and 1 of 8 channels, and with 4, 2 and 1 of 5.
-    assert seen[1] - seen[0] == (8 - 2) * (1 + 4 + 3)
+    assert seen[1] - seen[0] == (8 - 2) * 2, "whatever the number of groups and widths"
+
+
+@pytest.mark.parametrize("portion", [2**31, 1], ids=["at once", "one by one"])
+def test_random_vectors_say_what_the_outputs_lose(portion, monkeypatch):
+    """Behind the layers all is linear: the draw alone stands between the estimate and whole passes of the model."""
+    monkeypatch.setattr(outputs_of_a_model, "VECTORS", 400)
+    monkeypatch.setattr(outputs_of_a_model, "BYTES", portion)
+    torch.manual_seed(0)
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(8, 7, bias=False), nn.Linear(7, 5)
+            self.c = nn.Linear(8, 7, bias=False)
+
+        def forward(self, x):
+            y = self.a(x).relu()
+            return self.head(self.b(y) - 0.5 * self.c(y))
+
+    net, x = Two().double().eval(), torch.randn(12, 6, dtype=torch.float64)
+    (group,) = (group for group in channel_groups(net, x) if group.name == "a")
+    found = blocks.consumer_blocks(net, group, staying([group], {}))
+    change = {block.path: torch.randn(2, 7, 8, dtype=torch.float64) * 0.1 for block in found}
+    assert sorted(change) == ["b", "c"]
+    elimination = outputs_of_a_model.Elimination(group, range(8), [3, 5], [(b, change[b.path]) for b in found])
+    model = outputs_of_a_model.Outputs(net, [x[:5], x[5:]], 7, 12)
+    (errors,) = model.errors([elimination])
+    both = copy.deepcopy(net)
+    for width in range(2):
+        both.load_state_dict(net.state_dict())
+        with torch.no_grad():
+            both.b.weight += change["b"][width]
+            both.c.weight += change["c"][width]
+            dense, lost = net(x), both(x) - net(x)
+        exact = float(lost.square().sum() / (dense - dense.mean(0)).square().sum())
+        assert errors[width + 1][1] == pytest.approx(exact, rel=0.1)
+
+
+def test_a_group_that_no_gradient_reaches_is_said_so():
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(6, 5)
+
+        def forward(self, x):
+            with torch.no_grad():
+                hidden = self.b(self.a(x).relu())
+            return hidden + self.c(x)
+
+    net, x = Cut().eval(), torch.randn(12, 6)
+    groups = [group for group in channel_groups(net, x) if group.name == "a"]
+    with pytest.warns(UserWarning, match="no gradient of the outputs reaches b, which read channel group 'a'"):
+        scores = score(net, [x], "scap-set", groups=groups)
+    assert scores["a"].isfinite().all() and len(set(scores["a"].tolist())) == 8
 
 
 @pytest.mark.parametrize(

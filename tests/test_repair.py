@@ -6,7 +6,7 @@ from torch import nn
 
 from scap_hub.channels import channel_groups
 from scap_hub.channels.oracle import randomize
-from scap_hub.compensation import compensate, recalibrate, repair
+from scap_hub.compensation import compensate, least_squares, recalibrate, repair
 from scap_hub.criteria import OBS
 from scap_hub.errors import CalibrationError, RecipeError
 from scap_hub.plan import PruningPlan
@@ -300,3 +300,42 @@ def test_layers_that_read_no_images_are_repaired_too():
     compensate(net, small, plan, IMAGES)
     assert relative(small, net) < 0.1 * before
     assert set(OBS().score(net, [g for g in groups if g.prunable], IMAGES)) == {g.name for g in groups if g.prunable}
+
+
+@pytest.mark.parametrize("images", [4, 400], ids=["dual", "primal"])
+def test_the_ridge_leaves_the_bias_free(images):
+    """However strong the ridge, a bias takes up what the channels that left gave on average."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 60), nn.ReLU(), nn.Linear(60, 3)).double().eval()
+    x = torch.randn(images, 5, dtype=torch.float64)
+    plan = PruningPlan.from_keep(channel_groups(net, x), {"0": list(range(10))})
+    small = apply_plan(net, plan)
+    compensate(net, small, plan, [x], ridge=1e9)
+    torch.testing.assert_close(small(x).mean(0), net(x).mean(0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(small[2].weight, net[2].weight[:, :10], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ridge", [1e-8, 1e-6, 1e-4])
+def test_a_small_ridge_is_safe_in_single_precision(ridge):
+    """Inputs that are nearly the same, far from zero: in single precision the error came out negative."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 4)).eval()
+    x = 30 + torch.randn(512, 8)
+    plan = PruningPlan.from_keep(channel_groups(net, x), {"0": list(range(20))})
+    small = apply_plan(net, plan)
+    ((before, after),) = compensate(net, small, plan, [x], ridge=ridge).values()
+    assert 0 <= after < min(before, 1e-5)
+    torch.testing.assert_close(small(x), net(x), rtol=1e-3, atol=0.1)
+
+
+def test_the_largest_map_bounds_how_many_images_pass_together(monkeypatch):
+    """Also where it is no input of a re-solved layer."""
+    monkeypatch.setattr(least_squares, "_BYTES", 64 * 32 * 32 * 4 * 5)
+    net = nn.Sequential(nn.Conv2d(3, 64, 1), nn.MaxPool2d(8), nn.Conv2d(64, 8, 1), nn.Conv2d(8, 2, 1)).eval()
+    images = [torch.randn(8, 3, 32, 32)]
+    plan = PruningPlan.from_keep(channel_groups(net, images[0]), {"2": list(range(4))})
+    small = apply_plan(net, plan)
+    sizes = []
+    small.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    compensate(net, small, plan, images)
+    assert sizes == [5]

@@ -9,9 +9,10 @@ from torch import nn
 
 from scap_hub.compensation.batch_norm import recalibrate
 from scap_hub.compensation.least_squares import compensate
+from scap_hub.compensation.tuning import tune
 from scap_hub.plan import PruningPlan
 
-__all__ = ["compensate", "recalibrate", "repair"]
+__all__ = ["compensate", "recalibrate", "repair", "tune"]
 
 
 def repair(

@@ -25,12 +25,14 @@ from scap_hub.errors import CalibrationError, RecipeError
 from scap_hub.graph.record import evaluating
 from scap_hub.placement import fed
 from scap_hub.plan import PruningPlan
+from scap_hub.private import tree_leaves
 from scap_hub.progress import track
 
 _PATCHES = 8  # for each weight of an output channel, over all images
 _PLACES = 16  # of each image, at least: with fewer, narrow layers fit the noise of their patches
 _RIDGE = 1e-10  # at least: inputs may be constant or the same
-_BYTES = 2**30  # of the largest input of a re-solved layer: all images pass through the model together
+_BYTES = 2**30  # of the largest map in the model: all images pass through it together
+_ROWS = 4096  # that are brought to double precision at a time
 
 
 def compensate(
@@ -46,9 +48,9 @@ def compensate(
 
     For a layer with weight W that reads patches P, behind layers that are re-solved already, and the outputs Y that it
     has in `dense` at the same places, the new weight is the minimum of |Y - W' P|² + λ |W' - W|², with λ the ridge
-    times the mean diagonal of P Pᵀ. The ridge pulls towards the weights that are there, so the error on the patches is
-    never larger than with them; and what the layers before have got wrong is made good where it can be (asymmetric
-    reconstruction: Zhang et al., 2015, arXiv 1505.06798). It takes one forward pass of each model.
+    times the mean diagonal of P Pᵀ; the bias is free of it. The ridge pulls towards the weights that are there, so the
+    error on the patches is never larger than with them; and what the layers before have got wrong is made good where it
+    can be (asymmetric reconstruction: Zhang et al., 2015, arXiv 1505.06798). It takes one forward pass of each model.
 
     Args:
         dense: The model before surgery, in eval mode.
@@ -71,7 +73,7 @@ def compensate(
     shares = [images_of(batch) for batch in batches]
     total_images(sum(map(len, shares)), least=1)
     images = fed(dense, torch.cat(shares))
-    images = images[: max(1, _BYTES // _largest(dense, paths, images[:1]))]
+    images = images[: max(1, _BYTES // _largest(dense, images[:1]))]
     places = {path: _places(small.get_submodule(path), len(images)) for path in paths}
     wanted = _outputs(dense, plan, places, images)
     errors: dict[str, tuple[float, float]] = {}
@@ -105,10 +107,16 @@ def _lost_inputs(dense: nn.Module, plan: PruningPlan) -> Iterator[str]:
             yield path
 
 
-def _largest(dense: nn.Module, paths: Iterable[str], image: Tensor) -> int:
-    """Bytes of the largest input of these layers for one image."""
-    found = [1]
-    with _watched(dense, paths, lambda path, layer, x, y: found.append(x.nbytes)):
+def _largest(dense: nn.Module, image: Tensor) -> int:
+    """Bytes of the largest map that a module gives for one image."""
+    found = [image.nbytes]
+    with contextlib.ExitStack() as stack, evaluating(dense), torch.no_grad():
+        for module in dense.modules():
+
+            def after(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+                found.extend(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+
+            stack.callback(module.register_forward_hook(after).remove)
         dense(image)
     return max(found)
 
@@ -155,13 +163,18 @@ def _resolve(path: str, layer: Any, rows: Tensor, wanted: Tensor, ridge: float) 
     if layer.bias is not None:
         rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], dim=2)
         weight = torch.cat([weight, layer.bias.detach().to(rows.dtype)[:, None]], dim=1)
-    blocks = [
-        _solved(inputs, y.to(rows.dtype), block, ridge)
-        for inputs, y, block in zip(rows, wanted, weight.chunk(len(rows)), strict=True)
-    ]
-    weight = torch.cat([solved for solved, _ in blocks])
-    if not weight.isfinite().all():
-        raise CalibrationError(f"NaN or Inf in what layer {path!r} is given; check the images and the weights")
+    try:
+        blocks = [
+            _solved(inputs, y.to(rows.dtype), block, ridge, layer.bias is not None)
+            for inputs, y, block in zip(rows, wanted, weight.chunk(len(rows)), strict=True)
+        ]
+        weight = torch.cat([solved for solved, _ in blocks])
+        if not weight.isfinite().all():
+            raise FloatingPointError
+    except FloatingPointError:
+        raise CalibrationError(
+            f"NaN or Inf in what layer {path!r} is given; check the images and the weights"
+        ) from None
     if layer.bias is not None:
         layer.bias.copy_(weight[:, -1])
         weight = weight[:, :-1]
@@ -170,32 +183,50 @@ def _resolve(path: str, layer: Any, rows: Tensor, wanted: Tensor, ridge: float) 
     return before / max(total, 1e-30), after / max(total, 1e-30)
 
 
-def _solved(rows: Tensor, wanted: Tensor, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def _solved(rows: Tensor, wanted: Tensor, weight: Tensor, ridge: float, intercept: bool) -> tuple[Tensor, Tensor]:
     """The new weight, float64, and the squared errors before, after, and of an output of zero.
 
     Works in residuals, which hold what the weights that are there leave unsaid. With fewer patches than unknowns, the
-    dual problem is smaller.
+    dual problem is smaller; there an intercept, the last column, is taken out by centring.
     """
     residual = wanted - rows @ weight.T
-    errors = torch.stack([residual.square().sum(), wanted.square().sum()]).double()
+    errors = torch.stack([residual.double().square().sum(), wanted.double().square().sum()])
     if one_process() and len(rows) < rows.shape[1]:
-        rows, residual = rows.double(), residual.double()
-        change = _regular(rows @ rows.T, residual, ridge, rows.square().sum(0).mean()).T @ rows
-        after = (residual - rows @ change.T).square().sum()
+        inputs, residual = rows.double(), residual.double()
+        at, over = (x.mean(0) if intercept else torch.zeros_like(x[0]) for x in (inputs, residual))
+        inputs = inputs - at  # which leaves a column of zeros for the intercept
+        energy = _energy(rows.double().square().sum(0), intercept)
+        change = _regular(inputs @ inputs.T, residual - over, ridge, energy.expand(len(rows))).T @ inputs
+        if intercept:
+            change[:, -1] = over - change @ at
+        after = (residual - rows.double() @ change.T).square().sum()
     else:
-        gram, cross = (sum_over_processes(rows.T @ other).double() for other in (rows, residual))
+        gram, cross = (sum_over_processes(_product(rows, other)) for other in (rows, residual))
         errors = sum_over_processes(errors)
-        change = _regular(gram, cross, ridge, gram.diagonal().mean()).T
+        penalty = _energy(gram.diagonal(), intercept).repeat(len(gram))
+        if intercept:
+            penalty[-1] = 0
+        change = _regular(gram, cross, ridge, penalty).T
         after = errors[0] - 2 * (cross.T * change).sum() + ((change @ gram) * change).sum()
-    return weight.double() + change, torch.stack([errors[0], after, errors[1]])
+    return weight.double() + change, torch.stack([errors[0], after.clamp(min=0), errors[1]])
 
 
-def _regular(gram: Tensor, right: Tensor, ridge: float, energy: Tensor) -> Tensor:
-    """Solves with the diagonal raised by the ridge times the inputs' mean energy, which may be zero."""
-    scale = max(ridge, _RIDGE) * energy.clamp(min=1e-12)
-    try:
-        return torch.linalg.solve(gram + scale * torch.eye(len(gram)).to(gram), right)
-    except torch.linalg.LinAlgError as error:
-        raise RecipeError(
-            f"ridge = {ridge:g} leaves a layer's normal equations singular; raise it, such as to 0.01"
-        ) from error
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right in double precision: in single precision its rounding is as large as a ridge of 1e-6."""
+    parts = zip(left.split(_ROWS), right.split(_ROWS), strict=True)
+    return sum(a.double().T @ b.double() for a, b in parts)
+
+
+def _energy(squares: Tensor, intercept: bool) -> Tensor:
+    """Mean energy of the inputs, which the ridge is relative to; it may be zero."""
+    return (squares[:-1] if intercept and len(squares) > 1 else squares).mean().clamp(min=1e-12)
+
+
+def _regular(gram: Tensor, right: Tensor, ridge: float, penalty: Tensor) -> Tensor:
+    """Solves with the diagonal raised by the ridge times each unknown's penalty."""
+    if not gram.isfinite().all():
+        raise FloatingPointError
+    factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(max(ridge, _RIDGE) * penalty))
+    if failed:
+        raise RecipeError(f"ridge = {ridge:g} leaves a layer's normal equations singular; raise it, such as to 0.01")
+    return torch.cholesky_solve(right, factor)

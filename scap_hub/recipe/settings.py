@@ -166,6 +166,14 @@ class TargetSettings(Block):
         return next(Target(kind, value) for kind in KINDS if (value := getattr(self, kind)) is not None)
 
 
+class TuneSettings(Block):
+    steps: CountOrZero | None = None
+    """Steps on the calibration images towards the dense model's outputs, without labels; 200 where no fine-tuning
+    follows and none where it does, if left out."""
+    learning_rate: Positive = 1e-3
+    """The highest one, of AdamW over one cycle."""
+
+
 class RepairSettings(Block):
     least_squares: bool = True
     """Re-solve the weights of each layer that lost inputs, so that its output matches the dense model's."""
@@ -173,6 +181,8 @@ class RepairSettings(Block):
     """Ridge of that least-squares problem, relative to the mean diagonal of its Gram matrix."""
     batch_norm: bool = True
     """Recompute batch-norm statistics on the calibration images."""
+    tune: TuneSettings = TuneSettings()
+    """Afterwards, move all weights so that the model's outputs come near the dense model's."""
 
 
 class ScheduleSettings(Block):

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroups
-from scap_hub.compensation import repair
+from scap_hub.compensation import repair, tune
+from scap_hub.compensation.tuning import STEPS
 from scap_hub.criteria.base import Criterion
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.criteria.diagnostics import Diagnosis, diagnose
@@ -245,8 +246,7 @@ class _Pipeline:
         if self.loaded.earlier is not None and number == 0:
             self.loaded.earlier.then(plan)  # likewise
         with stages("repair"):
-            settings = recipe.repair.model_dump()
-            self.kept.weights(f"repaired-{number}", small, lambda: repair(model, small, plan, calibration, **settings))
+            self.kept.weights(f"repaired-{number}", small, lambda: self._repair(model, small, plan))
         history = []
         if recipe.finetune.epochs:
             with stages("fine-tuning"):
@@ -256,6 +256,17 @@ class _Pipeline:
                     small, self.data, recipe.finetune, dense, folder, seed=recipe.seed, callbacks=self.callbacks
                 )
         return small, _Step(groups, scores, diagnoses, plan, chosen.selection, chosen.verdicts, history)
+
+    def _repair(self, model: nn.Module, small: nn.Module, plan: PruningPlan) -> None:
+        """Repairs a pruned model as far as no labels are needed."""
+        settings, calibration = self.recipe.repair, self.calibration
+        repair(model, small, plan, calibration, **settings.model_dump(exclude={"tune"}))
+        steps = settings.tune.steps
+        if steps is None:
+            steps = 0 if self.recipe.finetune.epochs else STEPS
+        if steps:
+            rate = settings.tune.learning_rate
+            tune(self.loaded.module, small, calibration, steps=steps, learning_rate=rate, seed=self.recipe.seed)
 
     def _chosen(self, model: nn.Module, groups: ChannelGroups, scores: Scores, earlier: Sequence[_Step]) -> _Chosen:
         """Selection and refinement, made anew without the groups that the verification finds guilty."""

@@ -103,22 +103,37 @@ def weight_of(model: nn.Module, block: ConsumerBlock) -> Tensor:
     return weight.chunk(blocks_of(layer))[block.number]
 
 
+def compensated_weight(
+    model: nn.Module, block: ConsumerBlock, compensating: CompensatedWeight, stays: np.ndarray
+) -> Tensor:
+    """A block's weight of which channels have left, as `weight_of` gives it.
+
+    Args:
+        model: The dense model.
+        block: The block.
+        compensating: Its weight, compensated for them.
+        stays: (channels of the model,) bool; columns of channels that have left are 0.
+    """
+    compensating.compact()
+    weight = weight_of(model, block).clone()
+    weight[:, torch.from_numpy((block.channel >= 0) & ~stays[block.channel])] = 0
+    weight[:, torch.from_numpy(block.columns)[compensating.columns.cpu()]] = compensating.weight
+    return weight
+
+
 def write_compensated(model: nn.Module, compensated: Compensated, stays: np.ndarray) -> None:
     """Puts compensated weights into the model.
 
     Args:
         model: Changed in place.
         compensated: The blocks with their weights.
-        stays: (channels of the model,) bool; columns of channels that have left become 0.
+        stays: See `compensated_weight`.
     """
     for block, compensating in compensated:
-        compensating.compact()
         layer: Any = model.get_submodule(block.path)
         height = len(layer.weight) // blocks_of(layer)
         rows = slice(block.number * height, (block.number + 1) * height)
-        weight = weight_of(model, block).clone()
-        weight[:, torch.from_numpy((block.channel >= 0) & ~stays[block.channel])] = 0
-        weight[:, torch.from_numpy(block.columns)[compensating.columns.cpu()]] = compensating.weight
+        weight = compensated_weight(model, block, compensating, stays)
         with torch.no_grad():
             if layer.bias is not None:
                 layer.bias[rows] = weight[:, -1].to(layer.bias)

@@ -33,8 +33,11 @@ from scap_hub.plan import PruningPlan
 from scap_hub.progress import track
 from scap_hub.scores import Scores
 
-GroupImportance = Callable[[ChannelGroup, Compensated], Tensor]
-"""Gives a group's importances, (size,), from the blocks that read it, whose weights it uses up."""
+Readable = Iterable[tuple[ChannelGroup, Compensated]]
+"""Groups that convolutions or linear layers read, with the blocks that do; made, and used up, one after the other."""
+
+Importances = Callable[[Readable], dict[str, Tensor]]
+"""Gives the importances, (size,), of groups by name; a group that it can say nothing of is left out."""
 
 
 @dataclass(kw_only=True)
@@ -65,7 +68,7 @@ class OBS(Criterion):
             RecipeError: The ridge is too small for the second moment of a layer's patches.
         """
         batches = rereadable(batches)
-        return self._scores(model, groups, batches, self._group_importance)
+        return self._scores(model, groups, batches, self._importances)
 
     def ranking(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> Scores:
         """See `Criterion.ranking`."""
@@ -89,8 +92,8 @@ class OBS(Criterion):
             write_compensated(compensated_model, compensated, staying(groups, keep))
         return PruningPlan.from_keep(groups, {name: plan.kept(name) for name in plan.groups} | keep)
 
-    def _group_importance(self, model: nn.Module, batches: Collection[Any]) -> GroupImportance:
-        """What `score` values the channels of each group by."""
+    def _importances(self, model: nn.Module, batches: Collection[Any]) -> Importances:
+        """What `score` values channels by."""
         return elimination_ranks
 
     def _scores(
@@ -98,19 +101,20 @@ class OBS(Criterion):
         model: nn.Module,
         groups: Sequence[ChannelGroup],
         batches: Collection[Any],
-        group_importance: Callable[[nn.Module, Collection[Any]], GroupImportance],
+        importances: Callable[[nn.Module, Collection[Any]], Importances],
     ) -> Scores:
         if not groups:
             return Scores({}, self.scope)
         count_images(batches)
-        importance_of = group_importance(model, batches)
+        importances_of = importances(model, batches)
         everything = staying(groups, {})
         blocks = {group.name: consumer_blocks(model, group, everything) for group in groups}
         moments = self._moments(model, groups, [block for some in blocks.values() for block in some], batches)
-        importance = {}
-        for group in track(groups, "elimination"):
-            if compensated := self._compensated(model, group, blocks[group.name], moments):
-                importance[group.name] = importance_of(group, compensated)
+        compensated = (
+            (group, self._compensated(model, group, blocks[group.name], moments))
+            for group in track(groups, "elimination")
+        )
+        importance = importances_of((group, found) for group, found in compensated if found)
         typical = torch.cat(list(importance.values())).median() if importance else 0.5
         for group in groups:
             if group.name not in importance:
@@ -143,11 +147,14 @@ class OBS(Criterion):
         return compensated
 
 
-def elimination_ranks(group: ChannelGroup, compensated: Compensated) -> Tensor:
-    """Ranks of the channels in the order in which they leave, as quantiles in (0, 1)."""
-    one_class = torch.zeros(group.size, dtype=torch.long)
-    order = eliminate([weight for _, weight in compensated], one_class, [0])
-    return (torch.tensor(order).argsort().double() + 0.5) / group.size
+def elimination_ranks(groups: Readable) -> dict[str, Tensor]:
+    """Ranks of each group's channels in the order in which they leave, as quantiles in (0, 1)."""
+    ranks = {}
+    for group, compensated in groups:
+        one_class = torch.zeros(group.size, dtype=torch.long)
+        order = eliminate([weight for _, weight in compensated], one_class, [0])
+        ranks[group.name] = (torch.tensor(order).argsort().double() + 0.5) / group.size
+    return ranks
 
 
 def _spared(group: ChannelGroup, compensated: Compensated, planned: Sequence[int]) -> list[int]:

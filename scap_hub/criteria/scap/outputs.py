@@ -1,10 +1,21 @@
-"""What the model's outputs lose when a group's channels leave one after the other: how wide a group should stay."""
+"""What the model's outputs lose when a group's channels leave one after the other: how wide a group should stay.
+
+To first order, the outputs z change by J (W' - W) when the weights W of the layers that read a group become W'. The
+length of that change is found without running the model again: for a vector v of random signs on the outputs,
+E_v ⟨v, J (W' - W)⟩² = |J (W' - W)|², and ⟨v, J (W' - W)⟩ = ⟨g, W' - W⟩ with the gradient g = Jᵀ v, which one backward
+pass gives for all groups and all of their widths at once.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+import math
+import warnings
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,14 +27,80 @@ from torch import Tensor, nn
 from scap_hub.channels.decoding import staying
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.criteria.calibration import images_of
-from scap_hub.criteria.obs.blocks import Compensated, write_compensated
+from scap_hub.criteria.obs.blocks import Compensated, ConsumerBlock, compensated_weight, weight_of
 from scap_hub.criteria.obs.elimination import eliminate
 from scap_hub.criteria.scap.spectra import spectrum
+from scap_hub.criteria.variance import inverse_variances
+from scap_hub.errors import CalibrationError
 from scap_hub.graph.record import evaluating
-from scap_hub.placement import fed
+from scap_hub.placement import fed, placement, raise_precision
 from scap_hub.private import tree_leaves
+from scap_hub.progress import track
 
-WIDTHS = (0.75, 0.5, 0.25, 0.1)
+WIDTHS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
+VECTORS = 4  # of random signs, for each image; sixteen say little more
+BYTES = 2**31  # of changes of weights that are held at a time; more take further passes over the images
+
+
+@dataclass(frozen=True, eq=False)
+class Elimination:
+    """How a group's channels left, and what the layers that read it made of it.
+
+    Attributes:
+        group: The group.
+        order: All of its channels, in the order in which they leave.
+        gone: How many have left at each width that is looked at.
+        changes: For each block that reads the group W' - W at each of these widths, (widths, O, m), the bias
+            behind the weight where there is one.
+    """
+
+    group: ChannelGroup
+    order: Sequence[int]
+    gone: Sequence[int]
+    changes: Sequence[tuple[ConsumerBlock, Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        """What the changes take."""
+        return sum(change.nbytes for _, change in self.changes)
+
+
+def eliminated(model: nn.Module, group: ChannelGroup, compensated: Compensated) -> Elimination:
+    """Eliminates a group.
+
+    Args:
+        model: The dense model.
+        group: All of its channels leave in the end.
+        compensated: The blocks that read it, with all of its channels; used up.
+    """
+    one_class, weights = torch.zeros(group.size, dtype=torch.long), [weight for _, weight in compensated]
+    changes: list[list[Tensor]] = [[] for _ in compensated]
+    order: list[int] = []
+    gone: list[int] = []
+    for width in dict.fromkeys(max(1, round(share * group.size)) for share in WIDTHS):
+        if width == group.size:
+            continue
+        order = eliminate(weights, one_class, [width], order)
+        stays = staying([group], {group.name: sorted(set(range(group.size)) - set(order))})
+        for found, (block, compensating) in zip(changes, compensated, strict=True):
+            change = compensated_weight(model, block, compensating, stays) - weight_of(model, block)
+            found.append(change.to(torch.promote_types(placement(model).dtype, torch.float32)))
+        gone.append(len(order))
+    order = eliminate(weights, one_class, [0], order)
+    stacked = [(block, torch.stack(found)) for (block, _), found in zip(compensated, changes, strict=True) if found]
+    return Elimination(group, order, gone, stacked)
+
+
+def portions(eliminations: Iterator[Elimination]) -> Iterator[list[Elimination]]:
+    """Eliminations whose changes take about `BYTES` together."""
+    portion: list[Elimination] = []
+    for elimination in eliminations:
+        portion.append(elimination)
+        if sum(held.bytes for held in portion) >= BYTES:
+            yield portion
+            portion = []
+    if portion:
+        yield portion
 
 
 class Outputs:
@@ -39,70 +116,123 @@ class Outputs:
             probes: How many of the images, over all processes.
         """
         self._bins = bins
-        self._model = copy.deepcopy(model)
-        self._images = _probes(batches, probes)
-        self._dense = list(self._run())
-        self._variances = _variances(self._dense)
+        self._model = copy.deepcopy(model).requires_grad_(False)
+        raise_precision(self._model)
+        self._probes = _probes(batches, probes)
+        with evaluating(self._model), torch.no_grad():
+            factors = inverse_variances([z[None] for z in self._run(image)] for image in self._probes)
+        self._weights = [math.sqrt(factor) for factor in factors]
 
-    def curve(self, group: ChannelGroup, compensated: Compensated) -> tuple[list[int], list[tuple[int, float]]]:
-        """Eliminates a group, and looks at the outputs whenever its width is one of `WIDTHS`.
+    def errors(self, eliminations: Sequence[Elimination]) -> list[list[tuple[int, float]] | None]:
+        """What the outputs lose at each width of each elimination, to first order.
 
         Args:
-            group: All of its channels leave in the end.
-            compensated: The blocks that read it, with all of its channels; used up.
+            eliminations: The same ones on all processes.
 
         Returns:
-            The channels in the order in which they leave; and how many have left, with the error of the outputs: their
-            squared distance from the dense model's, relative to the variance over the images, mean over the outputs.
+            For each, how many channels have left, with the error of the outputs: their squared distance from the dense
+            model's, relative to the variance over the images, mean over the outputs. None, with a warning, for a group
+            that no gradient reaches.
+
+        Raises:
+            CalibrationError: A gradient is not finite.
         """
-        one_class, weights = torch.zeros(group.size, dtype=torch.long), [weight for _, weight in compensated]
-        layers = [self._model.get_submodule(path) for path in {block.path for block, _ in compensated}]
-        dense = [copy.deepcopy(layer.state_dict()) for layer in layers]
-        gone: list[int] = []
-        errors = [(0, 0.0)]
-        for width in dict.fromkeys(max(1, round(share * group.size)) for share in WIDTHS):
-            if width == group.size:
-                continue
-            gone = eliminate(weights, one_class, [width], gone)
-            left = sorted(set(range(group.size)) - set(gone))
-            write_compensated(self._model, compensated, staying([group], {group.name: left}))
-            errors.append((len(gone), self._error()))
-            for layer, state in zip(layers, dense, strict=True):
-                layer.load_state_dict(state)
-        return eliminate(weights, one_class, [0], gone), errors
-
-    def _error(self) -> float:
-        """Squared distance from the dense outputs, relative to their variance, mean over the outputs."""
-        found = [
-            [float((z - dense).square().sum()) for z, dense in zip(leaves, kept, strict=True)]
-            for leaves, kept in zip(self._run(), self._dense, strict=True)
+        read = _weights_read(self._model, eliminations)
+        totals = [torch.zeros(len(elimination.gone), dtype=torch.float64) for elimination in eliminations]
+        reached: set[str] = set()
+        with evaluating(self._model), torch.enable_grad(), _trainable(read):
+            for image in track(self._probes, "output loss"):
+                for gradients in self._gradients(image, read):
+                    reached |= gradients.keys()
+                    for total, elimination in zip(totals, eliminations, strict=True):
+                        total += _change(elimination, gradients).square().double().cpu() / VECTORS
+        reached = reached.union(*gather_object([reached]))
+        totals = [sum(parts) for parts in zip(*gather_object([totals]), strict=True)]
+        if not all(bool(total.isfinite().all()) for total in totals):
+            raise CalibrationError(
+                "NaN or Inf in the gradients of the model's outputs; check the images and the weights"
+            )
+        return [
+            [(0, 0.0), *zip(elimination.gone, total.tolist(), strict=True)]
+            if _is_reached(elimination, reached)
+            else None
+            for elimination, total in zip(eliminations, totals, strict=True)
         ]
-        leaves = [leaves for part in gather_object([found]) for leaves in part]
-        totals = [sum(values) for values in zip(*leaves, strict=True)]
-        shares = [total / max(variance, 1e-30) for total, variance in zip(totals, self._variances, strict=True)]
-        return sum(shares) / max(len(shares), 1)
 
-    def _run(self) -> Iterator[list[Tensor]]:
-        """For each batch, every output as (N, q)."""
-        with evaluating(self._model), torch.no_grad():
-            for images in self._images:
-                leaves = tree_leaves(self._model(fed(self._model, images)))
-                yield [
-                    (spectrum(leaf, leaf.shape[2:], self._bins) if leaf.ndim > 2 else leaf.float()).flatten(1)
-                    for leaf in leaves
-                    if isinstance(leaf, Tensor) and leaf.is_floating_point() and len(leaf) == len(images)
-                ]
+    def _gradients(self, image: Tensor, read: Mapping[str, Sequence[Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """For each random vector, the gradients of ⟨v, outputs⟩: (O, m) for each layer that they reach."""
+        # An image draws its own vectors, whichever process sees it.
+        generator = torch.Generator().manual_seed(zlib.crc32(image.float().cpu().numpy().tobytes()))
+        outputs = self._run(image)
+        tensors = list(itertools.chain(*read.values()))
+        for left in reversed(range(VECTORS)):
+            signs = [(torch.randint(2, z.shape, generator=generator) * 2 - 1).to(z) for z in outputs]
+            projections = [w * (z * v).sum() for w, z, v in zip(self._weights, outputs, signs, strict=True)]
+            projections = [projection for projection in projections if projection.requires_grad]
+            if not projections:
+                return
+            found = torch.autograd.grad(projections, tensors, retain_graph=left > 0, allow_unused=True)
+            by_tensor = dict(zip(map(id, tensors), found, strict=True))
+            parts = {path: [by_tensor[id(tensor)] for tensor in own] for path, own in read.items()}
+            yield {path: _beside(own) for path, own in parts.items() if all(part is not None for part in own)}
+
+    def _run(self, image: Tensor) -> list[Tensor]:
+        """Every output for one image, flat."""
+        leaves = tree_leaves(self._model(fed(self._model, image)))
+        return [
+            (spectrum(leaf, leaf.shape[2:], self._bins) if leaf.ndim > 2 else leaf.float()).flatten()
+            for leaf in leaves
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and len(leaf) == len(image)
+        ]
 
 
-def _variances(outputs: Sequence[Sequence[Tensor]]) -> list[float]:
-    """Of each output, its variance over the images of all processes, times their number, summed over its elements."""
-    sums = [[(len(z), z.sum(0).double().cpu(), z.square().sum().double().cpu()) for z in leaves] for leaves in outputs]
-    batches = [leaves for part in gather_object([sums]) for leaves in part]
-    variances = []
-    for leaf in zip(*batches, strict=True):
-        count, total, square = (sum(values) for values in zip(*leaf, strict=True))
-        variances.append(float(square - total.square().sum() / count))
-    return variances
+def _weights_read(model: nn.Module, eliminations: Iterable[Elimination]) -> dict[str, list[Tensor]]:
+    """Weight and bias of the layers that read the groups, by path."""
+    paths = sorted({block.path for elimination in eliminations for block, _ in elimination.changes})
+    layers = {path: model.get_submodule(path) for path in paths}
+    return {
+        path: [tensor for tensor in (layer.weight, layer.bias) if tensor is not None]  # type: ignore[misc]
+        for path, layer in layers.items()
+    }
+
+
+@contextlib.contextmanager
+def _trainable(read: Mapping[str, Sequence[Tensor]]) -> Iterator[None]:
+    """Gradients for these tensors alone."""
+    tensors = list(itertools.chain(*read.values()))
+    for tensor in tensors:
+        tensor.requires_grad_(True)
+    yield
+    for tensor in tensors:
+        tensor.requires_grad_(False)
+
+
+def _is_reached(elimination: Elimination, reached: Collection[str]) -> bool:
+    paths = {block.path for block, _ in elimination.changes}
+    if paths and paths.isdisjoint(reached):
+        warnings.warn(
+            f"no gradient of the outputs reaches {', '.join(sorted(paths))}, which read channel group "
+            f"{elimination.group.name!r}: how wide it stays is a guess",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _beside(gradients: Sequence[Tensor]) -> Tensor:
+    """Gradients of a weight and its bias as `weight_of` has the two, (O, m)."""
+    return torch.cat([gradient.reshape(len(gradient), -1) for gradient in gradients], 1)
+
+
+def _change(elimination: Elimination, gradients: Mapping[str, Tensor]) -> Tensor:
+    """⟨g, W' - W⟩ summed over the blocks that read the group, at each width, (widths,)."""
+    total = torch.zeros(len(elimination.gone))
+    for block, change in elimination.changes:
+        if block.path in gradients:
+            height = change.shape[1]
+            gradient = gradients[block.path][block.number * height : (block.number + 1) * height]
+            total = total.to(gradient) + change.flatten(1) @ gradient.flatten()
+    return total
 
 
 def marginal(order: Sequence[int], errors: Sequence[tuple[int, float]]) -> Tensor:
@@ -132,16 +262,13 @@ def _slope(start: tuple[int, float], end: tuple[int, float]) -> float:
 
 
 def _probes(batches: Collection[Any], count: int) -> list[Tensor]:
-    """This process's part of `count` calibration images, spread evenly over all of them.
+    """This process's part of `count` calibration images, spread evenly over all of them; (1, C, H, W) each.
 
     Images that are dealt to the processes in turns are the same ones on any number of processes.
     """
-    images = [images_of(batch) for batch in batches]
-    rank, own = PartialState().process_index, sum(map(len, images))
-    everyone = sorted((place, other) for other, held in enumerate(gather_object([own])) for place in range(held))
+    own = [image for batch in batches for image in images_of(batch).split(1)]
+    rank = PartialState().process_index
+    held = gather_object([len(own)])
+    everyone = sorted((place, other) for other, images in enumerate(held) for place in range(images))
     spread = np.linspace(0, len(everyone) - 1, min(count, len(everyone))).round().astype(int)
-    chosen = torch.zeros(own, dtype=torch.bool)
-    chosen[[place for place, holder in (everyone[index] for index in spread) if holder == rank]] = True
-    parts = chosen.split([len(batch) for batch in images])
-    probes = [batch[part.to(batch.device)] for batch, part in zip(images, parts, strict=True)]
-    return [batch for batch in probes if len(batch)]
+    return [own[place] for place, holder in (everyone[index] for index in spread) if holder == rank]

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.criteria.base import share, whole_number
 from scap_hub.criteria.calibration import count_images
-from scap_hub.criteria.obs.blocks import BlockKey, Compensated, ConsumerBlock
-from scap_hub.criteria.obs.criterion import OBS, GroupImportance
+from scap_hub.criteria.obs.blocks import BlockKey, ConsumerBlock
+from scap_hub.criteria.obs.criterion import OBS, Importances, Readable
 from scap_hub.criteria.obs.inputs import read_inputs
 from scap_hub.criteria.obs.moments import PatchMoments
 from scap_hub.criteria.patches import PatchLayer
 from scap_hub.criteria.scap.codes import CodeMoments, encoders
 from scap_hub.criteria.scap.criterion import check_size
-from scap_hub.criteria.scap.outputs import Outputs, marginal
+from scap_hub.criteria.scap.outputs import Outputs, eliminated, marginal, portions
 
 
 @dataclass(kw_only=True)
@@ -53,11 +53,16 @@ class ScapSet(OBS):
         share("blend", self.blend, "the codes")
         whole_number("probes", self.probes, 2, ", because a loss is measured against the variance over images")
 
-    def _group_importance(self, model: nn.Module, batches: Collection[Any]) -> GroupImportance:
+    def _importances(self, model: nn.Module, batches: Collection[Any]) -> Importances:
         outputs = Outputs(model, batches, self.bins, self.probes)
 
-        def lost(group: ChannelGroup, compensated: Compensated) -> Tensor:
-            return marginal(*outputs.curve(group, compensated))
+        def lost(groups: Readable) -> dict[str, Tensor]:
+            importance = {}
+            for portion in portions(eliminated(model, group, compensated) for group, compensated in groups):
+                for elimination, errors in zip(portion, outputs.errors(portion), strict=True):
+                    if errors is not None:
+                        importance[elimination.group.name] = marginal(elimination.order, errors)
+            return importance
 
         return lost
 

@@ -1,0 +1,140 @@
+"""Tuning on the calibration images: a few hundred steps towards the dense model's outputs, without labels."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+from torchvision.transforms.v2 import RandomAffine
+
+from scap_hub.compensation.processes import sum_over_processes
+from scap_hub.criteria.calibration import images_of, total_images
+from scap_hub.criteria.variance import inverse_variances
+from scap_hub.errors import CalibrationError
+from scap_hub.graph.record import evaluating
+from scap_hub.placement import fed, lower_precision, raise_precision, raised
+from scap_hub.private import tree_leaves
+from scap_hub.progress import track
+
+STEPS = 200
+"""How many steps `prune` takes where nothing is trained afterwards."""
+_BATCH = 32
+_SHIFT = 0.1  # of an image's sides, at most
+
+
+def tune(
+    dense: nn.Module,
+    small: nn.Module,
+    batches: Iterable[Any],
+    *,
+    steps: int = STEPS,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Moves the weights of a pruned model in place, so that its outputs come near the dense model's.
+
+    Each step takes 32 calibration images, shifted, half of them mixed with another one: the dense model says what the
+    outputs for such an image should be, so few images go a long way. Batch norms keep their statistics. If the outputs
+    for the calibration images themselves have not come nearer in the end, the weights are what they were.
+
+    Args:
+        dense: The model before surgery.
+        small: The pruned model, repaired if it is to be; changed in place, on all processes alike.
+        batches: Calibration batches (this process's share, not empty); images only are used.
+        steps: Of AdamW, over one cycle of the learning rate; 0 does nothing.
+        learning_rate: The highest one.
+        seed: Of what is drawn.
+
+    Returns:
+        The error of the outputs for the calibration images, before and after: their squared distance from the dense
+        model's, relative to the variance over the images, mean over the outputs.
+
+    Raises:
+        CalibrationError: Fewer than 2 images over all processes, or outputs that are not finite.
+    """
+    shares = [images_of(batch) for batch in batches]
+    total_images(sum(map(len, shares)))
+    dense, precisions = raised(dense), raise_precision(small)
+    images = fed(small, torch.cat(shares))
+    try:
+        with evaluating(dense), evaluating(small):
+            with torch.no_grad():
+                scales = inverse_variances(_outputs(dense, batch) for batch in images.split(_BATCH))
+            before = _error(dense, small, images, scales)
+            state = copy.deepcopy(small.state_dict())
+            _train(dense, small, images, scales, steps, learning_rate, seed)
+            after = _error(dense, small, images, scales)
+            if not after < before:
+                small.load_state_dict(state)
+                after = before
+    finally:
+        lower_precision(small, precisions)
+    if not before < float("inf"):
+        raise CalibrationError("NaN or Inf in the outputs for the calibration images; check the images and the weights")
+    return before, after
+
+
+def _train(
+    dense: nn.Module, small: nn.Module, images: Tensor, scales: Sequence[float], steps: int, rate: float, seed: int
+) -> None:
+    weights = [weight for weight in small.parameters() if weight.requires_grad]
+    if not steps or not weights:
+        return
+    images_in_all = total_images(len(images))
+    optimizer = AdamW(weights, lr=rate, weight_decay=0.0)
+    schedule = OneCycleLR(optimizer, rate, total_steps=steps)
+    shift = RandomAffine(0, translate=(_SHIFT, _SHIFT)) if images.ndim == 4 else nn.Identity()
+    state = PartialState()
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(seed + state.process_index)
+        for _ in track(range(steps), "tuning"):
+            batch = shift(_mixed(images[torch.randint(len(images), (_BATCH,))]))
+            with torch.no_grad():
+                wanted = _outputs(dense, batch)
+            loss = _distance(_outputs(small, batch), wanted, scales) * images_in_all / len(batch)
+            if not loss.requires_grad:
+                warnings.warn("no gradient of the outputs reaches the weights: they are not tuned", stacklevel=3)
+                return
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+            for weight, gradient in zip(weights, gradients, strict=True):
+                if gradient is not None:
+                    weight.grad = sum_over_processes(gradient) / state.num_processes
+            optimizer.step()
+            schedule.step()
+    optimizer.zero_grad()
+
+
+def _mixed(images: Tensor) -> Tensor:
+    """The first half of them each mixed with another, in equal parts at most."""
+    half = len(images) // 2
+    share = torch.rand(half, *[1] * (images.ndim - 1)).to(images) / 2
+    others = images[torch.randperm(len(images))[:half]]
+    return torch.cat([images[:half] * (1 - share) + others * share, images[half:]])
+
+
+def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Every output that has a row for each image."""
+    return [
+        leaf.float()
+        for leaf in tree_leaves(model(images))
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim and len(leaf) == len(images)
+    ]
+
+
+def _distance(outputs: Sequence[Tensor], wanted: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    parts = [scale * (z - y).square().sum() for z, y, scale in zip(outputs, wanted, scales, strict=True)]
+    return torch.stack(parts).sum() if parts else torch.zeros(())
+
+
+@torch.no_grad()
+def _error(dense: nn.Module, small: nn.Module, images: Tensor, scales: Sequence[float]) -> float:
+    """The mean relative error of the outputs for the calibration images of all processes."""
+    parts = (_distance(_outputs(small, batch), _outputs(dense, batch), scales) for batch in images.split(_BATCH))
+    return float(sum_over_processes(torch.stack([part.double() for part in parts]).sum()))

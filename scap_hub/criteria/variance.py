@@ -1,0 +1,40 @@
+"""How much each of a model's outputs varies over the images: the unit in which its errors are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from accelerate.utils import gather_object
+from torch import Tensor
+
+_ROUNDING = 1e-9  # of the mean square; less is not told from an output that never changes
+
+
+def inverse_variances(outputs: Iterable[Sequence[Tensor]]) -> list[float]:
+    """Factors that make squared distances of outputs, summed over all images, relative to their variance.
+
+    Args:
+        outputs: Batches of this process: the outputs, each (N, ...).
+
+    Returns:
+        For each output a factor; with them the distances of the outputs add up to their mean relative error. 0 for an
+        output that does not change but for rounding.
+    """
+    count = 0
+    sums: list[Tensor] = []
+    squares: list[Tensor] = []
+    for leaves in outputs:
+        values = [leaf.double().flatten(1) for leaf in leaves]
+        count += len(values[0]) if values else 0
+        totals, energies = [z.sum(0).cpu() for z in values], [z.square().sum().cpu() for z in values]
+        sums = [a + b for a, b in zip(sums, totals, strict=True)] if sums else totals
+        squares = [a + b for a, b in zip(squares, energies, strict=True)] if squares else energies
+    parts = [part for part in gather_object([(count, sums, squares)]) if part[0]]
+    images = sum(part[0] for part in parts)
+    variances = []
+    for own in zip(*(zip(part[1], part[2], strict=True) for part in parts), strict=True):
+        total, square = (sum(values) for values in zip(*own, strict=True))
+        variance = float(square - total.square().sum() / images)
+        variances.append(variance if variance > _ROUNDING * float(square) else 0.0)
+    changing = sum(variance > 0 for variance in variances)
+    return [1 / (variance * changing) if variance > 0 else 0.0 for variance in variances]
