@@ -102,6 +102,13 @@ def sample(call: Call) -> Labels:
     return Labels(call.shape, arrays)
 
 
+@operator("affine_grid_generator", idle=frozenset({("size", 1)}))
+def affine_grid(call: Call) -> Labels:
+    """Coordinates from affine maps; of the size that it is given it reads all but the channels."""
+    call.ledger.pin_all([call.labels("theta")], f"holds the coordinates of {call.place}")
+    return Labels(call.shape)
+
+
 @operator("pixel_shuffle")
 def pixel_shuffle(call: Call) -> Labels:
     """(N, C r², H, W) to (N, C, r H, r W): the r² channels that become one leave together."""
