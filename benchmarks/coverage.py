@@ -133,13 +133,14 @@ def measure(library: str, name: str, size: int | str) -> dict[str, Any]:
 
 def covered(model: Any, groups: Any) -> tuple[dict[str, float | None], dict[str, float | None]]:
     """Shares of the output channels of convolutions and of linear layers: that can be removed, and that the model
-    returns, so that they can not.
+    returns, so that they can not. Layers that do not run count for nothing.
     """
     import numpy as np
     from torch import nn
 
-    free, returned = (np.zeros(groups.whole.partition.count, dtype=bool) for _ in range(2))
+    computed, free, returned = (np.zeros(groups.whole.partition.count, dtype=bool) for _ in range(3))
     for group in groups:
+        computed[group.channels] = True
         free[group.channels] = group.prunable
         returned[group.channels] = group.pinned_because == "is an output of the model"
     rows = {"conv": [0, 0, 0], "linear": [0, 0, 0]}
@@ -148,11 +149,10 @@ def covered(model: Any, groups: Any) -> tuple[dict[str, float | None], dict[str,
         conv = transposed or isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         kind = "conv" if conv else "linear" if isinstance(module, nn.Linear) else None
         labels = groups.whole.partition.tensors.get(f"{path}.weight")
-        width = module.weight.shape[int(transposed)] if kind else 0
-        if kind and labels is not None and width > 1:
-            own = labels.along(int(transposed))
-            counts = (0, 0) if own is None else (int(free[own].sum()), int(returned[own].sum()))
-            rows[kind] = [a + b for a, b in zip(rows[kind], (*counts, width), strict=True)]
+        own = labels.along(int(transposed)) if kind and labels is not None else None
+        if kind and own is not None and own.size > 1:
+            counts = (int(mask[own].sum()) for mask in (free, returned, computed))
+            rows[kind] = [a + b for a, b in zip(rows[kind], counts, strict=True)]
     able, out = ({kind: row[i] / row[2] if row[2] else None for kind, row in rows.items()} for i in range(2))
     return able, out
 
