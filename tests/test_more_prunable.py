@@ -48,7 +48,7 @@ OPERATORS: dict[str, Forward] = {
         z := F.max_pool2d(net.a(x), 2, return_indices=True), net.head(net.b(F.max_unpool2d(z[0], z[1], 2))))[1],
 }  # fmt: skip
 HELD = {"permutation by a list"}
-MAY_BE_HELD = {"local response norm", "max_unpool"}
+MAY_BE_HELD = {"local response norm"}
 
 
 @each(OPERATORS, failing=HELD)
