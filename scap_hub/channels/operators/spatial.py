@@ -46,7 +46,8 @@ def on_maps(call: Call) -> Labels | list[Labels]:
 
 
 @operator(
-    "max_pool3d", "max_pool3d_with_indices", "adaptive_avg_pool3d", "adaptive_max_pool3d", "upsample_trilinear3d", "upsample_nearest3d",
+    "max_pool3d", "max_pool3d_with_indices", "adaptive_avg_pool3d", "adaptive_max_pool3d", "upsample_trilinear3d",
+    "upsample_nearest3d",
 )  # fmt: skip
 def on_volumes(call: Call) -> Labels | list[Labels]:
     """(N, C, D, H, W)."""
