@@ -2,12 +2,13 @@
 
     python benchmarks/coverage.py --json out/coverage.json                    # the development list
     python benchmarks/coverage.py --quick --json out/coverage.json            # four models
-    python benchmarks/coverage.py --models my-list.txt --json out/coverage.json
+    python benchmarks/coverage.py --models benchmarks/models-extended.txt --json out/extended.json
     python benchmarks/coverage.py --peer torch-pruning --json out/coverage.json   # Torch-Pruning beside it
 
 Weights are random and randomised once more (norms and statistics too), so that no zero hides a fault. Every model is
 pruned to half of each group and to a random fraction of each, and each time its float64 output must equal that of the
-masked original. A list has one model a line: library, name or config call, input size, separated by tabs.
+masked original. A list has one model a line: library, name or call, input size, separated by tabs. A size is that of
+square images, or all sizes of one input, channels first: 1x32x32x32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import importlib
 import json
 import multiprocessing
 import statistics
@@ -25,12 +27,33 @@ from pathlib import Path
 from typing import Any
 
 MODELS = Path(__file__).parent / "models.txt"
+LIBRARIES = {
+    "torchvision": "torchvision.models",
+    "segmentation_models_pytorch": "segmentation_models_pytorch",
+    "monai": "monai.networks.nets",
+    "detectors": "detectors",
+}
+"""The module that calls of each further library are looked up in; the last one stands beside this file."""
 QUICK = ("resnet18", "mobilenetv2_100", "convnext_atto", "regnety_002")
 
 
 def build(library: str, name: str) -> Any:
     """An untrained model."""
+    if library in LIBRARIES:
+        return _called(importlib.import_module(LIBRARIES[library]), ast.parse(name, mode="eval").body)
     return {"timm": _timm_model, "transformers": _transformers_model}[library](name)
+
+
+def _called(root: Any, written: ast.expr) -> Any:
+    """What a call such as `detection.ssd300_vgg16(weights=None).backbone` makes, looked up in a module."""
+    if isinstance(written, ast.Name):
+        return getattr(root, written.id)
+    if isinstance(written, ast.Attribute):
+        return getattr(_called(root, written.value), written.attr)
+    if isinstance(written, ast.Call):
+        options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in written.keywords}
+        return _called(root, written.func)(*map(ast.literal_eval, written.args), **options)
+    raise ValueError(f"{ast.unparse(written)!r} is no call, attribute or name")
 
 
 def _timm_model(name: str) -> Any:
@@ -60,11 +83,14 @@ def configured(call: ast.Call) -> Any:
     return getattr(transformers, call.func.id)(**options)
 
 
-def measure(library: str, name: str, size: int) -> dict[str, Any]:
+def shape(size: int | str) -> tuple[int, ...]:
+    """Sizes of one input, from those of a list."""
+    return (3, size, size) if isinstance(size, int) else tuple(map(int, size.split("x")))
+
+
+def measure(library: str, name: str, size: int | str) -> dict[str, Any]:
     """Analyses, prunes and verifies one model; CPU seconds."""
-    import numpy as np
     import torch
-    from torch import nn
 
     from scap_hub import apply_plan, channel_groups, select, verify
     from scap_hub.channels.oracle import randomize
@@ -76,7 +102,7 @@ def measure(library: str, name: str, size: int) -> dict[str, Any]:
     from scap_hub.training.evaluate import count
 
     model = randomize(build(library, name)).eval()
-    example = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    example = torch.randn(1, *shape(size), generator=torch.Generator().manual_seed(0))
     row: dict[str, Any] = {}
     start = time.process_time()
     groups = channel_groups(model, example)
@@ -88,22 +114,9 @@ def measure(library: str, name: str, size: int) -> dict[str, Any]:
     row["capture_s"] = time.process_time() - start
     row["groups"], row["prunable"] = len(groups), sum(group.prunable for group in groups)
     row["pinned"] = sorted({group.pinned_because for group in groups if group.pinned_because})
-    free = np.zeros(groups.whole.partition.count, dtype=bool)
-    for group in groups:
-        free[group.channels] = group.prunable
-    rows: dict[str, list[int]] = {"conv": [0, 0], "linear": [0, 0]}
-    for path, module in model.named_modules():
-        kind = (
-            "conv" if isinstance(module, nn.Conv1d | nn.Conv2d) else "linear" if isinstance(module, nn.Linear) else None
-        )
-        ids = groups.whole.partition.tensors.get(f"{path}.weight")
-        if kind and ids is not None and module.weight.shape[0] > 1:
-            own = ids.along(0)
-            rows[kind][0] += 0 if own is None else int(free[own].sum())
-            rows[kind][1] += module.weight.shape[0]
-    row["coverage"] = {kind: able / whole if whole else None for kind, (able, whole) in rows.items()}
+    row["coverage"], row["returned"] = covered(model, groups)
     scores, fractions = drawn(groups)
-    before = count(model, tuple(example.shape[1:]))["macs"]
+    before = count(model, shape(size))["macs"]
     for kind, target in (("uniform", "ratio=0.5"), ("random", fractions)):
         start = time.process_time()
         plan = select(groups, scores, target, round_to=1, floor=0.0)
@@ -113,9 +126,35 @@ def measure(library: str, name: str, size: int) -> dict[str, Any]:
         row[f"{kind}_surgery_s"] = time.process_time() - start
         row[f"{kind}_pruned"] = len(plan.groups)
         row[f"{kind}_error"] = verify(model, plan, example)
-        row[f"{kind}_macs"] = count(small, tuple(example.shape[1:]))["macs"] / before
+        row[f"{kind}_macs"] = count(small, shape(size))["macs"] / before
     row["status"] = "ok"
     return row
+
+
+def covered(model: Any, groups: Any) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """Shares of the output channels of convolutions and of linear layers: that can be removed, and that the model
+    returns, so that they can not. Layers that do not run count for nothing.
+    """
+    import numpy as np
+    from torch import nn
+
+    computed, free, returned = (np.zeros(groups.whole.partition.count, dtype=bool) for _ in range(3))
+    for group in groups:
+        computed[group.channels] = True
+        free[group.channels] = group.prunable
+        returned[group.channels] = group.pinned_because == "is an output of the model"
+    rows = {"conv": [0, 0, 0], "linear": [0, 0, 0]}
+    for path, module in model.named_modules():
+        transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+        conv = transposed or isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        kind = "conv" if conv else "linear" if isinstance(module, nn.Linear) else None
+        labels = groups.whole.partition.tensors.get(f"{path}.weight")
+        own = labels.along(int(transposed)) if kind and labels is not None else None
+        if kind and own is not None and own.size > 1:
+            counts = (int(mask[own].sum()) for mask in (free, returned, computed))
+            rows[kind] = [a + b for a, b in zip(rows[kind], counts, strict=True)]
+    able, out = ({kind: row[i] / row[2] if row[2] else None for kind, row in rows.items()} for i in range(2))
+    return able, out
 
 
 def drawn(groups: list[Any]) -> tuple[dict[str, Any], dict[str, float]]:
@@ -128,7 +167,7 @@ def drawn(groups: list[Any]) -> tuple[dict[str, Any], dict[str, float]]:
     return scores, {name: float(rng.uniform(0.2, 0.9)) for name in scores}
 
 
-def save_pruned(library: str, name: str, size: int, folder: str) -> dict[str, Any]:
+def save_pruned(library: str, name: str, size: int | str, folder: str) -> dict[str, Any]:
     """Prunes an untrained model at random ratios; leaves its plan, its weights and one output in a folder."""
     import torch
     from safetensors.torch import save_file
@@ -137,7 +176,7 @@ def save_pruned(library: str, name: str, size: int, folder: str) -> dict[str, An
 
     torch.manual_seed(1)
     model = build(library, name).eval()
-    example = torch.randn(1, 3, size, size)
+    example = torch.randn(1, *shape(size))
     groups = channel_groups(model, example)
     plan = select(groups, *drawn(groups), round_to=1, floor=0.0)
     small = apply_plan(model, plan).eval()
@@ -150,7 +189,7 @@ def save_pruned(library: str, name: str, size: int, folder: str) -> dict[str, An
     return {}
 
 
-def reload(library: str, name: str, size: int, folder: str) -> dict[str, Any]:
+def reload(library: str, name: str, size: int | str, folder: str) -> dict[str, Any]:
     """Rebuilds it from the zoo's own constructor, the plan and the weights; the largest difference of the outputs."""
     import torch
     from safetensors.torch import load_file
@@ -166,7 +205,7 @@ def reload(library: str, name: str, size: int, folder: str) -> dict[str, Any]:
     return {"difference": max(float((leaf - held[f"output.{i}"]).abs().max()) for i, leaf in enumerate(outputs))}
 
 
-def reloaded(library: str, name: str, size: int, limit: float) -> dict[str, Any]:
+def reloaded(library: str, name: str, size: int | str, limit: float) -> dict[str, Any]:
     """Saved by one process, loaded by another."""
     with tempfile.TemporaryDirectory() as folder:
         for job in (save_pruned, reload):
@@ -182,7 +221,7 @@ def _tensors(output: Any) -> list[Any]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
-def measure_peer(library: str, name: str, size: int) -> dict[str, Any]:
+def measure_peer(library: str, name: str, size: int | str) -> dict[str, Any]:
     """Torch-Pruning at ratio 0.5 with the options of its own timm example: L2, heads kept, classifier ignored."""
     import torch
     import torch_pruning
@@ -191,8 +230,8 @@ def measure_peer(library: str, name: str, size: int) -> dict[str, Any]:
     from scap_hub.training.evaluate import count
 
     model = build(library, name).eval()
-    example = torch.randn(1, 3, size, size)
-    before = count(model, (3, size, size))["macs"]
+    example = torch.randn(1, *shape(size))
+    before = count(model, shape(size))["macs"]
     outputs = [tuple(x.shape) for x in torch.utils._pytree.tree_leaves(model(example)) if hasattr(x, "shape")]
     classes = getattr(model, "num_classes", None) or getattr(getattr(model, "config", None), "num_labels", None)
     ignored = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == classes]
@@ -212,11 +251,11 @@ def measure_peer(library: str, name: str, size: int) -> dict[str, Any]:
         "status": "ok" if after == outputs else "other output shapes",
         "analysis_s": analysed - start,
         "surgery_s": pruned - analysed,
-        "macs": count(model, (3, size, size))["macs"] / before,
+        "macs": count(model, shape(size))["macs"] / before,
     }
 
 
-def isolated(job: Callable[..., dict[str, Any]], model: tuple[str, str, int], limit: float) -> dict[str, Any]:
+def isolated(job: Callable[..., dict[str, Any]], model: tuple[str, str, int | str], limit: float) -> dict[str, Any]:
     """Runs a measurement in a process of its own, forked from this one so that nothing is imported twice."""
     fork = multiprocessing.get_context("fork")
     parent, child = fork.Pipe()
@@ -245,7 +284,7 @@ def isolated(job: Callable[..., dict[str, Any]], model: tuple[str, str, int], li
 
 
 def run(
-    models: list[tuple[str, str, int]],
+    models: list[tuple[str, str, int | str]],
     done: dict[str, Any],
     limit: float,
     path: Path | None,
@@ -320,7 +359,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     listed = [text.split("\t") for text in options.models.read_text().splitlines() if text and not text.startswith("#")]
-    models = [(library, name, int(size)) for library, name, size, *_ in listed]
+    models = [(library, name, int(size) if size.isdigit() else size) for library, name, size, *_ in listed]
+    for library in LIBRARIES.keys() & {library for library, *_ in models}:
+        importlib.import_module(LIBRARIES[library])
     if options.quick:
         models = [model for model in models if model[1] in QUICK]
     if options.only:

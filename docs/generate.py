@@ -1,14 +1,14 @@
 """Writes the pages of docs/ that follow from code and results, and the schema of recipes. `--check` compares."""
 
 import json
-import re
-import runpy
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from supported import coverage
 
 from scap_hub.recipe import recipe_schema, shipped_recipes
 from scap_hub.run.comparison import Comparison
@@ -62,64 +62,6 @@ def reference() -> str:
             loose[name] = key
     lines += ["", "## protect and seed", "", *_table(loose, schema)]
     return "\n".join(lines) + "\n"
-
-
-COVERAGE = """\
-<!-- Written by docs/generate.py from benchmarks/results/coverage.json; do not edit. -->
-# Supported models
-
-scap_hub supports any vision model of timm and transformers, and any plain module, whose forward pass can be recorded.
-Channel groups are found from the operators that a model runs, not from a list of models. Below are {count} models of
-{families} families, often the smallest of a family. Each was pruned twice: to half of every channel group, and to a
-random fraction of each. A model counts as **proven** when both times its output, in float64, equals that of the dense
-model with the same channels masked. {proven} of {count} are ({share:.1%}), and {wrong} gave a wrong result. {reloaded}
-of the pruned models were rebuilt in another process from their library's own constructor, the plan and safetensors,
-{exact} of them with outputs that differ by exactly 0.
-
-- **conv, linear**: share of the output channels of convolutions and of linear layers that can be removed. In most rows
-  only the classifier stays whole. `scap-hub inspect MODEL` says why anything else does.
-- **MACs**: share that is left when every group is halved. **random**: the same at random fractions.
-- **error**: the larger of the two differences, relative to the largest output.
-- **seconds**: CPU seconds for finding the groups (recording the model included), and for the surgery.
-
-Attention that scales by the width of its queries (`scaled_dot_product_attention` without a scale) keeps its queries and
-keys whole. A softmax over channels keeps them whole too.
-
-{peer}Repeat it: `make bench-coverage` (weights are random, nothing is downloaded).
-
-| model | status | conv | linear | MACs | random | error | groups | seconds |
-|---|---|---|---|---|---|---|---|---|
-"""
-
-
-def coverage() -> str:
-    """The page of supported models."""
-    rows = json.loads((ROOT / "benchmarks" / "results" / "coverage.json").read_text(encoding="utf-8"))
-    compared = runpy.run_path(str(ROOT / "benchmarks" / "coverage.py"))["compared"]
-    proven = [row for row in rows if row["status"] == "ok"]
-    text = COVERAGE.format(
-        count=len(rows),
-        families=len({re.match(r"[A-Za-z]+", row["name"])[0].lower() for row in rows}),  # type: ignore[index]
-        proven=len(proven),
-        share=len(proven) / len(rows),
-        wrong=sum(row["status"] == "VerificationError" for row in rows) or "none",
-        reloaded=sum("difference" in row.get("reloaded", {}) for row in rows),
-        exact=sum(row.get("reloaded", {}).get("difference") == 0 for row in rows),
-        peer=f"{compared(rows)}.\n\n" if any("torch_pruning" in row for row in rows) else "",
-    )
-    return text + "".join(_coverage_row(row) for row in rows)
-
-
-def _coverage_row(row: dict[str, Any]) -> str:
-    name = f"`{row['name']}`"
-    if row["status"] != "ok":
-        return f"| {name} | {row['status']} | | | | | | | |\n"
-    conv, linear = ("" if share is None else f"{share:.2f}" for share in row["coverage"].values())
-    return (
-        f"| {name} | proven | {conv} | {linear} | {row['uniform_macs']:.2f} | {row['random_macs']:.2f} | "
-        f"{max(row['uniform_error'], row['random_error']):.0e} | {row['prunable']} of {row['groups']} | "
-        f"{row['analysis_s']:.1f} + {row['uniform_surgery_s']:.1f} |\n"
-    )
 
 
 ACCURACY = """\

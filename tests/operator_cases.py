@@ -138,6 +138,10 @@ SPATIAL = {
     "_upsample_bicubic2d_aa": lambda x: F.interpolate(x, size=(4, 4), mode="bicubic", antialias=True),
     "grid_sampler": lambda x: F.grid_sample(x, torch.linspace(-1, 1, 36, dtype=x.dtype, device=x.device)
                                             .view(1, 6, 3, 2).expand(2, 6, 3, 2), align_corners=False),
+    "affine_grid_generator": lambda x: F.grid_sample(
+        x, F.affine_grid(torch.eye(2, 3, dtype=x.dtype).expand(2, 2, 3), x.shape, align_corners=False),
+        align_corners=False),
+    "max_unpool2d": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
     "pad": lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
     "constant_pad_nd": lambda x: aten.constant_pad_nd(x, [1, 2, 0, 1], 0.5),
     "reflection_pad2d": lambda x: aten.reflection_pad2d(x, [1, 1, 1, 1]),
@@ -350,8 +354,12 @@ CONVS = {
                                         {"n": lambda width: nn.ConvTranspose2d(width, 10, 3, bias=False)}),
     "conv_transpose_grouped": Case(lambda net, x: net.n(x), fixed(10), free=None,
                                    layers={"n": lambda width: nn.ConvTranspose2d(width, 10, 2, groups=2)}),
-    "conv_transpose_depthwise": Case(lambda net, x: net.n(x), free=None,
+    "conv_transpose_depthwise": Case(lambda net, x: net.n(x),
                                      layers={"n": lambda width: nn.ConvTranspose2d(width, width, 2, groups=width)}),
+    "conv_transpose_depthwise_twice": Case(
+        lambda net, x: net.n(x), twice,
+        layers={"n": lambda width: nn.ConvTranspose2d(width, 2 * width, 2, groups=width)}),
+    "max_unpool3d": Case(lambda net, x: F.max_unpool3d(*F.max_pool3d(x, 2, return_indices=True), 2), dims=3),
 }  # fmt: skip
 CONSTANTS = {
     "zeros_like": lambda x: x + torch.zeros_like(x[:, :1]),

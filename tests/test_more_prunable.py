@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +48,8 @@ OPERATORS: dict[str, Forward] = {
     "max_unpool": lambda net, x: (
         z := F.max_pool2d(net.a(x), 2, return_indices=True), net.head(net.b(F.max_unpool2d(z[0], z[1], 2))))[1],
 }  # fmt: skip
-HELD = {"permutation by a list", "expand_as of a grid"}
-MAY_BE_HELD = {"local response norm", "max_unpool"}
+HELD = {"permutation by a list"}
+MAY_BE_HELD = {"local response norm"}
 
 
 @each(OPERATORS, failing=HELD)
@@ -60,6 +61,17 @@ def test_channels_pass_the_operator(name):
     groups = pruned_exactly(net, image(), checks=() if counts else ("readers", "all"))
     wanted = {"a"} | ({"up"} if name == "pixel_shuffle" else set())
     assert wanted <= free(groups) or name in MAY_BE_HELD, [(g.name, g.pinned_because) for g in groups]
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(16), nn.BatchNorm2d(16, affine=False, track_running_stats=False)])
+def test_a_norm_without_parameters_is_told_its_width(norm):
+    net, x = Body(lambda net, x: net.head(net.b(net.norm(net.a(x)).relu())), norm=norm).eval(), image()
+    plan = some_plan(scap_hub.channel_groups(net, x))
+    small = scap_hub.apply_plan(net, plan)
+    assert small.norm.num_features == small.a.out_channels < 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small(x)
 
 
 class Volume(nn.Module):

@@ -10,13 +10,21 @@ import torch
 from torch import nn
 
 from scap_hub import errors
-from scap_hub.channels import channel_groups
+from scap_hub.channels import channel_groups, memory
 from scap_hub.channels.labels import Labels
 from scap_hub.channels.operators import table as registry
-from scap_hub.channels.oracle import randomize, verify
+from scap_hub.channels.oracle import compare, randomize, verify
 from scap_hub.plan import PruningPlan
 from tests.nets import Residual, random_plan
 from tests.test_channel_algebra import Net
+
+
+@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def precision(request, monkeypatch):
+    """What models are compared in: float32 where there is no memory for more."""
+    if request.param == torch.float32:
+        monkeypatch.setattr(memory, "free", lambda device: 0)
+    return request.param
 
 
 def rolled(array, axis):
@@ -81,7 +89,7 @@ def is_seen(net, x, planted):
         ("col2im", ["windows"]),
     ],
 )
-def test_a_shifted_channel_in_any_rule_is_seen(op, blocks, fault):
+def test_a_shifted_channel_in_any_rule_is_seen(op, blocks, fault, precision):
     net = randomize(Net([*blocks, "conv"], flatten=False)).eval()
     known, x = registry._OPERATORS[op], torch.randn(1, 3, 6, 6)
     faulty = replace(known, rule=mislabelled(known.rule, fault))
@@ -100,7 +108,7 @@ def test_uncoupled_channel_shuffle_is_seen():
     assert is_seen(net, torch.randn(1, 3, 6, 6), mock.patch.object(view, "_couple_rows", balanced_only))
 
 
-def test_swapped_index_in_the_surgery_is_seen():
+def test_swapped_index_in_the_surgery_is_seen(precision):
     net = randomize(Residual()).eval()
     x = torch.randn(1, 3, 8, 8)
     plan = random_plan(channel_groups(net, x), 0, ratio=0.5)
@@ -122,6 +130,36 @@ def test_verify_returns_rounding_only_and_leaves_the_model_alone():
     assert verify(net, plan, (torch.randn(2, 3, 8, 8),)) < 1e-12
     assert net.training and next(net.parameters()).dtype == torch.float32
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_does_not_fit_into_memory_is_compared_in_float32_by_what_rounding_does(seed, precision):
+    net, x = randomize(Residual(), seed).eval(), torch.randn(2, 3, 8, 8)
+    found = compare(net, random_plan(channel_groups(net, x), seed), x)
+    assert found.dtype == precision and found.difference <= found.allowed
+    assert found.allowed < (1e-8 if precision == torch.float64 else 1e-5)
+
+
+def test_a_model_that_blows_up_rounding_is_not_compared_in_float32(monkeypatch):
+    class Chaotic(Residual):
+        def forward(self, x):
+            return torch.sin(1e7 * super().forward(x))
+
+    net, x = randomize(Chaotic()).eval(), torch.randn(2, 3, 8, 8)
+    plan = random_plan(channel_groups(net, x), 0)
+    monkeypatch.setattr(memory, "free", lambda device: 0)
+    with pytest.raises(errors.UnverifiableError, match="rounding in float32 alone"):
+        verify(net, plan, x)
+
+
+def test_memory_is_asked_for_by_the_size_of_the_model_and_its_activations(monkeypatch):
+    net, small, large = Residual().eval(), torch.randn(1, 3, 8, 8), torch.randn(1, 3, 32, 32)
+    asked = [memory.needed(net, (x,), torch.float64) for x in (small, large)]
+    weights = 8 * sum(tensor.numel() for tensor in (*net.parameters(), *net.buffers()))
+    assert 3 * weights < asked[0] < asked[1] and asked[1] == 2 * memory.needed(net, (large,), torch.float32)
+    plan = random_plan(channel_groups(net, large), 0)
+    monkeypatch.setattr(memory, "free", lambda device: (asked[0] + asked[1]) / 2)
+    assert [compare(net, plan, x).dtype for x in (small, large)] == [torch.float64, torch.float32]
 
 
 def test_unknown_operator_pins_and_says_so():

@@ -92,12 +92,22 @@ GRIDS: dict[str, Forward] = {
 }  # fmt: skip
 
 
-@each(GRIDS, failing={"affine"})
+@each(GRIDS)
 def test_the_two_channels_of_a_sampling_grid_are_held(name):
     layers = {"f": nn.Conv2d(16, 2, 3, padding=1), "r": nn.Conv2d(2, 8, 3, padding=1), "m": nn.Conv2d(24, 12, 1)}
     groups = pruned_exactly(Body(GRIDS[name], **layers, t=nn.Linear(16, 6)), image(), checks=("readers",))
     assert not free(groups) & {"f", "t"}
     assert "a" in free(groups)
+
+
+def test_a_channel_taken_out_for_its_shape_is_held_if_it_is_returned_too():
+    def lent(net, x):
+        y = net.a(x).relu()
+        one = y[:, 0]
+        return net.head(net.b(y + x.mean((1, 2, 3))[:1, None].expand_as(one)[:, None])), one
+
+    assert "a" not in free(pruned_exactly(Body(lent), image(), checks=()))
+    assert "a" in free(pruned_exactly(Body(lambda net, x: lent(net, x)[0]), image(), checks=()))
 
 
 # What cannot be seen is an error or is held.

@@ -119,6 +119,23 @@ def test_a_model_that_has_run_has_the_groups_of_a_fresh_one(forward):
     pruned_exactly(Cached(forward), image())
 
 
+class Missing:
+    """Stands for a package that is not installed, as libraries with optional parts have it: any use raises."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError("not installed")
+
+
+optional = Missing()
+
+
+def test_a_package_that_is_missing_beside_the_models_code_does_no_harm():
+    class Own(Body):
+        pass
+
+    pruned_exactly(Own(), image())
+
+
 @pytest.mark.parametrize("backbone, heads", [([16, 24, 32, 40], 2), ([16, 16, 32, 32], 4)])
 def test_what_is_called_prunable_in_detr_can_be_pruned(backbone, heads):
     import transformers

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import scap_hub
 from scap_hub import errors
-from scap_hub.channels import oracle
+from scap_hub.channels import memory, oracle
 from scap_hub.channels.labels import Labels
 from scap_hub.channels.operators import table
 from scap_hub.hub.card import Measured
@@ -88,6 +88,17 @@ def test_a_right_plan_is_verified_and_the_report_and_the_card_say_so(tmp_path):
     assert any(row[0] == "verified" for row in result.report.rows())
     assert "Verified: before repair" in (tmp_path / "out" / "README.md").read_text()
     assert_right(net, result)
+
+
+def test_a_run_without_memory_for_float64_says_what_it_was_verified_in(monkeypatch, faulty):
+    monkeypatch.setattr(memory, "free", lambda device: 0)
+    net = random_values(Four(F.relu, F.silu, F.relu, F.relu)).eval()
+    result = scap_hub.prune(net, images(), QUICK)
+    assert result.report.precision == "float32" and 0 <= result.report.verified < 1e-4
+    assert any(row[0] == "verified" and "in float32" in row[3] for row in result.report.rows())
+    faulty("silu")
+    with pytest.warns(UserWarning, match="made anew without 'layers.1'"):
+        scap_hub.prune(net, images(), QUICK)
 
 
 def test_the_guilty_group_is_found_and_pinned_and_the_rest_is_right(faulty):

@@ -16,6 +16,7 @@ from scap_hub.channels.trace import count_staying
 from scap_hub.errors import PlanError
 from scap_hub.graph.record import Capture
 from scap_hub.plan import Cutting, GroupCut, PruningPlan, TensorCut
+from scap_hub.private import NormBase
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +107,7 @@ class Partition:
         blocks: Into how many blocks of rows the weight of a grouped convolution falls.
         refers: For a buffer of channel numbers, the channels that these are numbers of.
         channel_of: Channel number of every label of the trace.
+        plain_norms: Channels that a batch or instance norm without parameters reads, by its path.
     """
 
     count: int
@@ -117,6 +119,7 @@ class Partition:
     blocks: dict[str, int]
     refers: dict[str, np.ndarray]
     channel_of: np.ndarray
+    plain_norms: dict[str, np.ndarray]
 
     def everything(self) -> np.ndarray:
         """(count,) all True: every channel stays."""
@@ -179,6 +182,9 @@ class Partition:
             for layer in self.modules
             if layer.weight in tensors
         }
+        for path, read in self.plain_norms.items():
+            if not stays[read].all():
+                attributes[path] = {"num_features": int(stays[read].sum())}
         return PruningPlan(keeps=cutting.entries(), groups=groups, tensors=tensors, attributes=attributes)
 
     def _tensor(self, name: str, stays: np.ndarray, cutting: Cutting) -> TensorCut | None:
@@ -238,4 +244,17 @@ def solve(captured: Capture, found: Trace, model: nn.Module) -> Partition:
         blocks=dict(found.blocks),
         refers=refers,
         channel_of=channel_of,
+        plain_norms=_plain_norms(captured, found, model, channel_of),
     )
+
+
+def _plain_norms(captured: Capture, found: Trace, model: nn.Module, channel_of: np.ndarray) -> dict[str, np.ndarray]:
+    """See `Partition.plain_norms`: such a module computes at any width, and warns if it is told another one."""
+    kinds = {path: module for path, module in model.named_modules() if isinstance(module, NormBase)}
+    norms: dict[str, np.ndarray] = {}
+    for node in captured.called:
+        norm = kinds.get(node.owner)
+        read = found.labels[node].along(1) if norm is not None and isinstance(found.labels[node], Labels) else None
+        if norm is not None and norm.weight is None and read is not None and read.size == norm.num_features:
+            norms[node.owner] = channel_of[read]
+    return norms

@@ -25,6 +25,7 @@ def trace(captured: Capture, found: Trace | None = None) -> Trace:
     """
     found = found or Trace()
     first = len(found.outputs)
+    found.returned.update(captured.outputs)
     windows = _windows(captured)
     for node in captured.given:
         found.labels[node] = _given(found, node, windows)

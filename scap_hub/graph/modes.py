@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Iterator
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -86,7 +86,8 @@ def _caches_of(kind: type) -> Iterator[Any]:
 
 def _caches_in(value: Any) -> Iterator[Any]:
     """A cache, or what a decorator closed over."""
-    value = getattr(value, "__func__", value)
+    # Other objects are not asked: what stands for a package that is missing raises at any attribute.
+    value = value.__func__ if isinstance(value, classmethod | staticmethod | MethodType) else value
     if isinstance(value, _CACHE):
         yield value
     elif isinstance(value, FunctionType):

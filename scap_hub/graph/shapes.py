@@ -67,6 +67,12 @@ def in_place(func: Any) -> bool:
     return writes and torch.Tag.inplace_view not in func.tags and schema(func).name.endswith("_")
 
 
+@functools.cache
+def allocates(func: Any) -> bool:
+    """Whether its results are new memory: neither views of its arguments nor these themselves."""
+    return all(value.alias_info is None for value in schema(func).returns)
+
+
 @functools.lru_cache(maxsize=2**14, typed=True)
 def result_like(func: Any, form: Form, *leaves: Any) -> _Like | None:
     """What an operator makes of such tensors, if that is one new tensor, not a view or an argument itself."""

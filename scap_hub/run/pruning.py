@@ -392,6 +392,7 @@ def _report(
         pinned=first.pinned,
         verified=None if unverified else max(verdict.difference or 0.0 for verdict in verdicts),
         unverified=unverified,
+        precision=next((verdict.precision for verdict in reversed(verdicts) if verdict.precision), None),
         selections=[step.selection for step in steps],
         metric=data.task.metric,
         skipped=data.skipped(),

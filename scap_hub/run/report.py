@@ -83,6 +83,8 @@ class Report:
         verified: Largest difference between the outputs of the pruned model, before repair, and of the dense model with
             the pruned channels masked, relative to the largest element; None where the two could not be compared.
         unverified: Why they could not.
+        precision: What they were compared in; not float64 where that did not fit into memory, or the model does not
+            run in it.
         selections: What the target came to, a step each.
         metric: What `Measures.top1` is.
         skipped: How many images could not be read and were left out, by split.
@@ -96,6 +98,7 @@ class Report:
     pinned: dict[str, str] = field(default_factory=dict)
     verified: float | None = None
     unverified: str | None = None
+    precision: str | None = None
     selections: list[Selection] = field(default_factory=list)
     metric: Metric = IMAGE_CLASSIFICATION.metric
     skipped: dict[str, int] = field(default_factory=dict)
@@ -132,7 +135,8 @@ class Report:
             faster = f"{before.latency_ms / after.latency_ms:.2f}x faster"
             rows.append(("latency", f"{before.latency_ms:.2f} ms", f"{after.latency_ms:.2f} ms", faster))
         if self.verified is not None:
-            rows.append(("verified", "masked", "the same", f"difference {self.verified:.1e}"))
+            precision = f" in {self.precision}" if self.precision else ""
+            rows.append(("verified", "masked", "the same", f"difference {self.verified:.1e}{precision}"))
         if self.unverified is not None:
             rows.append(("not verified", "", "", self.unverified))
         rows += [

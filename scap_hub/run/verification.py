@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from scap_hub.channels import ChannelGroups
-from scap_hub.channels import verify as check
+from scap_hub.channels.oracle import compare
 from scap_hub.errors import ModelError, UnverifiableError, VerificationError
 from scap_hub.files import replacing
 from scap_hub.placement import fed
@@ -30,10 +30,12 @@ class Verified:
     Attributes:
         difference: Largest relative difference between the pruned and the masked model; None where it is not verified.
         unverified: Why it is not verified; None where it is.
+        precision: What the two were compared in: "float64", or another type where that did not fit into memory.
     """
 
     difference: float | None = None
     unverified: str | None = None
+    precision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Verdict(Verified):
     @property
     def known(self) -> Verified:
         """What a report tells."""
-        return Verified(self.difference, self.unverified)
+        return Verified(self.difference, self.unverified, self.precision)
 
 
 def verified(
@@ -75,14 +77,15 @@ def verified(
 
 def _verdict(model: nn.Module, groups: ChannelGroups, plan: PruningPlan, images: Tensor, insist: bool) -> Verdict:
     try:
-        return Verdict(check(model, plan, images))
+        found = compare(model, plan, images)
+        return Verdict(found.difference, precision=str(found.dtype).removeprefix("torch."))
     except (UnverifiableError, ModelError) as error:
         if insist:
             raise UnverifiableError(f"{error}; with evaluate.verify=false the run goes on without it") from error
         warnings.warn(f"the pruned model is not verified: {error}", stacklevel=2)
         return Verdict(unverified=str(error))
     except VerificationError as error:
-        guilty, smallest = guilty_groups(groups, plan, error, lambda part: check(model, part, images))
+        guilty, smallest = guilty_groups(groups, plan, error, lambda part: compare(model, part, images))
     if not guilty:
         raise smallest
     warnings.warn(

@@ -117,10 +117,16 @@ def _in_place(call: Call, columns: np.ndarray | None) -> bool:
     return any(np.array_equal(columns, array) for array in call.trace.labels[node].arrays)
 
 
-@operator("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+@operator("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", sizes=_depthwise_groups)
 def conv_transpose(call: Call) -> Labels:
     """(N, I, ...) with a weight of (I, O / groups, ...)."""
     x, w, name = call.labels("input"), call.labels("weight"), call.state("weight")
+    batched = len(call.shape) == len(w.shape)
+    if batched and 1 < call["groups"] == x.shape[1]:
+        return _depthwise_transposed(call, x, w, name)
+    if not batched:
+        call.ledger.pin_all([x, w], f"is read without a batch ({call.place})")
+        return Labels(call.shape)
     _pin_all_but(call, x, (1,))
     _pin_all_but(call, w, (0,), (1,))
     channels, columns, rows = x.along(1), w.along(0), w.along(1)
@@ -133,6 +139,19 @@ def conv_transpose(call: Call) -> Labels:
     else:
         call.ledger.pin_all([x.only(1), w.only(0)], reason)
     return _finish(call, w, rows, channels, name, depthwise=False, positions_of=x.shape)
+
+
+def _depthwise_transposed(call: Call, x: Labels, w: Labels, name: str | None) -> Labels:
+    """Each channel is spread to outputs of its own, which leave with it."""
+    _pin_all_but(call, x, (1,))
+    _pin_all_but(call, w, (0,))
+    channels, columns = x.along(1), w.along(0)
+    if channels is None or columns is None:
+        call.ledger.pin_all([x, w], f"passes a depthwise convolution of fixed width ({call.place})")
+        return Labels(call.shape)
+    call.ledger.equate(columns, channels, f"is convolved with a weight that cannot shrink ({call.place})")
+    rows = np.repeat(channels, w.shape[1])
+    return _finish(call, w, rows, channels, name, depthwise=True, positions_of=x.shape)
 
 
 def _finish(call: Call, w: Labels, rows: np.ndarray | None, channels: np.ndarray | None, name: str | None, *,
@@ -164,7 +183,9 @@ def _pin_all_but(call: Call, labels: Labels, *allowed: tuple[int, ...]) -> None:
 def conv_integers(module: Any, weight: tuple[int, ...]) -> Integers:
     """Of convolutions; a transposed one has its weight laid (in, out / groups, ...)."""
     rows, columns = (weight[1], weight[0]) if module.transposed else weight[:2]
-    if module.groups > 1 and module.in_channels == module.groups and not module.transposed:
+    if module.groups > 1 and module.in_channels == module.groups and module.transposed:
+        return {"in_channels": columns, "out_channels": rows * columns, "groups": columns}
+    if module.groups > 1 and module.in_channels == module.groups:
         width = rows // (module.out_channels // module.groups)
         return {"in_channels": width, "out_channels": rows, "groups": width}
     if module.transposed:

@@ -81,8 +81,10 @@ def narrow(call: Call) -> Labels:
 
 @operator("select")
 def select(call: Call) -> Labels:
-    """One index of a dimension, which therefore cannot shrink."""
+    """One index of a dimension, which therefore cannot shrink; unless all that is used of it is its shape."""
     x, dim = call.labels("self"), call.dim()
+    if call.lends_shape:
+        return Labels(call.shape, tuple(array.squeeze(dim) for array in x.arrays if array.shape[dim] == 1))
     return Labels(call.shape, tuple(array.squeeze(dim) for array in call.free_along(x, dim, "is taken apart by index")))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from scap_hub.channels.labels import STAYS, Labels, line, support
+from scap_hub.channels.labels import STAYS, Labels, broadcast, line, support
 from scap_hub.channels.operators.table import Call, operator
 
 
@@ -46,7 +46,8 @@ def on_maps(call: Call) -> Labels | list[Labels]:
 
 
 @operator(
-    "max_pool3d", "adaptive_avg_pool3d", "adaptive_max_pool3d", "upsample_trilinear3d", "upsample_nearest3d",
+    "max_pool3d", "max_pool3d_with_indices", "adaptive_avg_pool3d", "adaptive_max_pool3d", "upsample_trilinear3d",
+    "upsample_nearest3d",
 )  # fmt: skip
 def on_volumes(call: Call) -> Labels | list[Labels]:
     """(N, C, D, H, W)."""
@@ -100,6 +101,23 @@ def sample(call: Call) -> Labels:
     call.ledger.pin_all([call.labels("grid")], f"holds the coordinates of {call.place}")
     arrays = _channels_only(call, len(call.labels("input").shape) - 2)
     return Labels(call.shape, arrays)
+
+
+@operator("max_unpool2d", "max_unpool3d")
+def unpool(call: Call) -> Labels:
+    """Each value at the place that its maximum came from, zeros elsewhere."""
+    x, places = call.labels("self"), call.labels("indices")
+    arrays = _channels_only(call, len(call["output_size"]))
+    fixed = f"is placed by numbers that cannot shrink ({call.place})"
+    met = broadcast(call.ledger, [Labels(x.shape, arrays), places], x.shape, fixed)
+    return Labels(call.shape, met.arrays)
+
+
+@operator("affine_grid_generator", idle=frozenset({("size", 1)}))
+def affine_grid(call: Call) -> Labels:
+    """Coordinates from affine maps; of the size that it is given it reads all but the channels."""
+    call.ledger.pin_all([call.labels("theta")], f"holds the coordinates of {call.place}")
+    return Labels(call.shape)
 
 
 @operator("pixel_shuffle")

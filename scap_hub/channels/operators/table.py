@@ -57,6 +57,8 @@ class Trace:
     labels: dict[Node, Any] = field(default_factory=dict)
     """Of every node: `Labels`, a list of them, or None."""
     outputs: list[Labels] = field(default_factory=list)
+    returned: set[Node] = field(default_factory=set)
+    """What the forward pass returns."""
     fresh: dict[Node, list[np.ndarray]] = field(default_factory=dict)
     """Fresh labels by the operator that asked for them."""
     blocks: dict[str, int] = field(default_factory=dict)
@@ -109,6 +111,13 @@ class Call:
         return [labels for node in self.node.sources for labels in flat(self.trace.labels[node])]
 
     @property
+    def lends_shape(self) -> bool:
+        """Whether the forward pass uses the shape or the type of the result, and none of its values."""
+        users = self.node.users
+        lent = all(user.is_operator and _lender(user) is self.node for user in users)
+        return bool(users) and lent and self.node not in self.trace.returned
+
+    @property
     def results(self) -> list[Labels]:
         """Labels of every result, once the rule has run."""
         return flat(self.trace.labels.get(self.node))
@@ -155,6 +164,12 @@ class Call:
         return self.args[name] % (rank or len(self.labels("self").shape))
 
 
+def _lender(node: Node) -> Node | None:
+    """The operand of which an operator reads nothing but its shape or its type."""
+    other = node.arguments.get("other") if node.name in ("expand_as", "view_as", "reshape_as", "type_as") else None
+    return other if other is not node.arguments.get("self") else None
+
+
 class Size(NamedTuple):
     """A number in a call that counts channels.
 
@@ -174,6 +189,7 @@ Rule = Callable[[Call], Any]
 Role = Literal["norm", "activation", "layout", ""]
 Sizes = Callable[[Call], Iterable[Size]]
 Counting = Callable[[Call], bool]
+Idle = frozenset[tuple[str, int | None]]
 
 
 def _no_sizes(call: Call) -> Iterable[Size]:
@@ -200,19 +216,21 @@ class Operator:
         counts: Whether what it computes depends on how many channels there are: a mean over channels, say. The oracle
             runs such a call on the channels that stay.
         sizes: The numbers in a call that count channels, asked once the rule has run.
+        idle: The numbers that its result does not depend on, each by argument and position.
     """
 
     rule: Rule
     role: Role = ""
     counts: Counting = never
     sizes: Sizes = _no_sizes
+    idle: Idle = frozenset()
 
 
 _OPERATORS: dict[str, Operator] = {}
 
 
 def operator(
-    *names: str, role: Role = "", counts: Counting = never, sizes: Sizes = _no_sizes
+    *names: str, role: Role = "", counts: Counting = never, sizes: Sizes = _no_sizes, idle: Idle = frozenset()
 ) -> Callable[[Rule], Rule]:
     """Describes ATen operators by their rule.
 
@@ -221,6 +239,7 @@ def operator(
         role: See `Operator`.
         counts: See `Operator`.
         sizes: See `Operator`.
+        idle: See `Operator`.
 
     Raises:
         ValueError: One of them is described already.
@@ -231,7 +250,7 @@ def operator(
             if name in _OPERATORS:
                 known = _OPERATORS[name].rule
                 raise ValueError(f"operator {name!r} has a rule already, {known.__module__}.{known.__qualname__}")
-            _OPERATORS[name] = Operator(rule, role, counts, sizes)
+            _OPERATORS[name] = Operator(rule, role, counts, sizes, idle)
         return rule
 
     return register

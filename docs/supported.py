@@ -1,0 +1,92 @@
+"""The page of supported models, from what benchmarks/coverage.py found; docs/generate.py writes it."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+COVERAGE = """\
+<!-- Written by docs/generate.py from benchmarks/results/coverage.json; do not edit. -->
+# Supported models
+
+scap_hub supports any vision model of timm and transformers, and any plain module, whose forward pass can be recorded.
+Channel groups are found from the operators that a model runs, not from a list of models. Below are {count} models of
+{families} families, often the smallest of a family. Each was pruned twice: to half of every channel group, and to a
+random fraction of each. A model counts as **proven** when both times its output, in float64, equals that of the dense
+model with the same channels masked. {proven} of {count} are ({share:.1%}), and {wrong} gave a wrong result. {reloaded}
+of the pruned models were rebuilt in another process from their library's own constructor, the plan and safetensors,
+{exact} of them with outputs that differ by exactly 0.
+
+- **conv, linear**: share of the output channels of convolutions and of linear layers that can be removed. In most rows
+  only the classifier stays whole. `scap-hub inspect MODEL` says why anything else does.
+- **MACs**: share that is left when every group is halved. **random**: the same at random fractions.
+- **error**: the larger of the two differences, relative to the largest output.
+- **seconds**: CPU seconds for finding the groups (recording the model included), and for the surgery.
+
+Attention that scales by the width of its queries (`scaled_dot_product_attention` without a scale) keeps its queries and
+keys whole. A softmax over channels keeps them whole too.
+
+{peer}Repeat it: `make bench-coverage` (weights are random, nothing is downloaded).
+
+| model | status | conv | linear | MACs | random | error | groups | seconds |
+|---|---|---|---|---|---|---|---|---|
+"""
+FURTHER = """
+## Further libraries
+
+{count} models of torchvision, segmentation_models_pytorch and monai, and bodies of detectors from
+`benchmarks/detectors.py`, were measured so far, of those that `benchmarks/models-extended.txt` lists. {proven} are
+proven, and {wrong} gave a wrong result. Here **conv** and **linear** leave out the channels that a model returns; in
+{wide} of {proven}, 0.95 or more of the convolutions' channels can be removed. In the others, what stays is held for a
+reason: a reshape that mixes channels with positions (MAnet), zeros that fill up channels (HighResNet), channels that
+stand alone in their group (ShuffleNet), or attention whose scale follows its width (torchvision's ViT and Swin).
+
+| model | status | conv | linear | MACs | random | error | groups | seconds |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def coverage() -> str:
+    """The page of supported models."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "coverage.json").read_text(encoding="utf-8"))
+    compared = runpy.run_path(str(ROOT / "benchmarks" / "coverage.py"))["compared"]
+    proven = [row for row in rows if row["status"] == "ok"]
+    text = COVERAGE.format(
+        count=len(rows),
+        families=len({re.match(r"[A-Za-z]+", row["name"])[0].lower() for row in rows}),  # type: ignore[index]
+        proven=len(proven),
+        share=len(proven) / len(rows),
+        wrong=sum(row["status"] == "VerificationError" for row in rows) or "none",
+        reloaded=sum("difference" in row.get("reloaded", {}) for row in rows),
+        exact=sum(row.get("reloaded", {}).get("difference") == 0 for row in rows),
+        peer=f"{compared(rows)}.\n\n" if any("torch_pruning" in row for row in rows) else "",
+    )
+    further = json.loads((ROOT / "benchmarks" / "results" / "extended.json").read_text(encoding="utf-8"))
+    known = [row for row in further if row["status"] == "ok"]
+    wide = sum((_shares(row)[0] or 1) >= 0.95 for row in known)
+    wrong = sum(row["status"] == "VerificationError" for row in further) or "none"
+    more = FURTHER.format(count=len(further), proven=len(known), wrong=wrong, wide=wide)
+    return text + "".join(map(_coverage_row, rows)) + more + "".join(map(_coverage_row, further))
+
+
+def _shares(row: dict[str, Any]) -> list[float | None]:
+    """Of convolutions and of linear layers, the share that can be removed of what the model does not return."""
+    pairs = zip(row["coverage"].values(), row.get("returned", {"conv": 0, "linear": 0}).values(), strict=True)
+    return [None if share is None or out == 1 else share / (1 - (out or 0)) for share, out in pairs]
+
+
+def _coverage_row(row: dict[str, Any]) -> str:
+    name = f"`{row['name']}`"
+    if row["status"] != "ok":
+        return f"| {name} | {row['status']} | | | | | | | |\n"
+    conv, linear = ("" if share is None else f"{share:.2f}" for share in _shares(row))
+    return (
+        f"| {name} | proven | {conv} | {linear} | {row['uniform_macs']:.2f} | {row['random_macs']:.2f} | "
+        f"{max(row['uniform_error'], row['random_error']):.0e} | {row['prunable']} of {row['groups']} | "
+        f"{row['analysis_s']:.1f} + {row['uniform_surgery_s']:.1f} |\n"
+    )
