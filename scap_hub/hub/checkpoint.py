@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -55,9 +56,15 @@ def check_output(folder: str | Path) -> Path:
     """Returns the folder, which must be absent or empty; ask before long work.
 
     Raises:
-        CheckpointError: It holds something, or is a file.
+        CheckpointError: It holds something, is a file, or cannot be replaced in one step.
     """
     folder = Path(folder).expanduser()
+    resolved, here = folder.resolve(), Path.cwd()
+    if resolved == here or resolved in here.parents or os.path.ismount(resolved):
+        raise CheckpointError(
+            f"output folder {str(folder)!r} is the folder that you are in, holds it, or where a disk is mounted; it "
+            "cannot be replaced in one step: name a new folder inside it"
+        )
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(f"output folder {folder} exists and is not empty: choose another, or remove it first")
     return folder

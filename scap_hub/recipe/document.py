@@ -125,12 +125,9 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _validate(document: Any, text: str | None, source: str) -> Recipe:
-    if (found := _unusable(document)) is not None:
-        raise RecipeError(
-            f"{source}: {found[0] or 'the document'}: a number of ordinary size is wanted, not {found[1]}"
-        )
+    _check_numbers(document, source)
     try:
-        return Recipe.model_validate(document)
+        recipe = Recipe.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         path = tuple(str(part) for part in first["loc"])
@@ -146,6 +143,14 @@ def _validate(document: Any, text: str | None, source: str) -> Recipe:
             reason += did_you_mean(first["input"], re.findall("'([^']+)'", first["ctx"]["expected"]), cutoff=NEAR)
         key = ".".join(path) or ("" if first["type"] == "value_error" else "the document")
         raise RecipeError(": ".join(filter(None, (where, key, reason)))) from None
+    _check_numbers(recipe.model_dump(), source)  # text such as "1e999" has become a number
+    return recipe
+
+
+def _check_numbers(document: Any, source: str) -> None:
+    if (found := _unusable(document)) is not None:
+        place, number = found
+        raise RecipeError(f"{source}: {place or 'the document'}: a number of ordinary size is wanted, not {number}")
 
 
 def _unusable(value: Any, path: str = "") -> tuple[str, str] | None:

@@ -67,7 +67,7 @@ def _check_events(text: str) -> None:
     """A few lines with aliases can stand for billions of values, and the parser itself takes long for deep nesting."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark else 1
         if isinstance(event, yaml.AliasEvent):
             raise _RefusedError(f"line {line}: a recipe has no aliases; write out what '*{event.anchor}' stands for")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
