@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+_LONGEST = 1500
+
 
 class ScapHubError(Exception):
     """Base of all errors raised on purpose by scap_hub."""
+
+    def __str__(self) -> str:
+        # A value that a stranger's file holds may be of any length.
+        text = super().__str__()
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 400]} ... {text[-300:]}"
 
 
 class ModelError(ScapHubError):

@@ -40,7 +40,7 @@ class GroupCut(_Strict):
         keep: Number of the entry of `PruningPlan.keeps` that lists the channels that stay.
     """
 
-    size: PositiveInt
+    size: Annotated[PositiveInt, Field(le=2**20)]
     keep: NonNegativeInt
 
 
@@ -115,27 +115,32 @@ class PruningPlan(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> PruningPlan:
+        # Each list is read once, however many tensors refer to it.
+        spans = [_span(f"keeps[{entry}]", text) for entry, text in enumerate(self.keeps)]
         for name, group in self.groups.items():
-            self._check(f"group {name!r}", group.keep, group.size)
+            self._check(f"group {name!r}", group.keep, group.size, spans)
         for name, cut in self.tensors.items():
             for dim, entry in cut.keep.items():
                 if dim >= len(cut.shape):
                     raise ValueError(f"tensor {name!r} has no dimension {dim}")
-                self._check(f"tensor {name!r}", entry, cut.shape[dim])
+                self._check(f"tensor {name!r}", entry, cut.shape[dim], spans)
             if cut.refers is not None and (cut.refers >= len(self.keeps) or cut.blocks is not None):
                 raise ValueError(f"tensor {name!r} refers to keeps[{cut.refers}], which is missing")
             if cut.blocks is not None:
                 if len(cut.shape) < 2 or not cut.blocks or cut.shape[0] % len(cut.blocks) or 1 in cut.keep:
                     raise ValueError(f"tensor {name!r} cannot have {len(cut.blocks)} blocks")
-                if len({self._check(f"tensor {name!r}", entry, cut.shape[1]) for entry in cut.blocks}) > 1:
+                if len({self._check(f"tensor {name!r}", entry, cut.shape[1], spans) for entry in cut.blocks}) > 1:
                     raise ValueError(f"tensor {name!r} keeps unequal blocks")
         return self
 
-    def _check(self, what: str, entry: int, size: int) -> int:
+    def _check(self, what: str, entry: int, size: int, spans: Sequence[tuple[int, int]]) -> int:
         """Number of kept indices of an entry, which must lie within `size`."""
         if entry >= len(self.keeps):
             raise ValueError(f"{what} refers to keeps[{entry}], which is missing")
-        return _length(what, self.keeps[entry], size)
+        last, count = spans[entry]
+        if last >= size:
+            raise ValueError(f"{what}: keeps[{entry}] goes to {last}, which is not ascending within 0-{size - 1}")
+        return count
 
     def kept(self, group: str) -> list[int]:
         """Kept channels of a group, ascending."""
@@ -334,15 +339,15 @@ def _ranges(text: str) -> list[tuple[int, int]]:
     return [(int(pair[0]), int(pair[-1])) for pair in pairs]
 
 
-def _length(what: str, text: str, size: int) -> int:
-    """Validates before anything is allocated: an entry may claim any number."""
+def _span(what: str, text: str) -> tuple[int, int]:
+    """Last index and number of indices of a list; an entry may claim any number, so nothing is allocated."""
     try:
         pairs = _ranges(text)
     except ValueError:
         raise ValueError(f"{what}: {text[:40]!r} is not a list of ranges") from None
-    before = -1
+    before, count = -1, 0
     for first, last in pairs:
-        if not before < first <= last < size:
-            raise ValueError(f"{what}: {first}-{last} is not ascending within 0-{size - 1}")
-        before = last
-    return sum(last - first + 1 for first, last in pairs)
+        if not before < first <= last:
+            raise ValueError(f"{what}: {first}-{last} is not ascending within what precedes it")
+        before, count = last, count + last - first + 1
+    return before, count

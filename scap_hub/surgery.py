@@ -119,6 +119,8 @@ def apply_plan(model: nn.Module, plan: PruningPlan) -> nn.Module:
     for (path, dense), module in zip(model.named_modules(), small.modules(), strict=True):
         if _agrees(dense) and not _agrees(module):
             raise PlanError(f"the plan is incomplete: the tensors and the widths of {path!r} do not fit each other")
+        if len(rows := _rows(path, dense, plan)) > 1:
+            raise PlanError(f"the plan keeps different channels of the tensors of {path!r}: {' and '.join(rows)}")
     set_calls(small, {path: [tuple(dict(change).values()) for change in own] for path, own in plan.calls.items()})
     return small
 
@@ -146,6 +148,21 @@ def _agrees(module: Any) -> bool:
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return {*shapes} <= {tuple(module.normalized_shape)}
     return True
+
+
+def _rows(path: str, module: Any, plan: PruningPlan) -> list[str]:
+    """The different lists of output channels that a plan keeps of one of torch's layers; sizes alone do not tell."""
+    if not isinstance(module, nn.Linear | ConvNd | NormBase | nn.GroupNorm):
+        return []
+    kept: dict[str, None] = {}
+    for own in ("weight", "bias", "running_mean", "running_var"):
+        cut = plan.tensors.get(f"{path}.{own}".lstrip("."))
+        if cut is not None:
+            dim = 1 if own == "weight" and getattr(module, "transposed", False) and module.groups == 1 else 0
+            if dim == 0 and getattr(module, "transposed", False) and own == "weight":
+                continue  # rows of a grouped transposed convolution are its inputs
+            kept[plan.keeps[cut.keep[dim]] if dim in cut.keep else "all"] = None
+    return list(kept)
 
 
 def set_calls(model: nn.Module, calls: Mapping[str, Sequence[tuple[str, int, int, float, float]]]) -> None:

@@ -48,6 +48,14 @@ def without_weights(model: nn.Module) -> nn.Module:
     return _copy(model, memo)
 
 
+def without_parameters(model: nn.Module) -> nn.Module:
+    """A copy with its parameters on the meta device; buffers have their values."""
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in _computed(model)}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    return _copy(model, memo)
+
+
 def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """What deepcopy returns, at a fraction of its time: it is slow for the many small containers of a module."""
     plain = [module for module in model.modules() if _copied_by_state(type(module))]

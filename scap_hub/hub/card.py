@@ -135,8 +135,12 @@ def merged_card(theirs: str, ours: str) -> str:
 
 
 def _block(text: str) -> str | None:
-    """Our part of a card: between two markers that are lines of their own, so no name in a line is one."""
-    found = re.search(rf"^{re.escape(BEGIN)}$.*?^{re.escape(END)}$", text, re.DOTALL | re.MULTILINE)
+    """Our part of a card: between two markers that are lines of their own, so no name in a line is one.
+
+    A beginning that has lost its end is no block: what follows it is somebody's text.
+    """
+    begin, end = re.escape(BEGIN), re.escape(END)
+    found = re.search(rf"^{begin}$(?:(?!^{begin}$).)*?^{end}$", text, re.DOTALL | re.MULTILINE)
     return found[0] if found else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,17 +23,14 @@ from scap_hub.zoo.base import CODE, FORMAT
 from scap_hub.zoo.pruned import (
     CONFIG,
     IMAGE_PROCESSOR,
-    INDEX,
     PLAN,
-    PRECISIONS,
     UNIFORM,
-    WEIGHTS,
     dense_model,
     input_size,
     is_pruned,
     load,
-    weight_files,
 )
+from scap_hub.zoo.weights import INDEX, PRECISIONS, WEIGHTS, not_finite, weight_files
 
 __all__ = [
     "CONFIG",
@@ -58,9 +56,15 @@ def check_output(folder: str | Path) -> Path:
     """Returns the folder, which must be absent or empty; ask before long work.
 
     Raises:
-        CheckpointError: It holds something, or is a file.
+        CheckpointError: It holds something, is a file, or cannot be replaced in one step.
     """
     folder = Path(folder).expanduser()
+    resolved, here = folder.resolve(), Path.cwd()
+    if resolved == here or resolved in here.parents or os.path.ismount(resolved):
+        raise CheckpointError(
+            f"output folder {str(folder)!r} is the folder that you are in, holds it, or where a disk is mounted; it "
+            "cannot be replaced in one step: name a new folder inside it"
+        )
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(f"output folder {folder} exists and is not empty: choose another, or remove it first")
     return folder
@@ -74,6 +78,7 @@ def save_checkpoint(
     recipe_yaml: str | None = None,
     extra_files: Mapping[str, str | bytes] | None = None,
     plain: dict[str, Any] | None = None,
+    allow_nan: bool = False,
 ) -> Path:
     """Writes a pruned model: all of the folder, or nothing.
 
@@ -85,15 +90,21 @@ def save_checkpoint(
         recipe_yaml: The recipe of the run.
         extra_files: More files by name, such as README.md.
         plain: Config that builds the pruned model with nothing of ours, from `plain_config`.
+        allow_nan: Whether to save weights that are NaN or infinite.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: The folder holds something, or cannot be written.
+        CheckpointError: The folder holds something, or cannot be written; or a weight is not finite.
         PlanError: The plan does not follow on what was removed before.
     """
     folder = check_output(folder)
+    if not allow_nan and (name := not_finite(model)):
+        raise CheckpointError(
+            f"{name!r} holds NaN or infinite numbers, so {folder} would be of no use and is not written; "
+            "save_checkpoint(..., allow_nan=True) writes it all the same"
+        )
     plan = loaded.earlier.then(plan) if loaded.earlier else plan
     documents = _documents(loaded, model, plan, recipe_yaml, plain) | {**(extra_files or {})}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,8 +125,9 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _validate(document: Any, text: str | None, source: str) -> Recipe:
+    _check_numbers(document, source)
     try:
-        return Recipe.model_validate(document)
+        recipe = Recipe.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         path = tuple(str(part) for part in first["loc"])
@@ -141,3 +143,24 @@ def _validate(document: Any, text: str | None, source: str) -> Recipe:
             reason += did_you_mean(first["input"], re.findall("'([^']+)'", first["ctx"]["expected"]), cutoff=NEAR)
         key = ".".join(path) or ("" if first["type"] == "value_error" else "the document")
         raise RecipeError(": ".join(filter(None, (where, key, reason)))) from None
+    _check_numbers(recipe.model_dump(), source)  # text such as "1e999" has become a number
+    return recipe
+
+
+def _check_numbers(document: Any, source: str) -> None:
+    if (found := _unusable(document)) is not None:
+        place, number = found
+        raise RecipeError(f"{source}: {place or 'the document'}: a number of ordinary size is wanted, not {number}")
+
+
+def _unusable(value: Any, path: str = "") -> tuple[str, str] | None:
+    """Place and text of the first number that is infinite, NaN, or too large for a machine's integers."""
+    if isinstance(value, Mapping | list | tuple):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        found = (_unusable(item, f"{path}.{key}" if path else str(key)) for key, item in items)
+        return next((place for place in found if place), None)
+    if isinstance(value, float) and not math.isfinite(value):
+        return path, str(value)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return path, f"one of {value.bit_length()} bits"
+    return None

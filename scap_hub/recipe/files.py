@@ -9,7 +9,7 @@ import yaml
 
 from scap_hub.errors import RecipeError
 from scap_hub.recipe.keys import NEAR
-from scap_hub.text import did_you_mean
+from scap_hub.text import did_you_mean, one_line
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -39,21 +39,44 @@ def read_yaml(path: str | Path) -> tuple[Any, str]:
     """What a YAML file holds, {} where that is nothing, and its text.
 
     Raises:
-        RecipeError: It cannot be read, is not YAML, or says a key twice.
+        RecipeError: It cannot be read, is not YAML, is too long or nested too deeply, has an alias, or says a key
+            twice.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:
+            content = file.read(_LONGEST + 1)
+        if len(content) > _LONGEST:
+            raise RecipeError(f"recipe {str(path)!r} is longer than {_LONGEST} bytes: it is no recipe")
+        text = content.decode("utf-8").replace("\r\n", "\n")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"recipe {str(path)!r} cannot be read: {one_line(error)}") from None
+    try:
+        _check_events(text)
         return yaml.load(text, Loader=_Loader) or {}, text
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {str(path)!r} cannot be read: {error}") from None
-    except _RepeatedKeyError as error:
+    except _RefusedError as error:
         raise RecipeError(f"{path}, {error}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:  # what stands after a tag such as !!int is taken as Python takes it
+        raise RecipeError(f"recipe {str(path)!r} is not YAML: {' '.join(str(error).split())[:300]}") from None
 
 
-class _RepeatedKeyError(Exception):
-    """A mapping has the same key twice; YAML would let the last one win."""
+_LONGEST = 2**20
+_DEEPEST = 30
+
+
+def _check_events(text: str) -> None:
+    """A few lines with aliases can stand for billions of values, and the parser itself takes long for deep nesting."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1 if event.start_mark else 1
+        if isinstance(event, yaml.AliasEvent):
+            raise _RefusedError(f"line {line}: a recipe has no aliases; write out what '*{event.anchor}' stands for")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise _RefusedError(f"line {line}: nested more than {_DEEPEST} deep")
+
+
+class _RefusedError(Exception):
+    """YAML that a recipe cannot have: an alias, or a key that stands twice, of which the last one would win."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,7 +86,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise _RepeatedKeyError(f"line {key.start_mark.line + 1}: {key.value!r} stands twice; keep one of them")
+                raise _RefusedError(f"line {key.start_mark.line + 1}: {key.value!r} stands twice; keep one of them")
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 

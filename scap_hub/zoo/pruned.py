@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
-from scap_hub.documents import LARGEST, own_file, parse_json, read_document
+from scap_hub.documents import parse_json, read_document
 from scap_hub.errors import CheckpointError, ModelError, PlanError
+from scap_hub.graph.copies import copied, without_parameters, without_weights
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
 from scap_hub.text import one_line
 from scap_hub.zoo import modeling_scap
 from scap_hub.zoo.base import FORMAT, LoadedModel, Preprocessing, Wanted, Zoo, remember, remembered
-from scap_hub.zoo.building import rebuild, skeleton
+from scap_hub.zoo.building import hollow, rebuild
+from scap_hub.zoo.complete import check_complete
 from scap_hub.zoo.registry import pruned_entry, zoo_named
+from scap_hub.zoo.weights import check_fit, fill, stored_in, weight_files
 
-WEIGHTS = "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
 CONFIG = "config.json"
 PLAN = "pruning_plan.json"
 IMAGE_PROCESSOR = "preprocessor_config.json"
 UNIFORM = "uniform"
 """Layout of a checkpoint whose config builds the pruned model with nothing of ours."""
-PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def load(
@@ -38,6 +33,7 @@ def load(
     model: nn.Module | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    allow_nan: bool = False,
 ) -> nn.Module:
     """Loads a pruned model, in eval mode; runs no code from the folder and unpickles nothing.
 
@@ -46,23 +42,26 @@ def load(
         model: The dense model, trained or not, where it comes from no zoo; untouched.
         revision: Branch, tag or commit of a Hub id.
         token: Hub token; None uses the stored one.
+        allow_nan: Whether to load weights that are NaN or infinite.
 
     Raises:
-        CheckpointError: Not a pruned checkpoint, incomplete, or its weights do not fit.
+        CheckpointError: Not a pruned checkpoint, incomplete, or its weights do not fit or are not finite.
         ModelError: The dense model cannot be rebuilt.
         PlanError: The plan is malformed or made for another model.
     """
     folder = _local(folder_or_repo_id, revision, token)
     config = _read_config(folder)
-    zoo, plan = _zoo(config), _plan(folder)
-    small = _checked(folder, zoo, config, plan, model)
-    files = weight_files(folder)
-    _check_weights(small, files)
-    dense = copy.deepcopy(model) if model is not None else rebuild(zoo, zoo.dense_config(config))
+    zoo, plan, files = _zoo(config), _plan(folder), weight_files(folder)
+    stored = stored_in(files)
+    # A stranger's folder may claim any size: until all of it fits together, parameters have no memory.
+    dense = without_parameters(model) if model is not None else hollow(zoo, zoo.dense_config(config), stored)
+    small = _smaller(dense, zoo, config, plan)
+    check_fit(small, stored, files[0])
     # Another network than the zoo's may stand in for it; then there is nothing to be told of it.
     known = _described(folder, zoo, config, plan, dense) if not zoo.rebuilds or zoo.knows_module(dense) else None
-    small = _smaller(dense, zoo, config, plan)
-    _load_tensors(small, files, config["scap"].get("buffer_dtypes", {}))
+    if known is not None and not _is_uniform(config):
+        check_complete(dense, small, known.preprocessing.input_size)
+    fill(small, stored, files, config["scap"].get("buffer_dtypes", {}), allow_nan)
     if known is not None:
         remember(replace(known, module=small, source=str(folder_or_repo_id)))
     return small.eval()
@@ -90,8 +89,7 @@ def read_pruned(folder: Path, wanted: Wanted) -> LoadedModel:
         assert known is not None  # a dense model was built, by the zoo that describes it
         loaded = LoadedModel(module=module, **{**known, "zoo": zoo})
     else:
-        _checked(folder, zoo, config, plan, None)
-        dense = rebuild(zoo, zoo.dense_config(config))
+        dense = _dense(folder, zoo, config)
         loaded = _described(folder, zoo, config, plan, dense)
         loaded = replace(loaded, module=_smaller(dense, zoo, config, plan).eval())
         remember(loaded)
@@ -154,28 +152,19 @@ def _plan(folder: Path) -> PruningPlan | None:
     return PruningPlan.from_json(_read(folder, PLAN)) if (folder / PLAN).is_file() else None
 
 
-def _checked(
-    folder: Path, zoo: Zoo, config: dict[str, Any], plan: PruningPlan | None, model: nn.Module | None
-) -> nn.Module:
-    """The pruned model without memory, where the zoo can; a foreign file may claim any size."""
-    dense = copy.deepcopy(model) if model is not None else skeleton(zoo, zoo.dense_config(config))
-    if not _is_uniform(config):
-        cut = _cut(zoo, config)
-        planned = None if plan is None else apply_plan(dense, plan)
-        _shrink(dense, cut)
-        if plan is not None and planned is not None:
-            _check_plan(planned, plan, dense, cut)
-    return dense
-
-
 def _smaller(dense: nn.Module, zoo: Zoo, config: dict[str, Any], plan: PruningPlan | None) -> nn.Module:
     """The pruned model; by the plan if it is there, which also tells the widths in a config."""
     if _is_uniform(config):
         return dense
-    if plan is not None:
-        return apply_plan(dense, plan)
-    _shrink(dense, _cut(zoo, config))
-    return dense
+    cut = _cut(zoo, config)
+    if plan is None:
+        small = copied(dense)
+        _shrink(small, cut)
+        return small
+    small, shrunk = apply_plan(dense, plan), without_weights(dense)
+    _shrink(shrunk, cut)
+    _check_plan(small, plan, shrunk, cut)
+    return small
 
 
 def is_pruned(name: str | Path) -> bool:
@@ -196,11 +185,19 @@ def dense_model(folder_or_repo_id: str | Path) -> nn.Module | None:
         CheckpointError: Not a pruned checkpoint.
         ModelError: A model that only its owner can build.
     """
-    config = _read_config(_local(folder_or_repo_id))
+    folder = _local(folder_or_repo_id)
+    config = _read_config(folder)
     if _is_uniform(config):
         return None
-    zoo = _zoo(config)
-    return rebuild(zoo, zoo.dense_config(config)).eval()
+    return _dense(folder, _zoo(config), config).eval()
+
+
+def _dense(folder: Path, zoo: Zoo, config: dict[str, Any]) -> nn.Module:
+    """The dense model with memory, no larger than the pruned weights can come from, if these are there."""
+    document, files = zoo.dense_config(config), weight_files(folder)
+    if all(file.is_file() for file in files):
+        hollow(zoo, document, stored_in(files))
+    return rebuild(zoo, document)
 
 
 def input_size(folder_or_repo_id: str | Path) -> tuple[int, int, int]:
@@ -323,66 +320,3 @@ def _integers(model: nn.Module, path: str, plan: PruningPlan) -> dict[str, Any]:
     """What a module has where the plan gives it numbers; a config keeps the dense ones."""
     held = vars(model.get_submodule(path))
     return {name: held[name] for name in plan.attributes[path] if not name.startswith("config.")}
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: one, or the shards that the index lists; they need not exist.
-
-    Raises:
-        CheckpointError: The index is malformed.
-    """
-    index = folder / INDEX
-    if (folder / WEIGHTS).is_file() or not index.is_file():  # in the order of transformers
-        return [folder / WEIGHTS]
-    try:
-        names = set(parse_json(_read(folder, index.name))["weight_map"].values())
-        return [folder / Path(name).name for name in sorted(names)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} lists no weights ({error!r}): save the checkpoint again") from None
-
-
-def _check_weights(model: nn.Module, files: list[Path]) -> None:
-    """Compares the files' headers with the model, before any weight is read."""
-    wanted = model.state_dict(keep_vars=True)
-    found: dict[str, list[int]] = {}
-    for path in files:
-        try:
-            _check_header(own_file(path.parent, path.name))
-            with safe_open(path, "pt") as file:
-                found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read {path}: {one_line(error)}") from None
-    # Of tied tensors only one is stored.
-    stored = {id(tensor) for name, tensor in wanted.items() if name in found}
-    problems = [f"{name} is missing" for name, tensor in wanted.items() if id(tensor) not in stored]
-    for name, shape in found.items():
-        if name not in wanted:
-            problems.append(f"{name} is unknown")
-        elif list(wanted[name].shape) != shape:
-            problems.append(f"{name} has {tuple(shape)} instead of {tuple(wanted[name].shape)}")
-    if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{files[0]} does not fit the rebuilt model: {', '.join(problems[:3])}{more}")
-
-
-def _check_header(path: Path) -> None:
-    """The header is read into memory, so it must be no longer than the file that it claims to describe."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if length > min(LARGEST, path.stat().st_size):
-        raise OSError(f"its header claims {length} bytes")
-
-
-def _load_tensors(model: nn.Module, files: list[Path], buffer_dtypes: Mapping[str, str]) -> None:
-    """Loads weights in the precision in which they were saved."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    try:
-        for name, dtype in buffer_dtypes.items():
-            tensors[name].data = tensors[name].data.to(PRECISIONS[dtype])
-    except KeyError as error:
-        raise CheckpointError(f"'buffer_dtypes' in config.json does not fit the rebuilt model: {error}") from None
-    state = {name: tensor for path in files for name, tensor in load_file(path).items()}
-    for name in state.keys() & tensors.keys():
-        tensors[name].data = tensors[name].data.to(state[name].dtype)
-    # Checked already; what is missing is tied to what is there.
-    model.load_state_dict(state, strict=False)

@@ -93,6 +93,10 @@ def from_module(zoo: Zoo, module: Any, source: str, input_size: tuple[int, int, 
         data = resolve_input_data_config(module, {"input_size": input_size})
     except ValueError as error:
         raise ModelError(f"input_size {input_size}: {one_line(error)}") from None
+    except TypeError as error:
+        raise ModelError(
+            f"the preprocessing in pretrained_cfg is malformed ({one_line(error)}): save it again"
+        ) from None
     channels = data["input_size"][0]
     spread = {key: tuple(data[key]) * (channels // len(data[key])) for key in ("mean", "std")}
     cfg: dict[str, Any] = module.pretrained_cfg
