@@ -66,7 +66,8 @@ class ModelSettings(Block):
     pretrained: bool = True
     """Load trained weights."""
     num_classes: Count | None = None
-    """Width of a new, untrained classifier; the model's own if left out. See also `finetune.dense_epochs`."""
+    """Width of the classifier, which is new where the weights have another; the model's own, or what the data's class
+    names ask for, if left out. See also `finetune.dense_epochs`."""
     input_size: tuple[Count, Count, Count] | None = None
     """(channels, height, width) in pixels; the model's own if left out."""
 
@@ -197,9 +198,9 @@ class DistillationSettings(Block):
 class FinetuneSettings(Block):
     epochs: CountOrZero = 5
     """Passes over the training images; 0 trains nothing."""
-    dense_epochs: CountOrZero = 0
-    """Passes that tune the dense model before it is pruned; if above 0, a classifier that does not fit the class names
-    of the data is replaced by a new one."""
+    dense_epochs: CountOrZero | Literal["auto"] = "auto"
+    """Passes that tune the dense model before it is pruned. auto: 5 for a new classifier, else 0. A classifier is
+    replaced by a new one where the data names another number of classes, unless this is 0."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with Nesterov momentum 0.9."""
     learning_rate: Positive = 1e-3

@@ -21,10 +21,11 @@ from scap_hub.progress import track
 from scap_hub.recipe import Recipe
 from scap_hub.run import peers
 from scap_hub.run.comparison import Cell, Comparison, found_in
-from scap_hub.run.inputs import data_for, example, load_dense, shard_calibration, tune_dense
+from scap_hub.run.inputs import data_for, example, load_dense, shard_calibration
 from scap_hub.run.pruning import prune_loaded
 from scap_hub.run.report import Measures, measure
 from scap_hub.run.stages import Stages
+from scap_hub.run.tuning import tune_dense
 from scap_hub.selection.target import Target
 from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator, from_main
@@ -76,8 +77,8 @@ def compare(
     recipes = _recipes(base, wanted, targets, _criteria(criteria))
     set_seed(base.seed)
     stages = Stages(base.seed)
-    loaded, data = load_dense(model, dataset, base, stages)
-    tune_dense(loaded, data, base, stages)
+    loaded, data, tuning = load_dense(model, dataset, base, stages)
+    tune_dense(loaded, data, base, tuning, stages)
     if data.validation is None:
         raise DataError("a comparison needs labelled validation images")
     about = {"model": loaded.name, "data": data.name, "recipe": _shared(base)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from scap_hub.errors import CalibrationError, DataError, RecipeError
 from scap_hub.placement import placement
 from scap_hub.progress import track
-from scap_hub.recipe import DataSettings, Recipe
+from scap_hub.recipe import DataSettings, ModelSettings, Recipe
 from scap_hub.run.stages import Stages
+from scap_hub.run.tuning import Tuning
 from scap_hub.training.data import Data, load_data
+from scap_hub.training.data.classes import WITHOUT_LABELS, NewHead
 from scap_hub.training.data.sources import ensure_there
 from scap_hub.training.distributed import accelerator, main_first
-from scap_hub.training.finetune import finetune
 from scap_hub.zoo import LoadedModel, load_model
 
 CALIBRATION_SET = "timm/mini-imagenet"
@@ -26,8 +27,8 @@ CALIBRATION_SET = "timm/mini-imagenet"
 _IMAGENET_CLASSES = (1000, 1001, 11821, 21841, 21843)
 
 
-def load_dense(model: Any, dataset: Any, recipe: Recipe, stages: Stages) -> tuple[LoadedModel, Data]:
-    """The dense model as it comes, and its data.
+def load_dense(model: Any, dataset: Any, recipe: Recipe, stages: Stages) -> tuple[LoadedModel, Data, Tuning]:
+    """The dense model as it comes, its data, and how it shall be trained before it is pruned.
 
     Args:
         model: As for `prune`.
@@ -39,23 +40,7 @@ def load_dense(model: Any, dataset: Any, recipe: Recipe, stages: Stages) -> tupl
         return _loaded(model, dataset, recipe)
 
 
-def tune_dense(loaded: LoadedModel, data: Data, recipe: Recipe, stages: Stages, work: Path | None = None) -> None:
-    """Tunes the dense model in place, if the recipe says so.
-
-    Args:
-        loaded: The dense model.
-        data: Its data.
-        recipe: Its block `finetune`.
-        stages: Where the seconds are counted.
-        work: Where checkpoints are kept.
-    """
-    if recipe.finetune.dense_epochs:
-        with stages("tune dense"):
-            tuning = recipe.finetune.model_copy(update={"epochs": recipe.finetune.dense_epochs})
-            finetune(loaded.module, data, tuning, output_dir=work and work / "training-dense", seed=recipe.seed)
-
-
-def _loaded(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data]:
+def _loaded(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data, Tuning]:
     """Both, fitted to each other: the model gets a new head, or names of its classes, from the data."""
     settings = recipe.model
     source = settings.name if model is None else model
@@ -69,11 +54,25 @@ def _loaded(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data
         # The caller's module stays as it is, on its own device.
         loaded = replace(loaded, module=copy.deepcopy(model))
     data = data_for(loaded, dataset, recipe)
+    new_head = False
     if data.labels and len(data.labels) != loaded.num_classes:
-        loaded = load_model(source, settings.pretrained, len(data.labels), settings.input_size)
+        loaded, new_head = _with_head(source, data, loaded.num_classes, settings), True
+    elif settings.num_classes is not None and settings.pretrained and not isinstance(source, nn.Module):
+        new_head = load_model(source, False, None, settings.input_size).num_classes != settings.num_classes
     if data.labels and len(data.labels) == loaded.num_classes:
         loaded = replace(loaded, labels=data.labels)
-    return loaded, data
+    return loaded, data, Tuning.of(recipe.finetune, new_head)
+
+
+def _with_head(source: Any, data: Data, classes: int, settings: ModelSettings) -> LoadedModel:
+    """The model with a new classifier for the data's classes."""
+    assert data.labels is not None
+    if isinstance(source, nn.Module):
+        raise DataError(
+            f"{data.name!r} has {len(data.labels)} classes, the module's classifier {classes}: give it a new one of "
+            f"{len(data.labels)} first, which finetune.dense_epochs=5 trains, or set {WITHOUT_LABELS}"
+        )
+    return load_model(source, settings.pretrained, len(data.labels), settings.input_size)
 
 
 def data_for(loaded: LoadedModel, dataset: Any, recipe: Recipe) -> Data:
@@ -86,11 +85,15 @@ def data_for(loaded: LoadedModel, dataset: Any, recipe: Recipe) -> Data:
         loaded.preprocessing,
         choices,
         num_classes=loaded.num_classes,
-        new_head=recipe.finetune.dense_epochs > 0 and recipe.model.num_classes is None,
+        new_head=recipe.model.num_classes is None and _new_head(recipe.finetune.dense_epochs),
         seed=recipe.seed,
         model_classes=loaded.labels,
         pixels=loaded.zoo.pixels(loaded),
     )
+
+
+def _new_head(dense_epochs: int | Literal["auto"]) -> NewHead:
+    return dense_epochs if dense_epochs == "auto" else dense_epochs > 0
 
 
 def _public_images(loaded: LoadedModel, settings: DataSettings) -> DataSettings:

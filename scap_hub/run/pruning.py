@@ -21,13 +21,14 @@ from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
 from scap_hub.run.identity import identity
-from scap_hub.run.inputs import example, load_dense, shard_calibration, tune_dense
+from scap_hub.run.inputs import example, load_dense, shard_calibration
 from scap_hub.run.kept import Kept
-from scap_hub.run.report import GroupReport, Measures, Report, Selection, measure
+from scap_hub.run.report import GroupReport, Measures, Report, Selection, Tuned, measure
 from scap_hub.run.result import Result
 from scap_hub.run.score_cache import kept_scores
 from scap_hub.run.stages import Stages
 from scap_hub.run.steps import refine
+from scap_hub.run.tuning import tune_dense, warn_if_guessing
 from scap_hub.run.unfinished import Unfinished, kept_beside
 from scap_hub.run.verification import Verdict, Verified, beyond_repair, failing_plan_beside, verified
 from scap_hub.scores import Scores
@@ -76,12 +77,13 @@ def prune(
     stages = Stages(recipe.seed)
 
     with kept_beside(output_dir, restart) as work, failing_plan_beside(output_dir):
-        loaded, data = load_dense(model, dataset, recipe, stages)
+        loaded, data, tuning = load_dense(model, dataset, recipe, stages)
         if work is not None:
             work.begin(identity(loaded, data, recipe, criterion), restart, _need(loaded, recipe))
         folder = None if work is None else work.folder
-        tune_dense(loaded, data, recipe, stages, folder)
-        result = prune_loaded(loaded, data, recipe, work=folder, scores=folder and folder / "scores", stages=stages)
+        tuned = tune_dense(loaded, data, recipe, tuning, stages, folder)
+        scores = folder and folder / "scores"
+        result = prune_loaded(loaded, data, recipe, tuned=tuned, work=folder, scores=scores, stages=stages)
         if work is not None:
             from_main(lambda: _save(result, work))
     if (repo_id := recipe.publish.repo_id) is not None:
@@ -108,6 +110,7 @@ def prune_loaded(
     recipe: Recipe,
     before: Measures | None = None,
     *,
+    tuned: Tuned | None = None,
     work: Path | None = None,
     scores: Path | None = None,
     stages: Stages | None = None,
@@ -119,6 +122,7 @@ def prune_loaded(
         data: Its data.
         recipe: Its blocks from `criterion` to `evaluate`.
         before: What was measured of the dense model; measured here if left out.
+        tuned: How it was trained.
         work: Where what each stage finds is kept.
         scores: Where scores are kept; see `kept_scores`.
         stages: Where the seconds are counted.
@@ -132,6 +136,7 @@ def prune_loaded(
         with stages("measure dense"):
             size = loaded.preprocessing.input_size
             before = kept.value("dense", Measures, lambda: measure(given, size, data))
+        warn_if_guessing(before, loaded, data, tuned)
 
     dense = raised(given)
     pipeline = _Pipeline(replace(loaded, module=dense), data, recipe, criterion, calibration, kept, scores, stages)
@@ -151,7 +156,9 @@ def prune_loaded(
             times = kept.value("latency", list[float], lambda: milliseconds([(given, images), (small, images)]))
             before, after = replace(before, latency_ms=times[0]), replace(after, latency_ms=times[1])
     plan = _joined(steps[0].groups, [step.plan for step in steps])
-    return Result(small, plan, _report(before, after, plan, steps, stages, data), recipe, loaded, data.task)
+    report = _report(before, after, plan, steps, stages, data)
+    report.tuned = tuned
+    return Result(small, plan, report, recipe, loaded, data.task)
 
 
 @dataclass(frozen=True)
