@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,17 @@ from scap_hub.zoo import LoadedModel, load_model
 CALIBRATION_SET = "timm/mini-imagenet"
 """Small public set for models trained on ImageNet or a superset of it; used without its labels."""
 _IMAGENET_CLASSES = (1000, 1001, 11821, 21841, 21843)
+
+
+def recipe_of(model: Any, dataset: Any, recipe: Any, overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe of a call of `prune`, with the names of model and data in it.
+
+    Raises:
+        RecipeError: Unknown recipe, key or value.
+    """
+    names = {"model_name": model, "data_dataset": dataset}
+    given = {key: str(name) for key, name in names.items() if isinstance(name, str | Path)}
+    return Recipe.resolve(recipe, **{**overrides, **given})
 
 
 def load_dense(model: Any, dataset: Any, recipe: Recipe, stages: Stages) -> tuple[LoadedModel, Data, Tuning]:

@@ -20,8 +20,9 @@ from scap_hub.placement import half_precisions, lower_precision, raised
 from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
+from scap_hub.run.forecast import tell_if_long
 from scap_hub.run.identity import identity
-from scap_hub.run.inputs import example, load_dense, shard_calibration
+from scap_hub.run.inputs import example, load_dense, recipe_of, shard_calibration
 from scap_hub.run.kept import Kept
 from scap_hub.run.report import GroupReport, Measures, Report, Selection, Tuned, measure
 from scap_hub.run.result import Result
@@ -67,11 +68,7 @@ def prune(
         ScapHubError: One of its subclasses, for anything wrong with the model, the data, the recipe or the target.
         VerificationError: No plan was found that is right; `error.plan` is the smallest that is wrong.
     """
-    if isinstance(model, str | Path):
-        overrides["model_name"] = str(model)
-    if isinstance(dataset, str | Path):
-        overrides["data_dataset"] = str(dataset)
-    recipe = Recipe.resolve(recipe, **overrides)
+    recipe = recipe_of(model, dataset, recipe, overrides)
     # A mistake is told before any work.
     criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
     stages = Stages(recipe.seed)
@@ -80,6 +77,8 @@ def prune(
         loaded, data, tuning = load_dense(model, dataset, recipe, stages)
         if work is not None:
             work.begin(identity(loaded, data, recipe, criterion), restart, _need(loaded, recipe))
+        if work is None or work.fresh:
+            tell_if_long(loaded, data, recipe, tuning)
         folder = None if work is None else work.folder
         tuned = tune_dense(loaded, data, recipe, tuning, stages, folder)
         scores = folder and folder / "scores"

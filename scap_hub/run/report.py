@@ -150,7 +150,8 @@ class Report:
             points = f"{100 * (after.top1 - before.top1):+.2f} points"
             rows.append((self.metric.name, f"{100 * before.top1:.2f} %", f"{100 * after.top1:.2f} %", points))
         if before.latency_ms is not None and after.latency_ms is not None:
-            faster = f"{before.latency_ms / after.latency_ms:.2f}x faster"
+            speedup = before.latency_ms / after.latency_ms
+            faster = f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
             rows.append(("latency", f"{before.latency_ms:.2f} ms", f"{after.latency_ms:.2f} ms", faster))
         if self.tuned is not None:
             rows.append(("tuned first", str(self.tuned), "", ""))
