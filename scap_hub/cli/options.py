@@ -27,6 +27,9 @@ Device = Annotated[
 PushToHub = Annotated[
     str | None, typer.Option(metavar="ME/NAME", help="Hub repository that the result is published in.")
 ]
+Checkpoint = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Weights of the model: .safetensors, or .pth with a state dict.")
+]
 Restart = Annotated[
     bool, typer.Option("--restart/--resume", help="Begin anew, or go on with an interrupted run of the same --out.")
 ]

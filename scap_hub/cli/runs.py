@@ -11,6 +11,7 @@ import typer
 
 from scap_hub.cli.options import (
     AsJson,
+    Checkpoint,
     Device,
     DryRun,
     Out,
@@ -45,6 +46,7 @@ def prune(
     device: Device = None,
     seed: Annotated[int | None, typer.Option(help="Of everything that is random.")] = None,
     push_to_hub: PushToHub = None,
+    checkpoint: Checkpoint = None,
     restart: Restart = False,
     dry_run: DryRun = False,
     settings: Settings = None,
@@ -74,13 +76,15 @@ def prune(
         changes |= overrides(settings) | {key: value for key, value in flags.items() if value is not None}
         if device is not None:
             use_device(device)
+        given = {"output_dir": out, "checkpoint": checkpoint, **changes}
         if dry_run:
-            found = scap_hub.forecast(model, data, recipe, output_dir=None if restart else out, **changes)
-        else:
-            result = scap_hub.prune(model, data, recipe, output_dir=out, restart=restart, **changes)
-    if dry_run:
-        print_forecast(found, quiet, as_json)
-        return
+            print_forecast(scap_hub.forecast(model, data, recipe, **given), quiet, as_json)
+            return
+        result = scap_hub.prune(model, data, recipe, restart=restart, **given)
+    _print_result(result, out, quiet, as_json)
+
+
+def _print_result(result: Result, out: Path | None, quiet: bool, as_json: bool) -> None:
     print_report(result.report, result.report.to_dict(), quiet, as_json)
     if out is not None:
         say(f"saved in {out}", quiet or as_json)

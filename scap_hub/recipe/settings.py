@@ -65,6 +65,8 @@ class ModelSettings(Block):
     """timm name, "hf-hub:..." or "local-dir:...", Hugging Face repository id or folder."""
     pretrained: bool = True
     """Load trained weights."""
+    checkpoint: str | None = None
+    """File with the weights, .safetensors or .pth (a state dict), instead of those that the name stands for."""
     num_classes: Count | None = None
     """Width of the classifier, which is new where the weights have another; the model's own, or what the data's class
     names ask for, if left out. See also `finetune.dense_epochs`."""

@@ -85,6 +85,7 @@ def forecast(
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
     *,
     output_dir: str | Path | None = None,
+    checkpoint: str | Path | None = None,
     **overrides: Any,
 ) -> Forecast:
     """Says what `prune` with the same arguments will do and take; prunes, trains and writes nothing.
@@ -96,12 +97,13 @@ def forecast(
         dataset: As for `prune`.
         recipe: As for `prune`.
         output_dir: As for `prune`; that it is free is all that is looked at.
+        checkpoint: As for `prune`.
         **overrides: As for `prune`.
 
     Raises:
         ScapHubError: As `prune`, for the mistakes that it finds before it scores.
     """
-    recipe = recipe_of(model, dataset, recipe, overrides)
+    recipe = recipe_of(model, dataset, recipe, overrides, checkpoint)
     criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
     if output_dir is not None:
         check_free(output_dir)

@@ -28,13 +28,15 @@ CALIBRATION_SET = "timm/mini-imagenet"
 _IMAGENET_CLASSES = (1000, 1001, 11821, 21841, 21843)
 
 
-def recipe_of(model: Any, dataset: Any, recipe: Any, overrides: Mapping[str, Any]) -> Recipe:
-    """The recipe of a call of `prune`, with the names of model and data in it.
+def recipe_of(
+    model: Any, dataset: Any, recipe: Any, overrides: Mapping[str, Any], checkpoint: str | Path | None = None
+) -> Recipe:
+    """The recipe of a call of `prune`, with the names of model, data and checkpoint in it.
 
     Raises:
         RecipeError: Unknown recipe, key or value.
     """
-    names = {"model_name": model, "data_dataset": dataset}
+    names = {"model_name": model, "data_dataset": dataset, "model_checkpoint": checkpoint}
     given = {key: str(name) for key, name in names.items() if isinstance(name, str | Path)}
     return Recipe.resolve(recipe, **{**overrides, **given})
 
@@ -61,30 +63,41 @@ def _loaded(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data
     wanted = recipe.data.dataset if dataset is None else dataset
     if isinstance(wanted, str | Path):
         main_first(lambda: ensure_there(str(wanted), recipe.data))  # a typo is told before a model is downloaded
-    loaded = load_model(source, settings.pretrained, settings.num_classes, settings.input_size)
-    if loaded.module is model:
-        # The caller's module stays as it is, on its own device.
-        loaded = replace(loaded, module=copy.deepcopy(model))
+    if isinstance(source, nn.Module):
+        source = copy.deepcopy(source)  # the caller's stays as it is, on its own device
+    loaded = load_model(
+        source, settings.pretrained, settings.num_classes, settings.input_size, checkpoint=settings.checkpoint
+    )
     data = data_for(loaded, dataset, recipe)
     new_head = False
     if data.labels and len(data.labels) != loaded.num_classes:
-        loaded, new_head = _with_head(source, data, loaded.num_classes, settings), True
-    elif settings.num_classes is not None and settings.pretrained and not isinstance(source, nn.Module):
+        loaded, new_head = _with_head(source, data, loaded, settings), True
+    elif settings.num_classes is not None and _from_the_zoo(source, settings):
         new_head = load_model(source, False, None, settings.input_size).num_classes != settings.num_classes
     if data.labels and len(data.labels) == loaded.num_classes:
         loaded = replace(loaded, labels=data.labels)
     return loaded, data, Tuning.of(recipe.finetune, new_head)
 
 
-def _with_head(source: Any, data: Data, classes: int, settings: ModelSettings) -> LoadedModel:
+def _from_the_zoo(source: Any, settings: ModelSettings) -> bool:
+    """Whether the weights are those that a name stands for."""
+    return settings.pretrained and settings.checkpoint is None and not isinstance(source, nn.Module)
+
+
+def _with_head(source: Any, data: Data, loaded: LoadedModel, settings: ModelSettings) -> LoadedModel:
     """The model with a new classifier for the data's classes."""
     assert data.labels is not None
     if isinstance(source, nn.Module):
         raise DataError(
-            f"{data.name!r} has {len(data.labels)} classes, the module's classifier {classes}: give it a new one of "
+            f"{data.name!r} has {len(data.labels)} classes, the module's classifier {loaded.num_classes}: give it a new one of "
             f"{len(data.labels)} first, which finetune.dense_epochs=5 trains, or set {WITHOUT_LABELS}"
         )
-    return load_model(source, settings.pretrained, len(data.labels), settings.input_size)
+    headed = load_model(source, _from_the_zoo(source, settings), len(data.labels), settings.input_size)
+    if settings.checkpoint is not None:
+        state, known = headed.module.state_dict(), loaded.module.state_dict()
+        fitting = {name: known[name] for name, tensor in state.items() if known[name].shape == tensor.shape}
+        headed.module.load_state_dict(state | fitting)
+    return headed
 
 
 def data_for(loaded: LoadedModel, dataset: Any, recipe: Recipe) -> Data:

@@ -50,6 +50,7 @@ def prune(
     *,
     output_dir: str | Path | None = None,
     restart: bool = False,
+    checkpoint: str | Path | None = None,
     **overrides: Any,
 ) -> Result:
     """Makes a model smaller and faster: scores its channels, removes the least important, repairs, fine-tunes.
@@ -62,13 +63,15 @@ def prune(
         output_dir: Where to save the result, absent or empty; what each stage found is kept beside it until the end, so
             that the same call resumes. A call that differs in anything is refused.
         restart: Whether to throw away what an unfinished run kept, and begin anew.
+        checkpoint: File with the model's weights, instead of those that its name stands for: .safetensors, or .pth with
+            a state dict, alone or under "state_dict", "model" or "model_state_dict". No code in it runs.
         **overrides: Recipe values that win: target="macs=0.5", criterion="scap", finetune_epochs=3, seed=0, ...
 
     Raises:
         ScapHubError: One of its subclasses, for anything wrong with the model, the data, the recipe or the target.
         VerificationError: No plan was found that is right; `error.plan` is the smallest that is wrong.
     """
-    recipe = recipe_of(model, dataset, recipe, overrides)
+    recipe = recipe_of(model, dataset, recipe, overrides, checkpoint)
     # A mistake is told before any work.
     criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
     stages = Stages(recipe.seed)

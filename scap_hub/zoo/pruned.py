@@ -22,6 +22,7 @@ from scap_hub.zoo import modeling_scap
 from scap_hub.zoo.base import FORMAT, LoadedModel, Preprocessing, Wanted, Zoo, remember, remembered
 from scap_hub.zoo.building import rebuild, skeleton
 from scap_hub.zoo.registry import pruned_entry, zoo_named
+from scap_hub.zoo.weights import load_weights
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -38,6 +39,7 @@ def load(
     model: nn.Module | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    checkpoint: str | Path | None = None,
 ) -> nn.Module:
     """Loads a pruned model, in eval mode; runs no code from the folder and unpickles nothing.
 
@@ -46,6 +48,8 @@ def load(
         model: The dense model, trained or not, where it comes from no zoo; untouched.
         revision: Branch, tag or commit of a Hub id.
         token: Hub token; None uses the stored one.
+        checkpoint: File with other weights for this pruned model, trained further: .safetensors, or .pth with a state
+            dict.
 
     Raises:
         CheckpointError: Not a pruned checkpoint, incomplete, or its weights do not fit.
@@ -65,6 +69,8 @@ def load(
     _load_tensors(small, files, config["scap"].get("buffer_dtypes", {}))
     if known is not None:
         remember(replace(known, module=small, source=str(folder_or_repo_id)))
+    if checkpoint is not None:
+        load_weights(small, checkpoint)
     return small.eval()
 
 
