@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -63,9 +63,8 @@ def verify(
                 except VerificationError as error:
                     if plan is not None:
                         raise
-                    raise _written(
-                        error, pruning, name, out, ["--seed", str(seed), *_given(size, checkpoint)], model
-                    ) from error
+                    options = _given({"--seed": seed, "--size": size, "--checkpoint": checkpoint})
+                    raise _written(error, pruning, name, out, options, model) from error
     if as_json:
         print(json.dumps(differences))
     for name, difference in differences.items():
@@ -94,9 +93,8 @@ def random_plans(groups: ChannelGroups, seed: int, count: int) -> Iterator[tuple
             yield f"random fractions {number}, seed {seed}", select(groups, scores, fractions, round_to=1)
 
 
-def _given(size: int | None, checkpoint: Path | None) -> list[str]:
+def _given(options: dict[str, Any]) -> list[str]:
     """The options as they were typed."""
-    options = {"--size": size, "--checkpoint": checkpoint}
     return [text for name, value in options.items() if value is not None for text in (name, str(value))]
 
 

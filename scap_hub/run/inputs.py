@@ -88,9 +88,10 @@ def _with_head(source: Any, data: Data, loaded: LoadedModel, settings: ModelSett
     """The model with a new classifier for the data's classes."""
     assert data.labels is not None
     if isinstance(source, nn.Module):
+        count = len(data.labels)
         raise DataError(
-            f"{data.name!r} has {len(data.labels)} classes, the module's classifier {loaded.num_classes}: give it a new one of "
-            f"{len(data.labels)} first, which finetune.dense_epochs=5 trains, or set {WITHOUT_LABELS}"
+            f"{data.name!r} has {count} classes, the module's classifier {loaded.num_classes}: give it a new one of "
+            f"{count} first, which finetune.dense_epochs=5 trains, or set {WITHOUT_LABELS}"
         )
     headed = load_model(source, _from_the_zoo(source, settings), len(data.labels), settings.input_size)
     if settings.checkpoint is not None:
