@@ -41,6 +41,7 @@ from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator, from_main
 from scap_hub.training.finetune import finetune
 from scap_hub.zoo import LoadedModel
+from scap_hub.zoo.base import remember
 
 
 def prune(
@@ -160,6 +161,8 @@ def prune_loaded(
     plan = _joined(steps[0].groups, [step.plan for step in steps])
     report = _report(before, after, plan, steps, stages, data)
     report.tuned = tuned
+    # So that another round can follow on this one.
+    remember(replace(loaded, module=small, earlier=loaded.earlier.then(plan) if loaded.earlier else plan))
     return Result(small, plan, report, recipe, loaded, data.task)
 
 
