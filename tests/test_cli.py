@@ -267,6 +267,11 @@ def test_a_dry_run_tells_what_the_run_does_and_writes_nothing(run, tmp_path):
     [
         (["prune", "resnet81", "--data", "digits"], "unknown model 'resnet81': did you mean 'resnet"),
         (["prune", "test_resnet", "--target", "speed=2"], "target 'speed=2' is not understood; write one of macs=0.5"),
+        (
+            ["inspect", "pyproject.toml"],
+            "'pyproject.toml' is a file: a saved model is given as its folder, and a file of",
+        ),
+        (["inspect", "no/model"], "cannot reach the Hub for 'no/model', there is no such folder, and it is not in the"),
         (["prune", "test_resnet", "--target", "0.5"], "'0.5' is not understood; macs=0.5 keeps that share of"),
         (["prune", "test_resnet", "--set", "epochs=2"], "unknown option 'epochs'; did you mean 'finetune_epochs'?"),
         (["prune", "test_resnet", "--set", "epochs"], "--set 'epochs': write KEY=VALUE"),

@@ -76,12 +76,17 @@ def _from_name(name: str, wanted: Wanted) -> LoadedModel:
     if place == name and (zoo := zoo_with_name(name)):
         return zoo.from_name(name, wanted)
     folder, base_model = Path(place).expanduser(), None
+    if folder.is_file():
+        raise ModelError(
+            f"{name!r} is a file: a saved model is given as its folder, and a file of weights as checkpoint= "
+            "(--checkpoint) beside the name of its model"
+        )
     if not folder.is_dir():
         if prefix == "local-dir":
             raise ModelError(f"no folder {place!r}")
         if place == name and "/" not in name:
             near = " or ".join(map(repr, nearest(name)))
-            hint = f"did you mean {near}?" if near else "see timm.list_models();"
+            hint = f"did you mean {near}?" if near else "see timm.list_models()."
             raise ModelError(f"unknown model {name!r}: {hint} A Hub id has the form 'owner/name'.")
         base_model, _, revision = place.partition("@")
         folder = fetch_dense(base_model, wanted.pretrained, revision or None)
