@@ -17,6 +17,8 @@ def test_a_forecast_leaves_the_model_and_the_run_as_they_were():
     told = scap_hub.forecast(model, images(), QUICK, **arguments)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     result = scap_hub.prune(model, images(), QUICK, **arguments)
+    dense = result.loaded.module.state_dict()  # a batch of it was timed
+    assert all(torch.equal(dense[name], tensor) for name, tensor in before.items())
     assert told.macs[0] == result.report.before.macs and told.params[0] == result.report.before.params
     assert abs(told.macs[1] / result.report.after.macs - 1) < 0.3
     unknown = scap_hub.forecast(model, images(), QUICK, criterion="scap", target="threshold=0.5", **arguments)
