@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow bench-coverage kills fuzz soak lint imports size format docs
+.PHONY: setup demo test test-slow test-lowest bench-coverage kills fuzz soak lint imports size format docs
 
 setup: .venv/installed
 
@@ -22,6 +22,13 @@ test: lint
 # Long ones too: the wheel in a fresh environment, the notebook, wide sweeps.
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# The declared minimums together, in an environment of their own.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable ".[dev,plot]"
+	.venv-lowest/bin/python -m pytest --numprocesses auto --dist loadfile
 
 # Every model of benchmarks/models.txt; what the JSON holds is not measured again. With Torch-Pruning, if installed:
 # make bench-coverage OPTIONS="--peer torch-pruning"

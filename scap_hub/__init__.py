@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from scap_hub.run.bench import bench
     from scap_hub.run.compare import compare
     from scap_hub.run.comparison import Comparison
+    from scap_hub.run.forecast import Forecast, forecast
     from scap_hub.run.pruning import prune
     from scap_hub.run.report import Report
     from scap_hub.run.result import Result
@@ -37,6 +38,7 @@ _HOMES = {
     "ChannelGroups": "channels",
     "Comparison": "run.comparison",
     "Criterion": "criteria",
+    "Forecast": "run.forecast",
     "PruningPlan": "plan",
     "Recipe": "recipe",
     "Report": "run.report",
@@ -49,6 +51,7 @@ _HOMES = {
     "channel_groups": "channels",
     "compare": "run.compare",
     "finetune": "training.finetune",
+    "forecast": "run.forecast",
     "latency_table": "timing.table",
     "load": "hub.checkpoint",
     "prune": "run.pruning",
@@ -65,6 +68,7 @@ __all__ = [
     "ChannelGroups",
     "Comparison",
     "Criterion",
+    "Forecast",
     "PruningPlan",
     "Recipe",
     "Report",
@@ -77,6 +81,7 @@ __all__ = [
     "channel_groups",
     "compare",
     "finetune",
+    "forecast",
     "latency_table",
     "load",
     "prune",

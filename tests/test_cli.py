@@ -252,11 +252,27 @@ def test_recipes(run, tmp_path):
     assert json.loads(run("recipe", "schema")[1]) == recipe_schema()
 
 
+def test_a_dry_run_tells_what_the_run_does_and_writes_nothing(run, tmp_path):
+    code, out, _ = run(*TINY, "--epochs", "3", "--out", tmp_path / "out", "--dry-run", "--json")
+    told = json.loads(out)
+    assert code == 0 and not list(tmp_path.iterdir())
+    assert told["groups"] == 11 and list(told["pinned"].values()) == [1] and told["target"] == "macs=0.6"
+    assert 0.5 < told["macs"][1] / told["macs"][0] < 0.6 and told["params"][1] < told["params"][0]
+    assert told["seconds"]["fine-tuning"] > told["seconds"]["measuring"] > 0 and told["memory"] > 4 * 373_658 * 4
+    assert "11 prunable, with 672 channels" in run(*TINY, "--dry-run")[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["prune", "resnet81", "--data", "digits"], "unknown model 'resnet81': did you mean 'resnet"),
-        (["prune", "test_resnet", "--target", "speed=2"], "target 'speed=2' is not understood"),
+        (["prune", "test_resnet", "--target", "speed=2"], "target 'speed=2' is not understood; write one of macs=0.5"),
+        (
+            ["inspect", "pyproject.toml"],
+            "'pyproject.toml' is a file: a saved model is given as its folder, and a file of",
+        ),
+        (["inspect", "no/model"], "cannot reach the Hub for 'no/model', there is no such folder, and it is not in the"),
+        (["prune", "test_resnet", "--target", "0.5"], "'0.5' is not understood; macs=0.5 keeps that share of"),
         (["prune", "test_resnet", "--set", "epochs=2"], "unknown option 'epochs'; did you mean 'finetune_epochs'?"),
         (["prune", "test_resnet", "--set", "epochs"], "--set 'epochs': write KEY=VALUE"),
         (["prune", "test_resnet", "--set", "seed={"], "--set 'seed={': '{' is not a YAML value"),

@@ -276,7 +276,9 @@ def test_labels_outside_the_classifiers_range():
 
 def test_classes_that_are_not_the_models():
     for count in (5, 1000):
-        message = rf"'digits' has 10 classes, the classifier {count}: set finetune.dense_epochs.* or data.labels=false"
+        message = (
+            rf"'digits' has 10 classes, the classifier {count}: leave out finetune.dense_epochs=0.* data.labels=false"
+        )
         with pytest.raises(DataError, match=message):
             load_data("digits", GREY, num_classes=count)
     assert len(load_data("digits", GREY, num_classes=5, new_head=True).labels) == 10

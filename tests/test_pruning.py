@@ -243,21 +243,62 @@ def tiny_folder(path, classes=5):
     return f"local-dir:{path}"
 
 
-def test_a_classifier_that_does_not_fit_is_replaced_and_tuned_only_if_the_recipe_says_so(tmp_path):
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_classifier_that_does_not_fit_is_replaced_and_tuned_first_once(tmp_path, monkeypatch, capsys):
     arguments = dict(
         model=tiny_folder(tmp_path / "dense"), dataset="digits", recipe=QUICK, output_dir=tmp_path / "out",
         criterion="l1", model_input_size=(1, 32, 32), finetune_learning_rate=5e-3, data_batch_size=64,
     )  # fmt: skip
-    with pytest.raises(errors.DataError, match=r"has 10 classes, the classifier 5: set finetune\.dense_epochs"):
-        scap_hub.prune(**arguments)
+    with pytest.raises(errors.DataError, match=r"has 10 classes, the classifier 5: leave out finetune\.dense_epochs=0"):
+        scap_hub.prune(**arguments, finetune_dense_epochs=0)
     with pytest.raises(errors.DataError, match=r"labels: training the dense model \(finetune\.dense_epochs\)"):
         scap_hub.prune(**arguments, finetune_dense_epochs=1, data_labels=False)
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
-    report = scap_hub.prune(**arguments, finetune_dense_epochs=2).report
-    assert report.before.top1 > 0.3 and "tune dense" in report.stages
+
+    monkeypatch.setattr("scap_hub.run.tuning.NEW_HEAD_EPOCHS", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr("scap_hub.run.pruning.select", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            scap_hub.prune(**arguments)
+    said = capsys.readouterr().err
+    assert "gets a new head for the 10 classes of 'digits' and is tuned first, for 3 epochs" in said
+    report = scap_hub.prune(**arguments).report
+    assert capsys.readouterr().err.count("validation loss") == 1  # the dense model's epochs are kept
+    assert report.before.top1 > 0.5 and report.tuned.new_classes == 10 and report.tuned.history[-1]["top1"] > 0.5
+    assert report.rows()[4][:2] == ("tuned first", "for 3 epochs, with a new head for 10 classes")
+    assert "tuned for 3 epochs, with a new head for 10 classes, before" in (tmp_path / "out" / "README.md").read_text()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["num_classes"], config["label_names"]) == (10, [str(digit) for digit in range(10)])
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "out"}
+
+
+def test_plain_numbers_get_a_new_head_by_the_number_of_classes(tmp_path):
+    arguments = dict(
+        model=tiny_folder(tmp_path / "dense"), dataset=images(channels=1, size=32), recipe=QUICK,
+        criterion="l1", model_input_size=(1, 32, 32), finetune_epochs=0,
+    )  # fmt: skip
+    assert scap_hub.prune(**arguments).report.tuned is None
+    assert scap_hub.prune(**arguments, model_num_classes=7).report.tuned.new_classes == 7
+
+
+def test_a_classifier_with_the_datas_classes_among_others_stays(tmp_path):
+    labels = [str(number) for number in reversed(range(12))]
+    tiny_folder(tmp_path / "dense", 12)
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    (tmp_path / "dense" / "config.json").write_text(json.dumps({**config, "label_names": labels}))
+    with pytest.warns(UserWarning, match=r"no more than guessing among 12 classes; .*tune it first with"):
+        result = scap_hub.prune(
+            tmp_path / "dense", "digits", QUICK, criterion="l1", model_input_size=(1, 32, 32), finetune_epochs=0
+        )
+    assert result.loaded.num_classes == 12 and result.report.tuned is None
+
+
+def test_a_module_is_given_its_new_head_by_its_owner():
+    with pytest.raises(errors.DataError, match=r"'digits' has 10 classes, the module's classifier 5: give it a new"):
+        scap_hub.prune(timm.create_model("test_resnet", num_classes=5, in_chans=1), "digits", QUICK)
 
 
 def test_images_of_other_classes_serve_without_their_labels(tmp_path):

@@ -4,6 +4,8 @@ import functools
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -114,6 +116,31 @@ def test_one_commit_with_everything_and_nothing_else(hub, api, folder, repo, tmp
     uploads = [request for request in log if request["origin"] == "Storage"]
     assert uploads and not any(request["token"] for request in uploads)
     assert not api.repo_info(repo).private
+
+
+BY_NAME = """
+import sys, torch, scap_hub
+from tests.test_pruning import QUICK, images
+repo, folder, out = sys.argv[1:]
+probe = torch.rand(2, 3, 64, 64)
+with torch.no_grad():
+    assert torch.equal(scap_hub.load(repo)(probe), scap_hub.load(folder)(probe))
+more = dict(finetune_epochs=0, target="macs=0.8")
+results = [scap_hub.prune(name, images(classes=4), QUICK, **more) for name in (repo, folder)]
+left, right = (result.model.state_dict() for result in results)
+assert all(torch.equal(left[name], right[name]) for name in right)
+assert results[0].loaded.labels == ["a", "b", "c", "d"] and results[0].loaded.earlier == results[1].loaded.earlier
+results[0].save_pretrained(out)
+print(len(scap_hub.channel_groups(f"hf-hub:{repo}")))
+"""
+
+
+def test_a_pruned_model_is_loaded_and_pruned_again_by_its_name(hub, folder, repo, tmp_path):
+    push_to_hub(folder, repo, token="hf_write")
+    command = [sys.executable, "-c", BY_NAME, repo, str(folder), str(tmp_path / "out")]
+    done = subprocess.run(command, env=hub.environment(tmp_path / "home"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) > 5 and (tmp_path / "out" / "pruning_plan.json").is_file()
 
 
 def test_private_repositories_stay_private(api, folder, repo, hub):

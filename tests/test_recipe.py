@@ -132,7 +132,7 @@ def test_forms_of_target(target, kind, value):
         ({"target": {"macs": 0.5, "params": 0.5}}, "macs and params contradict each other"),
         ({"target": {"latency": 0.5, "threshold": 0.6}}, "threshold and latency contradict each other"),
         ({"target_scope": "cost"}, "got 'cost'; did you mean 'cost-aware'?"),
-        ({"target": 0.5}, "target 0.5 is not understood; target='macs=0.5' keeps that share"),
+        ({"target": 0.5}, "target 0.5 is not understood; macs=0.5 keeps that share"),
         ({"schedule_steps": True}, "schedule.steps: a number is wanted, not true"),
         ({"target_macs": 1.5}, "target.macs: Input should be less than or equal to 1, got 1.5"),
         ({"recipe": "half-mac"}, "no recipe 'half-mac': neither a file nor one of convnext, "),
@@ -167,7 +167,7 @@ def test_mistakes_name_the_key_and_the_nearest_valid_one(arguments, message):
         ("finetune:\n  epochs: true\n", "line 2: finetune.epochs: a number is wanted, not true"),
         ("target: {ratio: {stem: yes}}\n", "line 1: target.ratio"),
         ("seed: 1\ntarget: speed=2\n", "line 2: target: target 'speed=2' is not understood; write one of macs=0.5"),
-        ("target: 0.5\n", "line 1: target: target 0.5 is not understood; target='macs=0.5' keeps"),
+        ("target: 0.5\n", "line 1: target: target 0.5 is not understood; macs=0.5 keeps"),
         ("x: !!python/object/apply:os.getcwd []\n", "is not YAML: could not determine a constructor"),
     ],
 )

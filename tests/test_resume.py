@@ -19,7 +19,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import scap_hub
 from scap_hub import criteria
 from scap_hub.errors import CheckpointError, ScapHubError, TargetError
+from scap_hub.run.fingerprints import of_images
 from scap_hub.run.result import Result
+from scap_hub.training.data import load_data
+from scap_hub.zoo.base import Preprocessing
 from tests.nets import Residual
 from tests.test_cli import TINY
 from tests.test_pruning import QUICK, images
@@ -120,6 +123,14 @@ def test_nothing_is_computed_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(criteria.Scap, "score", stop)
     monkeypatch.setattr("scap_hub.training.finetune._epoch", stop)
     assert prune(tmp_path, criterion_diagnostics=True).report.groups
+
+
+def test_a_data_set_is_read_once_for_the_identity_of_a_run(monkeypatch):
+    data = load_data("digits", Preprocessing((1, 32, 32), (0.5,), (0.5,)))
+    read = []
+    monkeypatch.setattr("scap_hub.run.fingerprints._add_rows", lambda _, rows: read.append(len(rows)))
+    found = of_images({"train": data.train, "validation": data.validation, "test": data.test, "no": None})
+    assert sorted(read) == [360, 1437] and len(set(found.values())) == 4 and found["no"] == "none"
 
 
 class Planted:

@@ -100,6 +100,22 @@ def test_a_second_round_keeps_what_the_first_knew(first, how, tmp_path):
     assert "pruned before" in (out / "README.md").read_text()
 
 
+def test_what_a_run_gives_back_can_be_pruned_again(first, tmp_path):
+    dense = first[0]
+    once = scap_hub.prune(dense.module, images(size=40, classes=3), QUICK, target="macs=0.8", model_input_size=SIZE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        twice = scap_hub.prune(once.model, images(size=40, classes=3), QUICK, target="macs=0.8")
+    assert (twice.loaded.earlier, twice.loaded.preprocessing) == (once.plan, once.loaded.preprocessing)
+    out = twice.save_pretrained(tmp_path / "twice")
+    assert torch.equal(answer(load(out)), answer(twice.model))
+    plan = PruningPlan.from_json((out / "pruning_plan.json").read_bytes())
+    assert plan == once.plan.then(twice.plan)
+    shapes = {name: tensor.shape for name, tensor in twice.model.state_dict().items()}
+    again = scap_hub.apply_plan(dense.module, plan)
+    assert {name: tensor.shape for name, tensor in again.state_dict().items()} == shapes
+
+
 def test_what_pruning_says_of_a_loaded_module_is_true(first, tmp_path):
     dense, folder, _ = first
     module = scap_hub.load(folder)

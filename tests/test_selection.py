@@ -309,7 +309,7 @@ def test_scores_that_do_not_fit_are_refused(groups, scores, change, message):
         ({"floor": float("nan")}, "floor is nan"),
         ({"scope": "cost"}, "scope 'cost' is unknown.*; take one of global, cost-aware, uniform"),
         ({"scope": "globl"}, "did you mean 'global'"),
-        ({"target": 0.5}, "target 0.5 is not understood; target='macs=0.5' keeps .*; write one of macs=0.5"),
+        ({"target": 0.5}, "target 0.5 is not understood; macs=0.5 keeps .*; write one of macs=0.5"),
         ({"target": None}, "target None is not understood; write one of"),
         ({"target": "macs=nan"}, "target macs is nan; give the fraction that stays"),
         ({"target": "threshold=inf"}, "target threshold is inf; give a number"),

@@ -13,7 +13,7 @@ from torch import nn
 import scap_hub
 from scap_hub import apply_plan, channel_groups, repair, select, tune
 from scap_hub.errors import CalibrationError
-from scap_hub.run import pruning
+from scap_hub.run import repairing
 from tests.nets import Residual
 from tests.test_pruning import QUICK
 from tests.test_pruning import images as labelled
@@ -143,7 +143,7 @@ def test_prune_tunes_where_nothing_is_trained_afterwards(epochs, steps, tuned, m
         seen.append(options["steps"])
         return tune(*args, **options | {"steps": 2})
 
-    monkeypatch.setattr(pruning, "tune", two_steps)
+    monkeypatch.setattr(repairing, "tune", two_steps)
     scap_hub.prune(
         *(Residual(width=16), labelled(size=16), QUICK),
         model_input_size=(3, 16, 16), target="ratio=0.5", finetune_epochs=epochs, repair_tune_steps=steps,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scap_hub.cli.options import AsJson, Model, Quiet, Size
+from scap_hub.cli.options import AsJson, Checkpoint, Model, Quiet, Size
 from scap_hub.cli.output import output, print_table
 from scap_hub.progress import announce
 
@@ -21,6 +22,7 @@ def inspect(
     model: Model,
     untrained: Annotated[bool, typer.Option("--untrained", help="Random weights: nothing is downloaded.")] = False,
     size: Size = None,
+    checkpoint: Checkpoint = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -29,7 +31,7 @@ def inspect(
     Example: scap-hub inspect resnet18 --untrained
     """
     with output(quiet or as_json):
-        groups = groups_of(model, untrained, size)[1]
+        groups = groups_of(model, untrained, size, checkpoint)[1]
     rows = [_described(group, share) for group, share in zip(groups, _mac_shares(groups), strict=True)]
     if as_json:
         print(json.dumps(rows))
@@ -69,6 +71,7 @@ def bench(
     dtype: Annotated[str, typer.Option(help="fp32, fp16, bf16, with commas between.")] = "fp32",
     compile: Annotated[bool, typer.Option("--compile", help="Measure torch.compile too.")] = False,
     size: Size = None,
+    checkpoint: Checkpoint = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -83,7 +86,10 @@ def bench(
         from scap_hub.training.distributed import accelerator
 
         pixels = None if size is None else (3, size, size)
-        rows = measure(model, against, batch_sizes=batches, dtypes=dtype.split(","), compile=compile, size=pixels)
+        rows = measure(
+            model, against, batch_sizes=batches, dtypes=dtype.split(","), compile=compile, size=pixels,
+            checkpoint=checkpoint,
+        )  # fmt: skip
         device = device_name(accelerator().device)
     if as_json:
         print(json.dumps({"device": device, "rows": [asdict(row) for row in rows]}))
@@ -99,7 +105,9 @@ def bench(
         )  # fmt: skip
 
 
-def groups_of(model: str, untrained: bool, size: int | None) -> tuple[LoadedModel, ChannelGroups]:
+def groups_of(
+    model: str, untrained: bool, size: int | None, checkpoint: Path | None
+) -> tuple[LoadedModel, ChannelGroups]:
     """Loads a model by name and finds its channel groups."""
     import torch
 
@@ -107,7 +115,9 @@ def groups_of(model: str, untrained: bool, size: int | None) -> tuple[LoadedMode
     from scap_hub.zoo import load_model
 
     with announce(f"loading {model}"):
-        loaded = load_model(model, pretrained=not untrained, input_size=(3, size, size) if size else None)
+        loaded = load_model(
+            model, pretrained=not untrained, input_size=(3, size, size) if size else None, checkpoint=checkpoint
+        )
     with announce("finding the channel groups"):
         return loaded, channel_groups(loaded.module, torch.zeros(1, *loaded.preprocessing.input_size))
 

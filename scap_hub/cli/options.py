@@ -21,6 +21,22 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only, a
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output.")]
 Size = Annotated[int | None, typer.Option(help="Height and width of the input in pixels; the model's own if left out.")]
 
+Device = Annotated[
+    str | None, typer.Option(metavar="cpu|cuda:N|mps", help="Where to compute; the fastest there is if left out.")
+]
+PushToHub = Annotated[
+    str | None, typer.Option(metavar="ME/NAME", help="Hub repository that the result is published in.")
+]
+Checkpoint = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Weights of the model: .safetensors, or .pth with a state dict.")
+]
+Restart = Annotated[
+    bool, typer.Option("--restart/--resume", help="Begin anew, or go on with an interrupted run of the same --out.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done and what it takes; nothing is written.")
+]
+
 
 def overrides(settings: list[str] | None) -> dict[str, Any]:
     """The recipe values that `--set` gives, in their order.

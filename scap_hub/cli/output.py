@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -40,6 +41,13 @@ def print_report(report: Any, document: dict[str, Any], quiet: bool, as_json: bo
         print(json.dumps(document))
     elif not quiet:
         show_report(report)
+
+
+def print_forecast(forecast: Any, quiet: bool, as_json: bool) -> None:
+    """Prints what a run would do, in lines or as JSON."""
+    if as_json and is_main_process():
+        print(json.dumps(asdict(forecast)))
+    say("\n".join(forecast.lines()), quiet or as_json)
 
 
 def say(text: str, quiet: bool) -> None:

@@ -9,8 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scap_hub.cli.options import AsJson, Out, Quiet, Settings, overrides, use_device
-from scap_hub.cli.output import is_main_process, output, print_report, print_table, say
+from scap_hub.cli.options import (
+    AsJson,
+    Checkpoint,
+    Device,
+    DryRun,
+    Out,
+    PushToHub,
+    Quiet,
+    Restart,
+    Settings,
+    overrides,
+    use_device,
+)
+from scap_hub.cli.output import is_main_process, output, print_forecast, print_report, print_table, say
 from scap_hub.errors import PlanError
 from scap_hub.selection.target import EXAMPLES
 
@@ -31,16 +43,12 @@ def prune(
     lr: Annotated[float | None, typer.Option(help="Highest learning rate of the fine-tuning.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images at once, on each device.")] = None,
     precision: Annotated[str | None, typer.Option(metavar="bf16|fp16|no", help="Of the fine-tuning.")] = None,
-    device: Annotated[
-        str | None, typer.Option(metavar="cpu|cuda:N|mps", help="Where to compute; the fastest there is if left out.")
-    ] = None,
+    device: Device = None,
     seed: Annotated[int | None, typer.Option(help="Of everything that is random.")] = None,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="ME/NAME", help="Hub repository that the result is published in.")
-    ] = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew; without it an interrupted run with the same --out goes on.")
-    ] = False,
+    push_to_hub: PushToHub = None,
+    checkpoint: Checkpoint = None,
+    restart: Restart = False,
+    dry_run: DryRun = False,
     settings: Settings = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -68,7 +76,15 @@ def prune(
         changes |= overrides(settings) | {key: value for key, value in flags.items() if value is not None}
         if device is not None:
             use_device(device)
-        result = scap_hub.prune(model, data, recipe, output_dir=out, restart=restart, **changes)
+        given = {"output_dir": out, "checkpoint": checkpoint, **changes}
+        if dry_run:
+            print_forecast(scap_hub.forecast(model, data, recipe, **given), quiet, as_json)
+            return
+        result = scap_hub.prune(model, data, recipe, restart=restart, **given)
+    _print_result(result, out, quiet, as_json)
+
+
+def _print_result(result: Result, out: Path | None, quiet: bool, as_json: bool) -> None:
     print_report(result.report, result.report.to_dict(), quiet, as_json)
     if out is not None:
         say(f"saved in {out}", quiet or as_json)

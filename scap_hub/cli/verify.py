@@ -6,12 +6,12 @@ import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from scap_hub.cli.models import groups_of
-from scap_hub.cli.options import AsJson, Model, Quiet, Size
+from scap_hub.cli.options import AsJson, Checkpoint, Model, Quiet, Size
 from scap_hub.cli.output import output, say
 from scap_hub.errors import TargetError, UnverifiableError, VerificationError
 from scap_hub.progress import announce
@@ -32,10 +32,11 @@ def verify(
         Path, typer.Option(help="JSON file that a failing plan is written to; replaced if it is there.")
     ] = Path("failing-plan.json"),
     size: Size = None,
+    checkpoint: Checkpoint = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Prove that pruning a model equals masking it, in float64, on random weights.
+    """Prove that pruning a model equals masking it, in float64, on random weights or those of a file.
 
     Example: scap-hub verify resnet18 --seed 1 --plans 8
     """
@@ -45,8 +46,8 @@ def verify(
         from scap_hub.channels import oracle
         from scap_hub.plan import PruningPlan
 
-        loaded, groups = groups_of(model, True, size)
-        net = oracle.randomize(loaded.module, seed)
+        loaded, groups = groups_of(model, True, size, checkpoint)
+        net = loaded.module if checkpoint else oracle.randomize(loaded.module, seed)
         example = torch.randn(1, *loaded.preprocessing.input_size, generator=torch.Generator().manual_seed(seed))
         if plan is None:
             tried = random_plans(groups, seed, plans)
@@ -62,7 +63,8 @@ def verify(
                 except VerificationError as error:
                     if plan is not None:
                         raise
-                    raise _written(error, pruning, name, out, ["--seed", str(seed), *_sized(size)], model) from error
+                    options = _given({"--seed": seed, "--size": size, "--checkpoint": checkpoint})
+                    raise _written(error, pruning, name, out, options, model) from error
     if as_json:
         print(json.dumps(differences))
     for name, difference in differences.items():
@@ -91,8 +93,9 @@ def random_plans(groups: ChannelGroups, seed: int, count: int) -> Iterator[tuple
             yield f"random fractions {number}, seed {seed}", select(groups, scores, fractions, round_to=1)
 
 
-def _sized(size: int | None) -> list[str]:
-    return [] if size is None else ["--size", str(size)]
+def _given(options: dict[str, Any]) -> list[str]:
+    """The options as they were typed."""
+    return [text for name, value in options.items() if value is not None for text in (name, str(value))]
 
 
 def _written(

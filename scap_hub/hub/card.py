@@ -50,6 +50,7 @@ class Measured:
         verified: Largest relative difference between the pruned model, before repair, and the masked dense one.
         unverified: Why they could not be compared.
         missed: How a latency budget is missed; None where it is met.
+        tuned: How the dense model was trained before it was pruned, "for 5 epochs"; None where it was not.
     """
 
     dense: Mapping[str, float | None] = field(default_factory=dict)
@@ -61,6 +62,7 @@ class Measured:
     verified: float | None = None
     unverified: str | None = None
     missed: str | None = None
+    tuned: str | None = None
 
 
 def model_card(
@@ -186,7 +188,8 @@ def _measurements(measured: Measured) -> str:
             f"| {escaped(title)}{f' ({escaped(where)})' if where else ''} | {show(before)} | {show(after)} | {share} |"
         )
     missed = f"\n\n**The latency budget is missed**: {escaped(measured.missed)}." if measured.missed else ""
-    return "\n".join(rows) + missed
+    tuned = f"\n\nThe dense model was tuned {escaped(measured.tuned)}, before it was pruned." if measured.tuned else ""
+    return "\n".join(rows) + missed + tuned
 
 
 def _removed(plan: PruningPlan) -> str:

@@ -65,8 +65,11 @@ class ModelSettings(Block):
     """timm name, "hf-hub:..." or "local-dir:...", Hugging Face repository id or folder."""
     pretrained: bool = True
     """Load trained weights."""
+    checkpoint: str | None = None
+    """File with the weights, .safetensors or .pth (a state dict), instead of those that the name stands for."""
     num_classes: Count | None = None
-    """Width of a new, untrained classifier; the model's own if left out. See also `finetune.dense_epochs`."""
+    """Width of the classifier, which is new where the weights have another; the model's own, or what the data's class
+    names ask for, if left out. See also `finetune.dense_epochs`."""
     input_size: tuple[Count, Count, Count] | None = None
     """(channels, height, width) in pixels; the model's own if left out."""
 
@@ -210,9 +213,9 @@ class FinetuneSettings(Block):
     steps: Count | None = None
     """Optimiser steps to train for, whatever the number of images, which a stream may not know; all passes, if left
     out. After each of `epochs` parts the model is measured and a checkpoint is kept."""
-    dense_epochs: CountOrZero = 0
-    """Passes that tune the dense model before it is pruned; if above 0, a classifier that does not fit the class names
-    of the data is replaced by a new one."""
+    dense_epochs: CountOrZero | Literal["auto"] = "auto"
+    """Passes that tune the dense model before it is pruned. auto: 5 for a new classifier, else 0. A classifier is
+    replaced by a new one where the data names another number of classes, unless this is 0."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with Nesterov momentum 0.9."""
     learning_rate: Positive = 1e-3

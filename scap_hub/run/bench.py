@@ -16,6 +16,7 @@ from scap_hub.progress import track
 from scap_hub.timing.clock import Timer, milliseconds
 from scap_hub.training.distributed import accelerator
 from scap_hub.zoo import load_model
+from scap_hub.zoo.checkpoint_file import load_weights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Size = tuple[int, int, int]
@@ -53,6 +54,7 @@ def bench(
     compile: bool = False,
     size: Size | None = None,
     timer: Timer = milliseconds,
+    checkpoint: str | Path | None = None,
 ) -> list[Speed]:
     """Times a model, beside another where there is one; weights do not matter, so none are downloaded for a name.
 
@@ -65,6 +67,7 @@ def bench(
         compile: Whether to measure `torch.compile` too.
         size: (channels, height, width) in pixels; the model's own if left out.
         timer: Measures calls that take turns.
+        checkpoint: File with the model's weights, which count where they are zero or denormal.
 
     Returns:
         A row for each model and setting; the model compared with first.
@@ -77,6 +80,9 @@ def bench(
         wrong = f"dtype {unknown[0]!r}" if unknown else f"batch sizes {list(batch_sizes)}"
         raise RecipeError(f"{wrong}: give dtypes out of {', '.join(DTYPES)}, and batch sizes of 1 or more")
     module, own_size, base = _resolved(model, size)
+    if checkpoint is not None:
+        module = copy.deepcopy(module)
+        load_weights(module, checkpoint)
     models = {_name(model, "model"): module}
     if against is not None:
         models = {_name(against, "against"): _resolved(against, own_size)[0], **models}

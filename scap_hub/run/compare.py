@@ -21,10 +21,11 @@ from scap_hub.progress import track
 from scap_hub.recipe import Recipe
 from scap_hub.run import peers
 from scap_hub.run.comparison import Cell, Comparison, found_in
-from scap_hub.run.inputs import data_for, example, load_dense, shard_calibration, tune_dense
+from scap_hub.run.inputs import data_for, example, load_dense, recipe_of, shard_calibration
 from scap_hub.run.pruning import prune_loaded
 from scap_hub.run.report import Measures, measure
 from scap_hub.run.stages import Stages
+from scap_hub.run.tuning import tune_dense
 from scap_hub.selection.target import Target
 from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator, from_main
@@ -67,17 +68,13 @@ def compare(
         ScapHubError: As for `prune`; a mistake in a target or a criterion's name is told before any work. A criterion
             that cannot score this model is an "error" of its cells instead.
     """
-    if isinstance(model, str | Path):
-        overrides["model_name"] = str(model)
-    if isinstance(dataset, str | Path):
-        overrides["data_dataset"] = str(dataset)
-    base = Recipe.resolve(recipe, **overrides)
+    base = recipe_of(model, dataset, recipe, overrides)
     wanted = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     recipes = _recipes(base, wanted, targets, _criteria(criteria))
     set_seed(base.seed)
     stages = Stages(base.seed)
-    loaded, data = load_dense(model, dataset, base, stages)
-    tune_dense(loaded, data, base, stages)
+    loaded, data, tuning = load_dense(model, dataset, base, stages)
+    tune_dense(loaded, data, base, tuning, stages)
     if data.validation is None:
         raise DataError("a comparison needs labelled validation images")
     about = {"model": loaded.name, "data": data.name, "recipe": _shared(base)}

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from scap_hub.hub.checkpoint import check_output
 from scap_hub.recipe import DataSettings, FinetuneSettings
 from scap_hub.run.pruning import prune
 from scap_hub.run.result import Result
+from scap_hub.run.unfinished import check_free
 from scap_hub.training.data import load_data
 from scap_hub.training.finetune import finetune
 from scap_hub.zoo import load_model
@@ -39,7 +39,7 @@ def run(output_dir: str | Path) -> tuple[Result, float]:
     Returns:
         The result, and the largest difference between its logits and those of the reloaded model.
     """
-    check_output(output_dir)
+    check_free(output_dir)
     dense = train_dense()
     result = prune(dense, "digits", "quick", output_dir=output_dir, model_input_size=INPUT_SIZE, evaluate_latency=True)
     return result, reload_difference(result.model, Path(output_dir))

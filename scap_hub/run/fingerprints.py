@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,31 @@ def of_architecture(model: nn.Module) -> str:
     return _of([printed, *(source_of(kind) for kind in kinds)])
 
 
-def of_images(loader: DataLoader) -> str:
-    """Of the images and targets of a loader, as far as they can be known without running the caller's code.
+def of_images(loaders: Mapping[str, DataLoader | None]) -> dict[str, str]:
+    """Of the images and targets of loaders, as far as they can be known without running the caller's code; "none" where
+    there is no loader.
+
+    A data set is read once, of however many loaders it is a part.
 
     Rows of `datasets` count with all they hold, files in folders with their names and sizes. Of any other data set the
     class, the length, and the tensors, arrays, lists and texts among its attributes count. A stream counts as what it
     says of itself.
     """
-    return _of([loader.batch_size, loader.drop_last, type(loader.sampler).__name__, loader.dataset])
+    whole: dict[int, str] = {}
+    found = {}
+    for name, loader in loaders.items():
+        if loader is None:
+            found[name] = "none"
+            continue
+        parts, dataset = [], loader.dataset
+        while isinstance(dataset, Subset):
+            parts.append(list(dataset.indices))
+            dataset = dataset.dataset
+        if id(dataset) not in whole:
+            whole[id(dataset)] = _of(dataset)
+        order = type(loader.sampler).__name__
+        found[name] = _of([loader.batch_size, loader.drop_last, order, parts, whole[id(dataset)]])
+    return found
 
 
 def source_of(kind: Any) -> str:

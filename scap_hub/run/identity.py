@@ -46,9 +46,8 @@ def identity(loaded: LoadedModel, data: Data, recipe: Recipe, criterion: Criteri
         "the model's weights": fingerprints.of_weights(loaded.module),
         "the calibration images": _calibration(data),
     }
-    for name in ("train", "validation", "test"):
-        loader = getattr(data, name)
-        hashes[f"the {name} set"] = "none" if loader is None else fingerprints.of_images(loader)
+    loaders = {f"the {name} set": getattr(data, name) for name in ("train", "validation", "test")}
+    hashes |= fingerprints.of_images(loaders)
     return _plain(found) | {name: _HASH + text for name, text in hashes.items()}
 
 

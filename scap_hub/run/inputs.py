@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from scap_hub.errors import CalibrationError, DataError, RecipeError
 from scap_hub.placement import placement
 from scap_hub.progress import track
-from scap_hub.recipe import DataSettings, Recipe
+from scap_hub.recipe import DataSettings, ModelSettings, Recipe
 from scap_hub.run.stages import Stages
+from scap_hub.run.tuning import Tuning
 from scap_hub.training.data import Data, load_data
+from scap_hub.training.data.classes import WITHOUT_LABELS, NewHead
 from scap_hub.training.data.sources import ensure_there
 from scap_hub.training.distributed import accelerator, main_first
 from scap_hub.training.feed import steps_at_ends
-from scap_hub.training.finetune import finetune
 from scap_hub.zoo import LoadedModel, load_model
 
 CALIBRATION_SET = "timm/mini-imagenet"
@@ -27,8 +29,21 @@ CALIBRATION_SET = "timm/mini-imagenet"
 _IMAGENET_CLASSES = (1000, 1001, 11821, 21841, 21843)
 
 
-def load_dense(model: Any, dataset: Any, recipe: Recipe, stages: Stages) -> tuple[LoadedModel, Data]:
-    """The dense model as it comes, and its data.
+def recipe_of(
+    model: Any, dataset: Any, recipe: Any, overrides: Mapping[str, Any], checkpoint: str | Path | None = None
+) -> Recipe:
+    """The recipe of a call of `prune`, with the names of model, data and checkpoint in it.
+
+    Raises:
+        RecipeError: Unknown recipe, key or value.
+    """
+    names = {"model_name": model, "data_dataset": dataset, "model_checkpoint": checkpoint}
+    given = {key: str(name) for key, name in names.items() if isinstance(name, str | Path)}
+    return Recipe.resolve(recipe, **{**overrides, **given})
+
+
+def load_dense(model: Any, dataset: Any, recipe: Recipe, stages: Stages) -> tuple[LoadedModel, Data, Tuning]:
+    """The dense model as it comes, its data, and how it shall be trained before it is pruned.
 
     Args:
         model: As for `prune`.
@@ -37,29 +52,13 @@ def load_dense(model: Any, dataset: Any, recipe: Recipe, stages: Stages) -> tupl
         stages: Where the seconds are counted.
     """
     with stages("load"):
-        loaded, data = _loaded(model, dataset, recipe)
-    if recipe.finetune.epochs or recipe.finetune.dense_epochs:
+        loaded, data, tuning = _loaded(model, dataset, recipe)
+    if recipe.finetune.epochs or tuning.epochs:
         steps_at_ends(data.train, recipe.finetune.lasting(1))  # what cannot be trained on is told before any work
-    return loaded, data
+    return loaded, data, tuning
 
 
-def tune_dense(loaded: LoadedModel, data: Data, recipe: Recipe, stages: Stages, work: Path | None = None) -> None:
-    """Tunes the dense model in place, if the recipe says so.
-
-    Args:
-        loaded: The dense model.
-        data: Its data.
-        recipe: Its block `finetune`.
-        stages: Where the seconds are counted.
-        work: Where checkpoints are kept.
-    """
-    if recipe.finetune.dense_epochs:
-        with stages("tune dense"):
-            tuning = recipe.finetune.lasting(recipe.finetune.dense_epochs)
-            finetune(loaded.module, data, tuning, output_dir=work and work / "training-dense", seed=recipe.seed)
-
-
-def _loaded(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data]:
+def _loaded(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data, Tuning]:
     """Both, fitted to each other: the model gets a new head, or names of its classes, from the data."""
     settings = recipe.model
     source = settings.name if model is None else model
@@ -68,16 +67,42 @@ def _loaded(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data
     wanted = recipe.data.dataset if dataset is None else dataset
     if isinstance(wanted, str | Path):
         main_first(lambda: ensure_there(str(wanted), recipe.data))  # a typo is told before a model is downloaded
-    loaded = load_model(source, settings.pretrained, settings.num_classes, settings.input_size)
-    if loaded.module is model:
-        # The caller's module stays as it is, on its own device.
-        loaded = replace(loaded, module=copy.deepcopy(model))
+    if isinstance(source, nn.Module):
+        source = copy.deepcopy(source)  # the caller's stays as it is, on its own device
+    loaded = load_model(
+        source, settings.pretrained, settings.num_classes, settings.input_size, checkpoint=settings.checkpoint
+    )
     data = data_for(loaded, dataset, recipe)
+    new_head = False
     if data.labels and len(data.labels) != loaded.num_classes:
-        loaded = load_model(source, settings.pretrained, len(data.labels), settings.input_size)
+        loaded, new_head = _with_head(source, data, loaded, settings), True
+    elif settings.num_classes is not None and _from_the_zoo(source, settings):
+        new_head = load_model(source, False, None, settings.input_size).num_classes != settings.num_classes
     if data.labels and len(data.labels) == loaded.num_classes:
         loaded = replace(loaded, labels=data.labels)
-    return loaded, data
+    return loaded, data, Tuning.of(recipe.finetune, new_head)
+
+
+def _from_the_zoo(source: Any, settings: ModelSettings) -> bool:
+    """Whether the weights are those that a name stands for."""
+    return settings.pretrained and settings.checkpoint is None and not isinstance(source, nn.Module)
+
+
+def _with_head(source: Any, data: Data, loaded: LoadedModel, settings: ModelSettings) -> LoadedModel:
+    """The model with a new classifier for the data's classes."""
+    assert data.labels is not None
+    if isinstance(source, nn.Module):
+        count = len(data.labels)
+        raise DataError(
+            f"{data.name!r} has {count} classes, the module's classifier {loaded.num_classes}: give it a new one of "
+            f"{count} first, which finetune.dense_epochs=5 trains, or set {WITHOUT_LABELS}"
+        )
+    headed = load_model(source, _from_the_zoo(source, settings), len(data.labels), settings.input_size)
+    if settings.checkpoint is not None:
+        state, known = headed.module.state_dict(), loaded.module.state_dict()
+        fitting = {name: known[name] for name, tensor in state.items() if known[name].shape == tensor.shape}
+        headed.module.load_state_dict(state | fitting)
+    return headed
 
 
 def data_for(loaded: LoadedModel, dataset: Any, recipe: Recipe) -> Data:
@@ -90,11 +115,15 @@ def data_for(loaded: LoadedModel, dataset: Any, recipe: Recipe) -> Data:
         loaded.preprocessing,
         choices,
         num_classes=loaded.num_classes,
-        new_head=recipe.finetune.dense_epochs > 0 and recipe.model.num_classes is None,
+        new_head=recipe.model.num_classes is None and _new_head(recipe.finetune.dense_epochs),
         seed=recipe.seed,
         model_classes=loaded.labels,
         pixels=loaded.zoo.pixels(loaded),
     )
+
+
+def _new_head(dense_epochs: int | Literal["auto"]) -> NewHead:
+    return dense_epochs if dense_epochs == "auto" else dense_epochs > 0
 
 
 def _public_images(loaded: LoadedModel, settings: DataSettings) -> DataSettings:

@@ -113,3 +113,8 @@ def _save(path: Path, state: Any) -> None:
 def unwritable(path: Path, error: Exception) -> CheckpointError:
     """The error for a file that cannot be written."""
     return CheckpointError(f"cannot write {str(path)!r}: {one_line(error)}; make room, or choose another output folder")
+
+
+def bytes_kept(model: nn.Module, trains: bool) -> int:
+    """Bytes that a run keeps at most: repaired and final weights, and a checkpoint with its optimiser if it trains."""
+    return sum(tensor.nbytes for tensor in model.state_dict().values()) * (6 if trains else 2)

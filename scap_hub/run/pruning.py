@@ -10,8 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroups
-from scap_hub.compensation import repair, tune
-from scap_hub.compensation.tuning import STEPS
 from scap_hub.criteria.base import Criterion
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.criteria.diagnostics import Diagnosis, diagnose
@@ -21,14 +19,17 @@ from scap_hub.placement import half_precisions, lower_precision, raised
 from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
+from scap_hub.run.forecast import tell_if_long
 from scap_hub.run.identity import identity
-from scap_hub.run.inputs import example, load_dense, shard_calibration, tune_dense
-from scap_hub.run.kept import Kept
-from scap_hub.run.report import GroupReport, Measures, Report, Selection, measure
+from scap_hub.run.inputs import example, load_dense, recipe_of, shard_calibration
+from scap_hub.run.kept import Kept, bytes_kept
+from scap_hub.run.repairing import repaired
+from scap_hub.run.report import GroupReport, Measures, Report, Selection, Tuned, measure
 from scap_hub.run.result import Result
 from scap_hub.run.score_cache import kept_scores
 from scap_hub.run.stages import Stages
 from scap_hub.run.steps import refine
+from scap_hub.run.tuning import tune_dense, warn_if_guessing
 from scap_hub.run.unfinished import Unfinished, kept_beside
 from scap_hub.run.verification import Verdict, Verified, beyond_repair, failing_plan_beside, verified
 from scap_hub.scores import Scores
@@ -41,6 +42,7 @@ from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator, from_main
 from scap_hub.training.finetune import finetune
 from scap_hub.zoo import LoadedModel
+from scap_hub.zoo.base import remember
 
 
 def prune(
@@ -51,6 +53,7 @@ def prune(
     output_dir: str | Path | None = None,
     restart: bool = False,
     callbacks: Sequence[Callback] = (),
+    checkpoint: str | Path | None = None,
     **overrides: Any,
 ) -> Result:
     """Makes a model smaller and faster: scores its channels, removes the least important, repairs, fine-tunes.
@@ -64,42 +67,38 @@ def prune(
             that the same call resumes. A call that differs in anything is refused.
         restart: Whether to throw away what an unfinished run kept, and begin anew.
         callbacks: Called after each epoch of the pruned model's fine-tuning, see `scap_hub.training.callbacks`.
+        checkpoint: File with the model's weights, instead of those that its name stands for: .safetensors, or .pth with
+            a state dict, alone or under "state_dict", "model" or "model_state_dict". No code in it runs.
         **overrides: Recipe values that win: target="macs=0.5", criterion="scap", finetune_epochs=3, seed=0, ...
 
     Raises:
         ScapHubError: One of its subclasses, for anything wrong with the model, the data, the recipe or the target.
         VerificationError: No plan was found that is right; `error.plan` is the smallest that is wrong.
     """
-    if isinstance(model, str | Path):
-        overrides["model_name"] = str(model)
-    if isinstance(dataset, str | Path):
-        overrides["data_dataset"] = str(dataset)
-    recipe = Recipe.resolve(recipe, **overrides)
+    recipe = recipe_of(model, dataset, recipe, overrides, checkpoint)
     # A mistake is told before any work.
     check_tracker(recipe.finetune)
     criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
     stages = Stages(recipe.seed)
 
     with kept_beside(output_dir, restart) as work, failing_plan_beside(output_dir):
-        loaded, data = load_dense(model, dataset, recipe, stages)
+        loaded, data, tuning = load_dense(model, dataset, recipe, stages)
+        trains = recipe.finetune.epochs + tuning.epochs > 0
         if work is not None:
-            work.begin(identity(loaded, data, recipe, criterion), restart, _need(loaded, recipe))
+            work.begin(identity(loaded, data, recipe, criterion), restart, bytes_kept(loaded.module, trains))
+        if work is None or work.fresh:
+            tell_if_long(loaded, data, recipe, tuning)
         folder = None if work is None else work.folder
-        tune_dense(loaded, data, recipe, stages, folder)
+        tuned = tune_dense(loaded, data, recipe, tuning, stages, folder)
         result = prune_loaded(
-            loaded, data, recipe, work=folder, scores=folder and folder / "scores", stages=stages, callbacks=callbacks
-        )
+            *(loaded, data, recipe), tuned=tuned, work=folder, scores=folder and folder / "scores", stages=stages,
+            callbacks=callbacks,
+        )  # fmt: skip
         if work is not None:
             from_main(lambda: _save(result, work))
     if (repo_id := recipe.publish.repo_id) is not None:
         from_main(lambda: result.push_to_hub(repo_id, recipe.publish.private))
     return result
-
-
-def _need(loaded: LoadedModel, recipe: Recipe) -> int:
-    """Bytes that a run keeps at most: repaired and final weights, and a checkpoint with its optimiser."""
-    state = sum(tensor.nbytes for tensor in loaded.module.state_dict().values())
-    return state * (6 if recipe.finetune.epochs or recipe.finetune.dense_epochs else 2)
 
 
 def _save(result: Result, work: Unfinished) -> None:
@@ -115,6 +114,7 @@ def prune_loaded(
     recipe: Recipe,
     before: Measures | None = None,
     *,
+    tuned: Tuned | None = None,
     work: Path | None = None,
     scores: Path | None = None,
     stages: Stages | None = None,
@@ -127,6 +127,7 @@ def prune_loaded(
         data: Its data.
         recipe: Its blocks from `criterion` to `evaluate`.
         before: What was measured of the dense model; measured here if left out.
+        tuned: How it was trained.
         work: Where what each stage finds is kept.
         scores: Where scores are kept; see `kept_scores`.
         stages: Where the seconds are counted.
@@ -141,6 +142,7 @@ def prune_loaded(
         with stages("measure dense"):
             size = loaded.preprocessing.input_size
             before = kept.value("dense", Measures, lambda: measure(given, size, data))
+        warn_if_guessing(before, loaded, data, tuned)
 
     dense = raised(given)
     pipeline = _Pipeline(
@@ -162,7 +164,11 @@ def prune_loaded(
             times = kept.value("latency", list[float], lambda: milliseconds([(given, images), (small, images)]))
             before, after = replace(before, latency_ms=times[0]), replace(after, latency_ms=times[1])
     plan = _joined(steps[0].groups, [step.plan for step in steps])
-    return Result(small, plan, _report(before, after, plan, steps, stages, data), recipe, loaded, data.task)
+    report = _report(before, after, plan, steps, stages, data)
+    report.tuned = tuned
+    # So that another round can follow on this one.
+    remember(replace(loaded, module=small, earlier=loaded.earlier.then(plan) if loaded.earlier else plan))
+    return Result(small, plan, report, recipe, loaded, data.task)
 
 
 @dataclass(frozen=True)
@@ -245,28 +251,19 @@ class _Pipeline:
             plain_config(self.loaded, small)  # refuses before the training what saving would refuse after it
         if self.loaded.earlier is not None and number == 0:
             self.loaded.earlier.then(plan)  # likewise
+        dense = self.loaded.module
         with stages("repair"):
-            self.kept.weights(f"repaired-{number}", small, lambda: self._repair(model, small, plan))
+            self.kept.weights(
+                f"repaired-{number}", small, lambda: repaired(recipe, dense, model, small, plan, calibration)
+            )
         history = []
         if recipe.finetune.epochs:
             with stages("fine-tuning"):
                 folder = self.kept.folder and self.kept.folder / f"training-{number}"
-                dense = self.loaded.module
                 history = finetune(
                     small, self.data, recipe.finetune, dense, folder, seed=recipe.seed, callbacks=self.callbacks
                 )
         return small, _Step(groups, scores, diagnoses, plan, chosen.selection, chosen.verdicts, history)
-
-    def _repair(self, model: nn.Module, small: nn.Module, plan: PruningPlan) -> None:
-        """Repairs a pruned model as far as no labels are needed."""
-        settings, calibration = self.recipe.repair, self.calibration
-        repair(model, small, plan, calibration, **settings.model_dump(exclude={"tune"}))
-        steps = settings.tune.steps
-        if steps is None:
-            steps = 0 if self.recipe.finetune.epochs else STEPS
-        if steps:
-            rate = settings.tune.learning_rate
-            tune(self.loaded.module, small, calibration, steps=steps, learning_rate=rate, seed=self.recipe.seed)
 
     def _chosen(self, model: nn.Module, groups: ChannelGroups, scores: Scores, earlier: Sequence[_Step]) -> _Chosen:
         """Selection and refinement, made anew without the groups that the verification finds guilty."""

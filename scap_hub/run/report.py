@@ -69,6 +69,25 @@ class Selection:
     budget: float | None = None
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """The training of the dense model before it was pruned.
+
+    Attributes:
+        epochs: Passes over the training images.
+        new_classes: Classes of its new classifier; None where it kept its own.
+        history: As `Report.history`.
+    """
+
+    epochs: int
+    new_classes: int | None
+    history: list[dict[str, float]]
+
+    def __str__(self) -> str:
+        head = "" if self.new_classes is None else f", with a new head for {self.new_classes} classes"
+        return f"for {self.epochs} epoch{'s' if self.epochs > 1 else ''}{head}"
+
+
 @dataclass
 class Report:
     """Dense and pruned model side by side.
@@ -88,6 +107,7 @@ class Report:
         selections: What the target came to, a step each.
         metric: What `Measures.top1` is.
         skipped: How many images could not be read and were left out, by split.
+        tuned: How the dense model was trained before it was pruned; None where it was not.
     """
 
     before: Measures
@@ -102,6 +122,7 @@ class Report:
     selections: list[Selection] = field(default_factory=list)
     metric: Metric = IMAGE_CLASSIFICATION.metric
     skipped: dict[str, int] = field(default_factory=dict)
+    tuned: Tuned | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON-able values."""
@@ -132,8 +153,11 @@ class Report:
             points = f"{100 * (after.top1 - before.top1):+.2f} points"
             rows.append((self.metric.name, f"{100 * before.top1:.2f} %", f"{100 * after.top1:.2f} %", points))
         if before.latency_ms is not None and after.latency_ms is not None:
-            faster = f"{before.latency_ms / after.latency_ms:.2f}x faster"
+            speedup = before.latency_ms / after.latency_ms
+            faster = f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
             rows.append(("latency", f"{before.latency_ms:.2f} ms", f"{after.latency_ms:.2f} ms", faster))
+        if self.tuned is not None:
+            rows.append(("tuned first", str(self.tuned), "", ""))
         if self.verified is not None:
             precision = f" in {self.precision}" if self.precision else ""
             rows.append(("verified", "masked", "the same", f"difference {self.verified:.1e}{precision}"))

@@ -109,4 +109,5 @@ class Result:
             verified=self.report.verified,
             unverified=self.report.unverified,
             missed=self.report.missed,
+            tuned=None if self.report.tuned is None else str(self.report.tuned),
         )

@@ -134,6 +134,15 @@ def kept_beside(output_dir: str | Path | None, restart: bool = False) -> Iterato
         lock.release()
 
 
+def check_free(output_dir: str | Path) -> None:
+    """Makes sure that a result could be saved there, without writing anything.
+
+    Raises:
+        CheckpointError: The output holds something else, or cannot be replaced.
+    """
+    check_output(_resolved(output_dir))
+
+
 def _resolved(output_dir: str | Path) -> Path:
     """The folder itself, where a link was given.
 

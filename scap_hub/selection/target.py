@@ -75,15 +75,14 @@ class Target:
         if isinstance(target, Mapping):
             return cls("ratio", dict(target))
         if not isinstance(target, str):
-            hint = f"target='macs={target:g}' keeps that share of the operations; " if _is_number(target) else ""
-            raise TargetError(f"target {target!r} is not understood; {hint}write one of {EXAMPLES}")
+            raise TargetError(f"target {target!r} is not understood; {_meant(target)}write one of {EXAMPLES}")
         kind, _, text = (part.strip() for part in target.partition("="))
         try:
             value = float(text)
         except ValueError:
             kind = ""
         if kind not in KINDS:
-            raise TargetError(f"target {target!r} is not understood; write one of {EXAMPLES}")
+            raise TargetError(f"target {target!r} is not understood; {_meant(target)}write one of {EXAMPLES}")
         return cls(kind, value)
 
     def __str__(self) -> str:
@@ -156,6 +155,15 @@ class Target:
             f"{self.kind}={self.number:g} cannot be reached: with every prunable group at its floor "
             f"{least:.3f} of the {self.kind} stay; ask for at least that, or lower the floor"
         )
+
+
+def _meant(target: object) -> str:
+    """What a bare number may have meant: the share of the operations that stays."""
+    try:
+        share = float(str(target).strip().removesuffix("%")) / (100 if str(target).strip().endswith("%") else 1)
+    except ValueError:
+        return ""
+    return f"macs={share:g} keeps that share of the operations; " if 0 < share <= 1 else ""
 
 
 def _is_number(value: object) -> bool:

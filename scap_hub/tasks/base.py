@@ -112,6 +112,10 @@ class Task(ABC):
             DataError: One does not; names it.
         """
 
+    def chance(self, num_classes: int) -> float | None:
+        """The metric of a model that guesses; None where that is not known."""
+        return None
+
     def given(self, targets: Tensor, images: int, num_classes: int, where: str) -> Tensor:
         """The targets of a batch that the caller made, checked, as `loss` and the meter read them.
 

@@ -75,6 +75,10 @@ class ImageClassification(Task):
                 "classifier set model.num_classes and finetune.dense_epochs"
             )
 
+    def chance(self, num_classes: int) -> float | None:
+        """One class is right."""
+        return 1 / num_classes if num_classes > 1 else None
+
     def given(self, targets: Tensor, images: int, num_classes: int, where: str) -> Tensor:
         """Labels, int64 (N,), from those of shape (N,) or (N, 1), or one-hot (N, classes), of any type."""
         numbers = targets.long()

@@ -17,6 +17,7 @@ from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
 from scap_hub.zoo.base import LoadedModel, Wanted, first_difference, remembered
 from scap_hub.zoo.building import skeleton
+from scap_hub.zoo.checkpoint_file import load_weights
 from scap_hub.zoo.pruned import read_pruned, resized
 from scap_hub.zoo.registry import PLAIN, nearest, pruned_entry, zoo_named, zoo_of, zoo_of_config, zoo_with_name
 
@@ -27,6 +28,7 @@ def load_model(
     num_classes: int | None = None,
     input_size: tuple[int, int, int] | None = None,
     labels: Sequence[str] | None = None,
+    checkpoint: str | Path | None = None,
 ) -> LoadedModel:
     """Loads an image classifier with all that is needed to feed, rebuild and publish it.
 
@@ -37,6 +39,7 @@ def load_model(
         num_classes: Width of the classifier; a new head where the weights have another. By default len(labels).
         input_size: (C, H, W) in pixels, instead of the model's own.
         labels: Class names by index, instead of the model's own.
+        checkpoint: File with the weights, instead of those that the model comes with; a module gets them in place.
 
     Returns:
         The model in eval mode, and its description. A module that its zoo would not rebuild as it is is described
@@ -50,12 +53,14 @@ def load_model(
     if isinstance(model, nn.Module):
         loaded = _checked(_described(model, input_size))
     else:
-        loaded = _checked(_from_name(str(model), Wanted(pretrained, num_classes, input_size)))
+        loaded = _checked(_from_name(str(model), Wanted(pretrained and checkpoint is None, num_classes, input_size)))
     if num_classes not in (None, loaded.num_classes):
         raise ModelError(
             f"{loaded.name} has {loaded.num_classes} classes, not {num_classes}: give it a new head first, "
             "or pass the model by name"
         )
+    if checkpoint is not None:
+        load_weights(loaded.module, checkpoint)
     if labels is not None:
         if len(labels) != loaded.num_classes:
             raise ModelError(f"{len(labels)} labels for {loaded.num_classes} classes: give one label a class")
@@ -71,12 +76,17 @@ def _from_name(name: str, wanted: Wanted) -> LoadedModel:
     if place == name and (zoo := zoo_with_name(name)):
         return zoo.from_name(name, wanted)
     folder, base_model = Path(place).expanduser(), None
+    if folder.is_file():
+        raise ModelError(
+            f"{name!r} is a file: a saved model is given as its folder, and a file of weights as checkpoint= "
+            "(--checkpoint) beside the name of its model"
+        )
     if not folder.is_dir():
         if prefix == "local-dir":
             raise ModelError(f"no folder {place!r}")
         if place == name and "/" not in name:
             near = " or ".join(map(repr, nearest(name)))
-            hint = f"did you mean {near}?" if near else "see timm.list_models();"
+            hint = f"did you mean {near}?" if near else "see timm.list_models()."
             raise ModelError(f"unknown model {name!r}: {hint} A Hub id has the form 'owner/name'.")
         base_model, _, revision = place.partition("@")
         folder = fetch_dense(base_model, wanted.pretrained, revision or None)

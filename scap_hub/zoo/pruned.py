@@ -17,6 +17,7 @@ from scap_hub.text import one_line
 from scap_hub.zoo import modeling_scap
 from scap_hub.zoo.base import FORMAT, LoadedModel, Preprocessing, Wanted, Zoo, remember, remembered
 from scap_hub.zoo.building import hollow, rebuild
+from scap_hub.zoo.checkpoint_file import load_weights
 from scap_hub.zoo.complete import check_complete
 from scap_hub.zoo.registry import pruned_entry, zoo_named
 from scap_hub.zoo.weights import check_fit, fill, stored_in, weight_files
@@ -34,6 +35,7 @@ def load(
     revision: str | None = None,
     token: str | bool | None = None,
     allow_nan: bool = False,
+    checkpoint: str | Path | None = None,
 ) -> nn.Module:
     """Loads a pruned model, in eval mode; runs no code from the folder and unpickles nothing.
 
@@ -43,6 +45,8 @@ def load(
         revision: Branch, tag or commit of a Hub id.
         token: Hub token; None uses the stored one.
         allow_nan: Whether to load weights that are NaN or infinite.
+        checkpoint: File with other weights for this pruned model, trained further: .safetensors, or .pth with a state
+            dict.
 
     Raises:
         CheckpointError: Not a pruned checkpoint, incomplete, or its weights do not fit or are not finite.
@@ -64,6 +68,8 @@ def load(
     fill(small, stored, files, config["scap"].get("buffer_dtypes", {}), allow_nan)
     if known is not None:
         remember(replace(known, module=small, source=str(folder_or_repo_id)))
+    if checkpoint is not None:
+        load_weights(small, checkpoint)
     return small.eval()
 
 

@@ -57,7 +57,9 @@ def fetch(
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), local_files_only=True))
     except LocalEntryNotFoundError:
-        raise error(f"cannot reach the Hub for {repo_id!r}, and it is not in the local cache: {advice}") from None
+        raise error(
+            f"cannot reach the Hub for {repo_id!r}, there is no such folder, and it is not in the local cache: {advice}"
+        ) from None
 
 
 @contextlib.contextmanager

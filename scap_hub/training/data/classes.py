@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from scap_hub.errors import DataError
 _SHOWN = 5
 """Names that a message lists."""
 WITHOUT_LABELS = "data.labels=false to use the images without labels"
+NewHead = bool | Literal["auto"]
+"""Whether a classifier is replaced where the data names another number of classes, or is at least trained on what the
+data names; "auto" keeps one that has all of the data's classes among others."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def agreed_classes(
     models: Sequence[str] | None,
     num_classes: int,
     *,
-    new_head: bool,
+    new_head: NewHead,
     by_name: bool,
     name: str,
 ) -> Classes:
@@ -65,7 +69,7 @@ def agreed_classes(
         names: Of the data set's classes; None where it has none.
         models: Of the model's; None where it has none.
         num_classes: Width of the classifier; 0 where it is unknown.
-        new_head: Whether a classifier that does not fit will be replaced, or trained on the data set's classes.
+        new_head: Whether a classifier that does not fit will be replaced.
         by_name: Whether to match names at all; else the data set's numbers are the model's.
         name: The data set's.
 
@@ -75,18 +79,18 @@ def agreed_classes(
     if not names:
         return Classes(num_classes, None, by_name)
     same_count = num_classes in (0, len(names))
-    if models and by_name and matched(names, models) is not None and (same_count or not new_head):
+    if models and by_name and matched(names, models) is not None and (same_count or new_head is not True):
         return Classes(num_classes, models)
     if not same_count and not new_head:
         raise DataError(
-            f"{name!r} has {len(names)} classes, the classifier {num_classes}: set finetune.dense_epochs, which "
-            f"gives the model a new head and tunes it first, or {WITHOUT_LABELS}"
+            f"{name!r} has {len(names)} classes, the classifier {num_classes}: leave out finetune.dense_epochs=0, "
+            f"and the model gets a new head and is tuned first, or set {WITHOUT_LABELS}"
         )
-    if models and same_count and by_name and not new_head:
+    if models and same_count and by_name and new_head is not True:
         raise DataError(
             f"the classes of {name!r} are not the model's: {_unlike(names, models)}; name them alike, set "
             "data.match_classes=false if the labels are the model's numbers whatever they are called, "
-            f"finetune.dense_epochs to tune the model to these classes first, or {WITHOUT_LABELS}"
+            f"finetune.dense_epochs=5 to tune the model to these classes first, or {WITHOUT_LABELS}"
         )
     return Classes(len(names), names if by_name or not models or not same_count else models, by_name)
 

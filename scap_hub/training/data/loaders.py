@@ -18,7 +18,7 @@ from scap_hub.private import column_types
 from scap_hub.recipe import DataSettings
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Batch, Task
 from scap_hub.training.data.batches import loader_of
-from scap_hub.training.data.classes import Classes, agreed_classes
+from scap_hub.training.data.classes import Classes, NewHead, agreed_classes
 from scap_hub.training.data.columns import find_columns
 from scap_hub.training.data.handed import Handed, is_handed, warn_if_raw
 from scap_hub.training.data.images import Images, Numbering, Part, RowReader
@@ -80,7 +80,7 @@ def load_data(
     settings: DataSettings | None = None,
     *,
     num_classes: int = 0,
-    new_head: bool = False,
+    new_head: NewHead = False,
     seed: int = 0,
     task: Task = IMAGE_CLASSIFICATION,
     model_classes: Sequence[str] | None = None,
@@ -95,7 +95,8 @@ def load_data(
         preprocessing: How the model wants its images; DataLoaders know, and data sets of tensors.
         settings: The recipe's `data` block.
         num_classes: Width of the classifier, to check the targets against; 0 checks nothing.
-        new_head: Whether the classifier will be replaced where the data names another number of classes.
+        new_head: Whether the classifier will be replaced where the data names another number of classes; "auto" keeps
+            one that has all of them among others.
         seed: Chooses the calibration images.
         task: What the targets are for.
         model_classes: Names of the model's classes by number; a data set that names the same classes in another order
@@ -129,7 +130,7 @@ def _from_splits(
     preprocessing: Preprocessing,
     settings: DataSettings,
     num_classes: int,
-    new_head: bool,
+    new_head: NewHead,
     seed: int,
     task: Task,
     model_classes: Sequence[str] | None,
@@ -221,7 +222,7 @@ def _from_hands(
     preprocessing: Preprocessing,
     settings: DataSettings,
     model: Classes,
-    new_head: bool,
+    new_head: NewHead,
     seed: int,
     task: Task,
     pixels: Pixels | None,

@@ -13,7 +13,7 @@ from torch.utils.data.dataloader import default_convert
 from scap_hub.errors import DataError
 from scap_hub.private import column_types
 from scap_hub.tasks import Task
-from scap_hub.training.data.classes import Classes, agreed_classes, matched
+from scap_hub.training.data.classes import Classes, NewHead, agreed_classes, matched
 from scap_hub.training.data.sources import is_rows
 
 
@@ -106,7 +106,7 @@ def _joined(parts: Sequence[Named | None]) -> Named | None:
     return Named(found[0].source, names, certain) if found else None
 
 
-def handed_classes(named: Named | None, model: Classes, new_head: bool) -> Classes:
+def handed_classes(named: Named | None, model: Classes, new_head: NewHead) -> Classes:
     """The classes that the targets of torch data sets are numbered by.
 
     Args:

@@ -1,0 +1,253 @@
+"""What a run will do and take, before it does it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from scap_hub.channels import ChannelGroups
+from scap_hub.criteria.base import criterion as criterion_named
+from scap_hub.errors import DataError
+from scap_hub.placement import raise_precision, raised
+from scap_hub.progress import announce, tell
+from scap_hub.recipe import Recipe
+from scap_hub.run.candidates import candidates
+from scap_hub.run.inputs import example, load_dense, recipe_of
+from scap_hub.run.stages import Stages
+from scap_hub.run.tuning import Tuning
+from scap_hub.run.unfinished import check_free
+from scap_hub.selection.select import select
+from scap_hub.training.data import Data
+from scap_hub.training.distributed import accelerator
+from scap_hub.training.evaluate import count
+from scap_hub.zoo import LoadedModel
+
+LONG = 60.0
+"""Seconds from which on a run says beforehand what it takes."""
+_ENOUGH = 8
+"""Images that are timed on a CPU."""
+_ADAMW = 4
+"""Weights, gradients and two moments."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will do and take.
+
+    Attributes:
+        seconds: By stage, for this process's share of the images: what the model computes, without the reading of
+            images, scoring and repair. Of training, what it takes at the dense model's size.
+        memory: Bytes that training holds at once, at the dense model's size: weights, gradients, moments, the teacher
+            and what a batch leaves for its backward pass.
+        target: What shall stay, in short form.
+        groups: Prunable channel groups; None where they were not looked for, as all that follows.
+        channels: Channels in them.
+        pinned: How many groups cannot be pruned, by reason.
+        macs: Multiply-accumulates of one image before, and about those after.
+        params: Parameters before, and about those after.
+    """
+
+    seconds: dict[str, float]
+    memory: int
+    target: str
+    groups: int | None = None
+    channels: int = 0
+    pinned: dict[str, int] = field(default_factory=dict)
+    macs: tuple[int, int | None] = (0, None)
+    params: tuple[int, int | None] = (0, None)
+
+    def lines(self) -> list[str]:
+        """In words."""
+        lines = []
+        if self.groups is not None:
+            lines.append(f"channel groups: {self.groups} prunable, with {self.channels:,} channels")
+            lines += [f"  {number} pinned: {reason}" for reason, number in self.pinned.items()]
+            lines.append(f"target {self.target}: {_left('MACs', *self.macs)}, {_left('parameters', *self.params)}")
+        stages = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in self.seconds.items() if seconds)
+        lines.append(f"about {stages or 'nothing to train or measure'}; reading, scores and repair come on top")
+        lines.append(f"memory while training: about {self.memory / 1e9:,.1f} GB" if self.memory else "no training")
+        return lines
+
+
+def forecast(
+    model: str | Path | nn.Module | None = None,
+    dataset: Any = None,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    *,
+    output_dir: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    **overrides: Any,
+) -> Forecast:
+    """Says what `prune` with the same arguments will do and take; prunes, trains and writes nothing.
+
+    Model and data are loaded, and one batch is timed.
+
+    Args:
+        model: As for `prune`.
+        dataset: As for `prune`.
+        recipe: As for `prune`.
+        output_dir: As for `prune`; that it is free is all that is looked at.
+        checkpoint: As for `prune`.
+        **overrides: As for `prune`.
+
+    Raises:
+        ScapHubError: As `prune`, for the mistakes that it finds before it scores.
+    """
+    recipe = recipe_of(model, dataset, recipe, overrides, checkpoint)
+    criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
+    if output_dir is not None:
+        check_free(output_dir)
+    stages = Stages(recipe.seed)
+    loaded, data, tuning = load_dense(model, dataset, recipe, stages)
+    with stages("channel groups"):
+        net = raised(loaded.module.to(accelerator().device).eval())
+        groups = candidates(net, example(net, loaded), recipe.protect)
+    with stages("timing a batch"):
+        return expected(loaded, data, recipe, tuning, groups)
+
+
+def expected(
+    loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning, groups: ChannelGroups | None = None
+) -> Forecast:
+    """The forecast of a run whose model and data are there; both stay as they are.
+
+    Args:
+        loaded: The dense model.
+        data: Its data.
+        recipe: All of it.
+        tuning: How the dense model will be trained before.
+        groups: Its channel groups, if they are to be told of.
+    """
+    model, images = loaded.module.to(accelerator().device).eval(), _sample(data)
+    forward, train, saved = _seconds_forward(model, data, images), 0.0, 0
+    if _trains(recipe, tuning):
+        train, saved = _training(model, data, images)
+    epoch = _images(data.train) * train + _images(data.validation) * forward
+    epochs = recipe.schedule.steps * recipe.finetune.epochs
+    taught = _images(data.train) * forward if recipe.finetune.distillation.needs_teacher else 0.0
+    seconds = {
+        f"tuning the dense model{' and its new head' if tuning.new_head else ''}": tuning.epochs * epoch,
+        "fine-tuning": epochs * (epoch + taught),
+        "measuring": 2 * _images(data.measured_on) * forward,
+    }
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    networks = _ADAMW + recipe.finetune.distillation.needs_teacher
+    memory = networks * size + saved * recipe.data.batch_size // len(images) if train else 0
+    found = Forecast(seconds, memory, str(recipe.target.target))
+    return found if groups is None else _with_groups(found, loaded, groups, recipe)
+
+
+def tell_if_long(loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning) -> None:
+    """Says what a run that trains will take, where that is more than `LONG`."""
+    if not _trains(recipe, tuning):
+        return
+    with announce("timing a batch"):
+        found = expected(loaded, data, recipe, tuning)
+    if sum(found.seconds.values()) > LONG:
+        for line in found.lines():
+            tell(line)
+
+
+def _trains(recipe: Recipe, tuning: Tuning) -> bool:
+    return bool(recipe.finetune.epochs or tuning.epochs)
+
+
+def _with_groups(found: Forecast, loaded: LoadedModel, groups: ChannelGroups, recipe: Recipe) -> Forecast:
+    """With what is known of the cut: how much of what stays depends on the scores, for which equal ones stand."""
+    costs = count(loaded.module, loaded.preprocessing.input_size)
+    macs: tuple[int, int | None] = (costs["macs"], None)
+    params: tuple[int, int | None] = (costs["params"], None)
+    settings = recipe.target
+    if settings.target.kind in ("macs", "params", "ratio"):
+        scores = {group.name: torch.ones(group.size) for group in groups.prunable}
+        plan = select(groups, scores, settings.target, settings.round_to, floor=settings.floor, scope="uniform")
+        stays = groups.staying({name: plan.kept(name) for name in plan.groups})
+        everything = groups.everything()
+        macs = (macs[0], round(macs[0] * groups.macs(stays) / groups.macs(everything)))
+        params = (params[0], round(params[0] * groups.params(stays) / groups.params(everything)))
+    return Forecast(
+        found.seconds,
+        found.memory,
+        found.target,
+        groups=len(groups.prunable),
+        channels=sum(group.size for group in groups.prunable),
+        pinned=dict(Counter(group.pinned_because for group in groups if group.pinned_because)),
+        macs=macs,
+        params=params,
+    )
+
+
+def _sample(data: Data) -> Tensor:
+    """Calibration images to time; a few are enough where there is no GPU to fill, and batch norm wants two."""
+    with torch.random.fork_rng(devices=[]):  # a loader's workers draw a number
+        images = next((batch[0] for batch in data.calibration if len(batch[0])), None)
+    if images is None:
+        raise DataError("there are no calibration images: none of them can be read, or there are none")
+    images = (images if accelerator().device.type == "cuda" else images[:_ENOUGH]).to(accelerator().device)
+    return torch.cat([images, images]) if len(images) == 1 else images
+
+
+@torch.no_grad()
+def _seconds_forward(model: nn.Module, data: Data, images: Tensor) -> float:
+    """Of one image, in eval mode."""
+    return _timed(lambda: data.task.output(model, images)) / len(images)
+
+
+def _training(model: nn.Module, data: Data, images: Tensor) -> tuple[float, int]:
+    """Seconds of one image, and bytes that these images leave for the backward pass; a copy is trained."""
+    pupil = copy.deepcopy(model)
+    raise_precision(pupil)
+    pupil.train()
+    held: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def step() -> None:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            data.task.output(pupil, images).square().mean().backward()
+
+    step()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in pupil.parameters()}
+    saved = sum(size for place, size in held.items() if place not in weights)
+    return _timed(step) / len(images), saved
+
+
+def _timed(call: Callable[[], object]) -> float:
+    """Seconds of a call; of two the faster, as the first one warms up."""
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _images(loader: DataLoader | None) -> int:
+    """How many images this process sees; 0 where a stream does not tell."""
+    if loader is None or not isinstance(loader.dataset, Sized):
+        return 0
+    return math.ceil(len(loader.dataset) / accelerator().num_processes)
+
+
+def _left(what: str, before: int, after: int | None) -> str:
+    if after is None:
+        return f"{what} {before / 1e6:,.1f} M now, then what the scores say"
+    return f"{what} {before / 1e6:,.1f} M to about {after / 1e6:,.1f} M"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

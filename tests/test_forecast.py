@@ -1,0 +1,44 @@
+"""What a run says of itself before it starts."""
+
+import pytest
+import torch
+
+import scap_hub
+from scap_hub.errors import CheckpointError, TargetError
+from tests.nets import Residual
+from tests.test_pruning import QUICK, images
+
+
+def test_a_forecast_leaves_the_model_and_the_run_as_they_were():
+    torch.manual_seed(0)
+    model = Residual()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    arguments = dict(model_input_size=(3, 32, 32), finetune_epochs=2)
+    told = scap_hub.forecast(model, images(), QUICK, **arguments)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    result = scap_hub.prune(model, images(), QUICK, **arguments)
+    dense = result.loaded.module.state_dict()  # a batch of it was timed
+    assert all(torch.equal(dense[name], tensor) for name, tensor in before.items())
+    assert told.macs[0] == result.report.before.macs and told.params[0] == result.report.before.params
+    assert abs(told.macs[1] / result.report.after.macs - 1) < 0.3
+    unknown = scap_hub.forecast(model, images(), QUICK, criterion="scap", target="threshold=0.5", **arguments)
+    assert unknown.macs[1] is None and any("then what the scores say" in line for line in unknown.lines())
+
+
+def test_a_forecast_finds_the_mistakes_that_the_run_would(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        scap_hub.forecast(Residual(), images(), QUICK, output_dir=tmp_path / "out")
+    with pytest.raises(TargetError, match="cannot be reached"):
+        scap_hub.forecast(Residual(), images(), QUICK, target="macs=0.001", model_input_size=(3, 32, 32))
+
+
+def test_a_long_run_says_what_it_takes_first_and_a_short_one_nothing(monkeypatch, capsys):
+    arguments = dict(model=Residual(), dataset=images(), recipe=QUICK, model_input_size=(3, 32, 32))
+    scap_hub.prune(**arguments)
+    assert "memory while training" not in capsys.readouterr().err
+    monkeypatch.setattr("scap_hub.run.forecast.LONG", 0.0)
+    scap_hub.prune(**arguments)
+    said = capsys.readouterr().err
+    assert said.index("about fine-tuning") < said.index("memory while training") < said.index("epoch 1 of 1")
