@@ -138,13 +138,13 @@ def test_set_criteria_keep_numbers_and_balance_and_repeat(make, name):
             else:
                 assert (scores[group.name] > 0).all() and len(scores[group.name].unique()) == group.size
     plan = select(groups, scores, "ratio=0.5", round_to=1)
-    criterion = {"obs": OBS, "scap-set": ScapSet}[name]()
+    criterion = {"obs": OBS, "scap-set": ScapSet}[name](sequential=True)
     refined = criterion.refine(net, groups, IMAGES, plan)
     assert {g: len(refined.kept(g)) for g in refined.groups} == {g: len(plan.kept(g)) for g in plan.groups}
     again = criterion.refine(net, groups, torch.cat(IMAGES).split(5), plan)
     assert again == refined
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-    assert type(criterion)(sequential=False).refine(net, groups, IMAGES, plan) is plan
+    assert type(criterion)().refine(net, groups, IMAGES, plan) is plan
 
 
 @pytest.mark.parametrize("blend", [0.0, 0.5, 0.9])
@@ -185,8 +185,8 @@ def test_refinement_goes_on_with_the_compensated_weights(seed):
     x = torch.cat(IMAGES)[:, :, :8, :8]
     groups = [group for group in channel_groups(net, x) if group.prunable]
     plan = select(groups, score(net, [], "random", groups=groups), "ratio=0.5", round_to=1)
-    refined = refine(net, groups, [x], plan, "obs")
-    assert refine(net, groups, [x], plan, "obs", sequential=False) is plan
+    refined = refine(net, groups, [x], plan, "obs", sequential=True)
+    assert refine(net, groups, [x], plan, "obs") is plan
 
     compensated = copy.deepcopy(net)
     for name, conv in (("0", compensated[2]), ("2", compensated[4])):
@@ -346,7 +346,7 @@ def test_refinement_leaves_a_smaller_error_than_the_plan():
     from scap_hub.surgery import apply_plan
 
     errors = []
-    for chosen in (plan, OBS().refine(net, groups, IMAGES, plan)):
+    for chosen in (plan, OBS(sequential=True).refine(net, groups, IMAGES, plan)):
         small = apply_plan(net, chosen)
         errors.append(sum(after for _, after in compensate(net, small, chosen, IMAGES).values()))
     assert errors[1] < errors[0]
@@ -363,7 +363,7 @@ def test_very_wide_layers_are_judged_by_their_heaviest_columns(monkeypatch):
     some = score(net, IMAGES, "obs", groups=groups)["0"]
     assert torch.corrcoef(torch.stack([full, some]))[0, 1] > 0
     plan = select(groups, {"0": full}, "ratio=0.5", round_to=1)
-    assert len(OBS().refine(net, groups, IMAGES, plan).kept("0")) == len(plan.kept("0"))
+    assert len(OBS(sequential=True).refine(net, groups, IMAGES, plan).kept("0")) == len(plan.kept("0"))
 
 
 def test_bad_input():
@@ -409,7 +409,7 @@ def decided(*shards):
     groups = channel_groups(net, images[:1])
     saved = {}
     for name in ("activation", "taylor", "hrank", "obs", "scap-set"):
-        criterion = base.criterion(name)
+        criterion = base.criterion(name, {"sequential": True} if name in ("obs", "scap-set") else {})
         scores = score(net, batches, criterion, groups=groups)
         saved[name] = dict(scores)
         plan = select(groups, scores, "ratio=0.5", round_to=1)

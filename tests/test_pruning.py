@@ -321,23 +321,27 @@ def test_transformers_model_by_folder(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "resnet"
 
 
-@pytest.mark.parametrize("criterion", ["scap-set", "obs", "scap", "l1"])
-def test_the_steps_one_by_one_give_the_plan_and_the_weights_of_prune(criterion):
+@pytest.mark.parametrize(
+    ("criterion", "options"), [("scap-set", {}), ("obs", {"sequential": True}), ("scap", {}), ("l1", {})], ids=str
+)
+def test_the_steps_one_by_one_give_the_plan_and_the_weights_of_prune(criterion, options):
     loader, net = images(32), Residual(width=16).eval()
     settings = dict(
-        criterion=criterion, target="macs=0.5", round_to=1, finetune_epochs=0, data_batch_size=8,
-        model_input_size=(3, 64, 64), evaluate_latency=False, criterion_diagnostics=False,
+        criterion=criterion, criterion_options=options, target="macs=0.5", round_to=1, finetune_epochs=0,
+        data_batch_size=8, model_input_size=(3, 64, 64), evaluate_latency=False, criterion_diagnostics=False,
+        repair_tune_steps=60, repair_tune_learning_rate=1e-2,
     )  # fmt: skip
     result = scap_hub.prune(net, loader, **settings)
 
     batches = [pixels for pixels, _ in loader]
     groups = scap_hub.channel_groups(net, batches[0][:1])
-    scores = scap_hub.score(net, batches, criterion, groups=groups)
+    scores = scap_hub.score(net, batches, criterion, groups=groups, **options)
     plan = scap_hub.select(groups, scores, target="macs=0.5", round_to=1, scope=scores.scope)
-    plan = scap_hub.refine(net, groups, batches, plan, criterion)
+    plan = scap_hub.refine(net, groups, batches, plan, criterion, **options)
     small = scap_hub.apply_plan(net, plan)
     solved = scap_hub.repair(net, small, plan, batches)
-    assert plan == result.plan
+    before, after = scap_hub.tune(net, small, batches, steps=60, learning_rate=1e-2)
+    assert plan == result.plan and after <= before
     assert solved and all(after <= before for before, after in solved.values())
     for name, value in result.model.state_dict().items():
         assert torch.equal(value, small.state_dict()[name]), name
@@ -349,7 +353,7 @@ def test_refinement_is_part_of_the_steps():
     groups = scap_hub.channel_groups(net, batches[0][:1])
     scores = scap_hub.score(net, batches, "obs", groups=groups)
     plan = scap_hub.select(groups, scores, target="macs=0.5", round_to=1, scope=scores.scope)
-    refined = scap_hub.refine(net, groups, batches, plan, "obs")
+    refined = scap_hub.refine(net, groups, batches, plan, "obs", sequential=True)
     assert refined != plan
     assert {name: len(refined.kept(name)) for name in plan.groups} == {n: len(plan.kept(n)) for n in plan.groups}
     assert scap_hub.refine(net, groups, batches, plan, "l1") == plan

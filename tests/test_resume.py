@@ -93,7 +93,7 @@ def test_another_run_is_refused_and_begins_anew_only_if_told(change, message, tm
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("at", ["select", "refine", "verified", "repair", "finetune", "measure_after", "Result"])
+@pytest.mark.parametrize("at", ["select", "refine", "verified", "repaired", "finetune", "measure_after", "Result"])
 def test_a_resumed_run_equals_an_undisturbed_one(at, tmp_path, monkeypatch):
     options = {"criterion_diagnostics": True, "schedule_steps": 2, "target": "macs=0.6", "finetune_epochs": 2}
     whole = prune(tmp_path / "whole", **options)
@@ -118,7 +118,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(at, tmp_path, monkeypatch):
 
 def test_nothing_is_computed_twice(tmp_path, monkeypatch):
     cut(monkeypatch, tmp_path, criterion_diagnostics=True)
-    for name in ("select", "refine", "diagnose", "verified", "repair", "measure"):
+    for name in ("select", "refine", "diagnose", "verified", "repaired", "measure"):
         monkeypatch.setattr(f"scap_hub.run.pruning.{name}", stop)
     monkeypatch.setattr(criteria.Scap, "score", stop)
     monkeypatch.setattr("scap_hub.training.finetune._epoch", stop)

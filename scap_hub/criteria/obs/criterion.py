@@ -44,17 +44,18 @@ Importances = Callable[[Readable], dict[str, Tensor]]
 class OBS(Criterion):
     """Channels leave in the order in which the layers that read the group miss them least.
 
-    A group's importances are the ranks of that order, as computed on the dense model. `refine` eliminates group after
-    group to the planned widths, each on the input that the groups before it leave.
+    A group's importances are the ranks of that order, as computed on the dense model. On request `refine` eliminates
+    group after group to the planned widths, each on the input that the groups before it leave.
 
     Attributes:
         ridge: Added to the patches' second moment, relative to its mean diagonal.
-        sequential: Whether `refine` does so, or leaves the plan as it is.
+        sequential: Whether `refine` does so, or leaves the plan as it is. It takes a partial pass over the calibration
+            images for each group.
     """
 
     name: ClassVar[str] = "obs"
     ridge: float = 1e-2
-    sequential: bool = True
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.ridge < math.inf:
