@@ -52,19 +52,29 @@ SHARD = "5GB"
 """Largest file of weights, where a library reads several."""
 
 
+def placed(folder: str | Path) -> Path:
+    """The folder that a path stands for, where links lead; it can be replaced in one step.
+
+    Raises:
+        CheckpointError: It cannot.
+    """
+    resolved, here = Path(folder).expanduser().resolve(), Path.cwd()
+    if resolved == here or resolved in here.parents or os.path.ismount(resolved):
+        raise CheckpointError(
+            f"output folder {str(folder)!r} is the folder that you are in, holds it, or where a disk is mounted; it "
+            "cannot be replaced in one step: name a new folder inside it"
+        )
+    return resolved
+
+
 def check_output(folder: str | Path) -> Path:
     """Returns the folder, which must be absent or empty; ask before long work.
 
     Raises:
         CheckpointError: It holds something, is a file, or cannot be replaced in one step.
     """
+    placed(folder)
     folder = Path(folder).expanduser()
-    resolved, here = folder.resolve(), Path.cwd()
-    if resolved == here or resolved in here.parents or os.path.ismount(resolved):
-        raise CheckpointError(
-            f"output folder {str(folder)!r} is the folder that you are in, holds it, or where a disk is mounted; it "
-            "cannot be replaced in one step: name a new folder inside it"
-        )
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(f"output folder {folder} exists and is not empty: choose another, or remove it first")
     return folder

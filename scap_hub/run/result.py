@@ -44,17 +44,19 @@ class Result:
     loaded: LoadedModel
     task: Task = IMAGE_CLASSIFICATION
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, folder: str | Path, allow_nan: bool = False) -> Path:
         """Writes model.safetensors, config.json, pruning_plan.json, recipe.yaml, report.json, README.md and code.
 
         Args:
             folder: Absent or empty.
+            allow_nan: Whether to save weights that are NaN or infinite.
 
         Returns:
             The folder.
 
         Raises:
-            CheckpointError: The folder holds something, or cannot be written; nothing is left behind.
+            CheckpointError: The folder holds something or cannot be written, or weights are not finite; nothing is left
+                behind.
             PlanError: The recipe asks for the uniform layout, and the plan is not expressible in it.
         """
         recipe = self.recipe.to_yaml()
@@ -65,7 +67,7 @@ class Result:
         files["README.md"] = model_card(
             self.loaded, self.plan, self._measured(), recipe, picture=PICTURE in files, plain=plain is not None
         )
-        return save_checkpoint(folder, self.model, self.loaded, self.plan, recipe, files, plain)
+        return save_checkpoint(folder, self.model, self.loaded, self.plan, recipe, files, plain, allow_nan)
 
     def report_json(self) -> str:
         """The report as it is saved."""

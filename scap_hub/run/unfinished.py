@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from scap_hub.errors import CheckpointError, ScapHubError, VerificationError
 from scap_hub.files import replacing
-from scap_hub.hub.checkpoint import check_output
+from scap_hub.hub.checkpoint import check_output, placed
 from scap_hub.run.identity import differences
 from scap_hub.run.kept import ADVICE, damaged
 from scap_hub.training.distributed import accelerator, from_main
@@ -118,7 +118,7 @@ def kept_beside(output_dir: str | Path | None, restart: bool = False) -> Iterato
     if output_dir is None:
         yield None
         return
-    work = Unfinished(_resolved(output_dir))
+    work = Unfinished(placed(output_dir))
     lock = FileLock(work.folder / _LOCK, thread_local=False)
     missing = from_main(lambda: _enter(work, lock, restart))
     try:
@@ -140,22 +140,7 @@ def check_free(output_dir: str | Path) -> None:
     Raises:
         CheckpointError: The output holds something else, or cannot be replaced.
     """
-    check_output(_resolved(output_dir))
-
-
-def _resolved(output_dir: str | Path) -> Path:
-    """The folder itself, where a link was given.
-
-    Raises:
-        CheckpointError: It could not be renamed to in the end.
-    """
-    output, here = Path(output_dir).expanduser().resolve(), Path.cwd()
-    if output == here or output in here.parents or os.path.ismount(output):
-        raise CheckpointError(
-            f"output folder {str(output_dir)!r} is the folder that you are in, holds it, or where a disk is mounted; "
-            "it cannot be replaced in one step; name a new folder inside it"
-        )
-    return output
+    check_output(placed(output_dir))
 
 
 def _enter(work: Unfinished, lock: FileLock, restart: bool) -> list[Path]:
