@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-_LONGEST = 1500
+from typing import Any, ClassVar
 
 
 class ScapHubError(Exception):
-    """Base of all errors raised on purpose by scap_hub."""
+    """Base of all errors raised on purpose by scap_hub.
+
+    Attributes:
+        longest: Characters of a message; of more, the middle is left out.
+    """
+
+    longest: ClassVar[int] = 1500
 
     def __str__(self) -> str:
         # A value that a stranger's file holds may be of any length.
         text = super().__str__()
-        return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 400]} ... {text[-300:]}"
+        return text if len(text) <= self.longest else f"{text[: self.longest - 400]} ... {text[-300:]}"
 
 
 class ModelError(ScapHubError):
@@ -22,6 +26,8 @@ class ModelError(ScapHubError):
 
 class DataError(ScapHubError):
     """A data set that cannot be read, or does not fit the model."""
+
+    longest = 4000  # ten names of files with their folders
 
     def __init__(self, message: str) -> None:
         # torch's loader processes hand on an error as its traceback; the message is the last line.

@@ -13,7 +13,7 @@ from scap_hub.channels import channel_groups
 from scap_hub.criteria import L1, Criterion, base, score
 from scap_hub.criteria.base import criterion
 from scap_hub.criteria.calibration import watch
-from scap_hub.criteria.rows import NORMALISATIONS, rank
+from scap_hub.criteria.rows import NORMALISATIONS
 from scap_hub.errors import CalibrationError, ModelError, RecipeError
 from scap_hub.recipe import Recipe
 from scap_hub.scores import Scores
@@ -297,9 +297,3 @@ def test_layers_that_cannot_be_watched():
         model.forward = lambda x: model[0](x[:4])
         pairs(model, [tap(model, "0")], [torch.randn(6, 3, 8, 8)])
     assert np.all(tap(model, "0").channel_of_row == range(6))
-
-
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-def test_ties_of_ranks_do_not_depend_on_the_unit(scale):
-    values = torch.tensor([1.0, 1.0 + 1e-9, 0.5, 0.25], dtype=torch.float64)
-    assert rank(values * scale).tolist() == [0.75, 0.75, 0.375, 0.125]

@@ -23,10 +23,10 @@ from scap_hub.run.guilty import smallest_failing
 from tests.independent import TOLERANCE, difference, double, random_values, reference
 
 QUICK = {
+    "repair": {"least_squares": False, "batch_norm": False, "tune": {"steps": 0}},
     "data": {"calibration_images": 4, "batch_size": 4},
     "criterion": {"name": "l1", "diagnostics": False},
     "target": {"params": 0.6, "round_to": 1},
-    "repair": {"least_squares": False, "batch_norm": False},
     "finetune": {"epochs": 0},
     "evaluate": {"latency": False},
     "model": {"input_size": [3, 8, 8]},

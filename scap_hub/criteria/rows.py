@@ -19,9 +19,8 @@ from scap_hub.scores import Scores
 
 
 def rank(values: Tensor) -> Tensor:
-    """Mid-ranks over the layer as quantiles in (0, 1), mean 1/2; differences below 1e-7 of the largest are ties."""
-    relative = values / values.abs().max().clamp(min=torch.finfo(values.dtype).tiny)
-    return torch.from_numpy((rankdata(relative.round(decimals=7).numpy()) - 0.5) / len(values))
+    """Mid-ranks over the layer as quantiles in (0, 1), mean 1/2; differences below 1e-7 are ties."""
+    return torch.from_numpy((rankdata(values.round(decimals=7).numpy()) - 0.5) / len(values))
 
 
 def minmax(values: Tensor) -> Tensor:
