@@ -77,7 +77,7 @@ class Watch:
     def __init__(self) -> None:
         self.folder: str | None = None
         self.seen: list[str] = []
-        self.installed = (sys.prefix, sys.base_prefix, str(Path(torch.__file__).parents[1]))
+        self.installed = (sys.prefix, sys.base_prefix, str(Path(torch.__file__).parents[1]), "/proc/meminfo")
         sys.addaudithook(self)
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,9 @@ def _refusals(name: str, path: Path) -> Iterator[None]:
 
 
 def is_rows(source: Any) -> bool:
-    """Whether this is a data set of `datasets`."""
-    import datasets
-
-    return isinstance(source, (datasets.Dataset, datasets.IterableDataset))
+    """Whether this is a data set of `datasets`; without that package, which training on loaders does not need, none is."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(source, (datasets.Dataset, datasets.IterableDataset))
 
 
 def as_splits(source: Any) -> dict[str, Any]:
