@@ -71,7 +71,7 @@ def _refusals(name: str, path: Path) -> Iterator[None]:
 
 
 def is_rows(source: Any) -> bool:
-    """Whether this is a data set of `datasets`; without that package, which training on loaders does not need, none is."""
+    """Whether this is a data set of `datasets`; if that was never imported, nothing is."""
     datasets = sys.modules.get("datasets")
     return datasets is not None and isinstance(source, (datasets.Dataset, datasets.IterableDataset))
 
