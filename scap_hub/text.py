@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def did_you_mean(name: object, names: Iterable[str], cutoff: float = 0.6) -> str:
@@ -21,3 +21,9 @@ def did_you_mean(name: object, names: Iterable[str], cutoff: float = 0.6) -> str
 def one_line(error: Exception) -> str:
     """The first line of an error that somebody else raised."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def first_few(problems: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return ", ".join(problems[:3]) + more

@@ -192,14 +192,14 @@ def _solved(rows: Tensor, wanted: Tensor, weight: Tensor, ridge: float, intercep
     residual = wanted - rows @ weight.T
     errors = torch.stack([residual.double().square().sum(), wanted.double().square().sum()])
     if one_process() and len(rows) < rows.shape[1]:
-        inputs, residual = rows.double(), residual.double()
-        at, over = (x.mean(0) if intercept else torch.zeros_like(x[0]) for x in (inputs, residual))
-        inputs = inputs - at  # which leaves a column of zeros for the intercept
-        energy = _energy(rows.double().square().sum(0), intercept)
-        change = _regular(inputs @ inputs.T, residual - over, ridge, energy.expand(len(rows))).T @ inputs
+        rows, residual = rows.double(), residual.double()
+        at, over = (x.mean(0) if intercept else torch.zeros_like(x[0]) for x in (rows, residual))
+        centred = rows - at  # which leaves a column of zeros for the intercept
+        energy = _energy(rows.square().sum(0), intercept)
+        change = _regular(centred @ centred.T, residual - over, ridge, energy.expand(len(rows))).T @ centred
         if intercept:
             change[:, -1] = over - change @ at
-        after = (residual - rows.double() @ change.T).square().sum()
+        after = (residual - rows @ change.T).square().sum()
     else:
         gram, cross = (sum_over_processes(_product(rows, other)) for other in (rows, residual))
         errors = sum_over_processes(errors)

@@ -16,11 +16,10 @@ from torchvision.transforms.v2 import RandomAffine
 
 from scap_hub.compensation.processes import sum_over_processes
 from scap_hub.criteria.calibration import images_of, total_images
-from scap_hub.criteria.variance import inverse_variances
+from scap_hub.criteria.variance import inverse_variances, outputs_of
 from scap_hub.errors import CalibrationError
 from scap_hub.graph.record import evaluating
 from scap_hub.placement import fed, lower_precision, raise_precision, raised
-from scap_hub.private import tree_leaves
 from scap_hub.progress import track
 
 STEPS = 200
@@ -120,12 +119,8 @@ def _mixed(images: Tensor) -> Tensor:
 
 
 def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Every output that has a row for each image."""
-    return [
-        leaf.float()
-        for leaf in tree_leaves(model(images))
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim and len(leaf) == len(images)
-    ]
+    """As `outputs_of`, in single precision."""
+    return [z.float() for z in outputs_of(model, images)]
 
 
 def _distance(outputs: Sequence[Tensor], wanted: Sequence[Tensor], scales: Sequence[float]) -> Tensor:

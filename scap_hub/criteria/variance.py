@@ -1,13 +1,24 @@
-"""How much each of a model's outputs varies over the images: the unit in which its errors are measured."""
+"""A model's outputs, and how much each varies over the images: the unit in which its errors are measured."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
+
+from scap_hub.private import tree_leaves
 
 _ROUNDING = 1e-9  # of the mean square; less is not told from an output that never changes
+
+
+def outputs_of(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Every floating-point output of a model that has a row for each image."""
+    return [
+        leaf
+        for leaf in tree_leaves(model(images))
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim and len(leaf) == len(images)
+    ]
 
 
 def inverse_variances(outputs: Iterable[Sequence[Tensor]]) -> list[float]:

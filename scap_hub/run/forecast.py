@@ -130,7 +130,7 @@ def expected(
     """
     model, images = loaded.module.to(accelerator().device).eval(), _sample(data)
     forward, train, saved = _seconds_forward(model, data, images), 0.0, 0
-    if _trains(recipe, tuning):
+    if tuning.trains(recipe.finetune):
         train, saved = _training(model, data, images)
     epoch = _images(data.train) * train + _images(data.validation) * forward
     epochs = recipe.schedule.steps * recipe.finetune.epochs
@@ -149,17 +149,13 @@ def expected(
 
 def tell_if_long(loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning) -> None:
     """Says what a run that trains will take, where that is more than `LONG`."""
-    if not _trains(recipe, tuning):
+    if not tuning.trains(recipe.finetune):
         return
     with announce("timing a batch"):
         found = expected(loaded, data, recipe, tuning)
     if sum(found.seconds.values()) > LONG:
         for line in found.lines():
             tell(line)
-
-
-def _trains(recipe: Recipe, tuning: Tuning) -> bool:
-    return bool(recipe.finetune.epochs or tuning.epochs)
 
 
 def _with_groups(found: Forecast, loaded: LoadedModel, groups: ChannelGroups, recipe: Recipe) -> Forecast:

@@ -53,7 +53,7 @@ def load_dense(model: Any, dataset: Any, recipe: Recipe, stages: Stages) -> tupl
     """
     with stages("load"):
         loaded, data, tuning = _loaded(model, dataset, recipe)
-    if recipe.finetune.epochs or tuning.epochs:
+    if tuning.trains(recipe.finetune):
         steps_at_ends(data.train, recipe.finetune.lasting(1))  # what cannot be trained on is told before any work
     return loaded, data, tuning
 

@@ -83,9 +83,12 @@ def prune(
 
     with kept_beside(output_dir, restart) as work, failing_plan_beside(output_dir):
         loaded, data, tuning = load_dense(model, dataset, recipe, stages)
-        trains = recipe.finetune.epochs + tuning.epochs > 0
         if work is not None:
-            work.begin(identity(loaded, data, recipe, criterion), restart, bytes_kept(loaded.module, trains))
+            work.begin(
+                identity(loaded, data, recipe, criterion),
+                restart,
+                bytes_kept(loaded.module, tuning.trains(recipe.finetune)),
+            )
         if work is None or work.fresh:
             tell_if_long(loaded, data, recipe, tuning)
         folder = None if work is None else work.folder

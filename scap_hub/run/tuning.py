@@ -39,6 +39,10 @@ class Tuning:
             return cls(NEW_HEAD_EPOCHS if new_head else 0, new_head)
         return cls(settings.dense_epochs, new_head)
 
+    def trains(self, settings: FinetuneSettings) -> bool:
+        """Whether a run with these settings trains anything, before or after it prunes."""
+        return self.epochs > 0 or settings.epochs > 0
+
 
 def tune_dense(
     loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning, stages: Stages, work: Path | None = None

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scap_hub.errors import ModelError
-from scap_hub.text import one_line
+from scap_hub.text import first_few, one_line
 
 _INSIDE = ("state_dict", "model_state_dict", "model")
 """Where training scripts put the state dict, beside the optimiser's."""
@@ -44,13 +44,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     shapes = {name: (tuple(state[name].shape), tuple(wanted[name].shape)) for name in state if name in wanted}
     other = [f"{name!r} is {found}, not {own}" for name, (found, own) in shapes.items() if found != own]
     if wrong or other:
-        listed = [*wrong, *other]
-        more = f", and {len(listed) - 3} more" if len(listed) > 3 else ""
         rows = {(found[0], own[0]) for found, own in shapes.values() if found != own and found and own}
         hint = ""
         if not wrong and len(rows) == 1:
             hint = f"; if it has {rows.copy().pop()[0]} classes, set model.num_classes to that"
-        raise ModelError(f"checkpoint {str(path)!r} does not fit the model: {', '.join(listed[:3])}{more}{hint}")
+        raise ModelError(f"checkpoint {str(path)!r} does not fit the model: {first_few([*wrong, *other])}{hint}")
     broken = next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
     if broken is not None:
         raise ModelError(f"checkpoint {str(path)!r} has NaN or Inf in {broken!r}: take one from before that")

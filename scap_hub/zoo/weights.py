@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scap_hub.documents import LARGEST, own_file, parse_json, read_document
 from scap_hub.errors import CheckpointError
-from scap_hub.text import one_line
+from scap_hub.text import first_few, one_line
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -101,8 +101,7 @@ def check_fit(model: nn.Module, stored: Mapping[str, Stored], where: Path) -> No
         elif wanted[name].dtype != dtype and not (wanted[name].is_floating_point() and dtype.is_floating_point):
             problems.append(f"{name} holds {dtype} instead of {wanted[name].dtype}")
     if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{where} does not fit the rebuilt model: {', '.join(problems[:3])}{more}")
+        raise CheckpointError(f"{where} does not fit the rebuilt model: {first_few(problems)}")
 
 
 def fill(

@@ -30,11 +30,10 @@ from scap_hub.criteria.calibration import images_of
 from scap_hub.criteria.obs.blocks import Compensated, ConsumerBlock, compensated_weight, weight_of
 from scap_hub.criteria.obs.elimination import eliminate
 from scap_hub.criteria.scap.spectra import spectrum
-from scap_hub.criteria.variance import inverse_variances
+from scap_hub.criteria.variance import inverse_variances, outputs_of
 from scap_hub.errors import CalibrationError
 from scap_hub.graph.record import evaluating
 from scap_hub.placement import fed, placement, raise_precision
-from scap_hub.private import tree_leaves
 from scap_hub.progress import track
 
 WIDTHS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
@@ -146,8 +145,9 @@ class Outputs:
                     reached |= gradients.keys()
                     for total, elimination in zip(totals, eliminations, strict=True):
                         total += _change(elimination, gradients).square().double().cpu() / VECTORS
-        reached = reached.union(*gather_object([reached]))
-        totals = [sum(parts) for parts in zip(*gather_object([totals]), strict=True)]
+        everywhere = gather_object([(reached, totals)])
+        reached = set().union(*(part for part, _ in everywhere))
+        totals = [sum(parts) for parts in zip(*(part for _, part in everywhere), strict=True)]
         if not all(bool(total.isfinite().all()) for total in totals):
             raise CalibrationError(
                 "NaN or Inf in the gradients of the model's outputs; check the images and the weights"
@@ -178,11 +178,9 @@ class Outputs:
 
     def _run(self, image: Tensor) -> list[Tensor]:
         """Every output for one image, flat."""
-        leaves = tree_leaves(self._model(fed(self._model, image)))
         return [
-            (spectrum(leaf, leaf.shape[2:], self._bins) if leaf.ndim > 2 else leaf.float()).flatten()
-            for leaf in leaves
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and len(leaf) == len(image)
+            (spectrum(z, z.shape[2:], self._bins) if z.ndim > 2 else z.float()).flatten()
+            for z in outputs_of(self._model, fed(self._model, image))
         ]
 
 
