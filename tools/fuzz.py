@@ -43,7 +43,7 @@ from scap_hub.zoo import load_model
 MEMORY = 2 * 2**30
 """Bytes of address space that the cases may take beyond what the libraries have when they begin."""
 SHARES = {"recipe": 35, "plan": 30, "card": 15, "config": 15, "folder": 5}
-STRANGE = [
+STRANGE: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3, 7, 2**31, 2**63, 10**30, 10**400, 0.5, -0.0, 1e308, float("inf"), float("nan"),
     "", "0", "0-7", "3,1", "0-700000000", "1e999", "*", "me/it--evil.Model", "../../etc/passwd", "\ud800", "\x00",
     "a" * 9999,
@@ -209,9 +209,8 @@ class Cases:
 
 
 def _tiny_resnet() -> nn.Module:
-    config = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
-    )
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    config.num_labels = 3
     return transformers.ResNetForImageClassification(config)
 
 
