@@ -114,7 +114,7 @@ def compare(
             "--criteria",
             "--criterion",
             metavar="NAME|FILE.py:CLASS,...",
-            help="Commas between; or all: ours, and Torch-Pruning if it is installed.",
+            help="Commas between; all: ours, and Torch-Pruning if installed. Also scratch, scratch-2x, zoo:NAME.",
         ),
     ] = "all",
     seeds: Annotated[int, typer.Option(min=1, help="How often each is tried.")] = 3,

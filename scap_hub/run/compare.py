@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -19,13 +20,13 @@ from scap_hub.criteria.base import known_criteria
 from scap_hub.errors import DataError, ScapHubError
 from scap_hub.progress import track
 from scap_hub.recipe import Recipe
-from scap_hub.run import peers
+from scap_hub.run import baselines, peers
 from scap_hub.run.comparison import Cell, Comparison, found_in
 from scap_hub.run.inputs import data_for, example, load_dense, recipe_of, shard_calibration
 from scap_hub.run.pruning import prune_loaded
 from scap_hub.run.report import Measures, measure
 from scap_hub.run.stages import Stages
-from scap_hub.run.tuning import tune_dense
+from scap_hub.run.tuning import Tuning, tune_dense
 from scap_hub.selection.target import Target
 from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator, from_main
@@ -59,7 +60,10 @@ def compare(
         targets: What stays: "macs=0.5", ...
         criteria: Names, or "all" registered ones; these, and with "all", Torch-Pruning's own pipeline if it is
             installed ("torch-pruning" and its variants, for targets in MACs or parameters: pruned its way, without our
-            repair, fine-tuned like the others).
+            repair, fine-tuned like the others). Baselines are named too: "scratch" and "scratch-2x", the network that
+            the recipe's criterion leaves, trained from random weights for the fine-tuning's epochs or twice as many;
+            "zoo:NAME", a smaller model, trained like the dense and then like the pruned one, at the target nearest to
+            what it costs.
         seeds: How many, or which.
         output: A JSON file that grows with every finished cell; the same call takes up there.
         **overrides: Recipe values that win, as for `prune`.
@@ -70,10 +74,14 @@ def compare(
     """
     base = recipe_of(model, dataset, recipe, overrides)
     wanted = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    recipes = _recipes(base, wanted, targets, _criteria(criteria))
+    names = _criteria(criteria)
+    for name in names:
+        baselines.check_trains(name, base)
+    recipes = _recipes(base, wanted, targets, names)
     set_seed(base.seed)
     stages = Stages(base.seed)
     loaded, data, tuning = load_dense(model, dataset, base, stages)
+    smaller = baselines.smaller_models(names, loaded, base)
     tune_dense(loaded, data, base, tuning, stages)
     if data.validation is None:
         raise DataError("a comparison needs labelled validation images")
@@ -82,14 +90,21 @@ def compare(
     if not found.dense:
         found.dense = _dense(loaded, data)
     done = {_key(cell) for cell in found.cells if "error" not in cell}
-    left = [key for key in recipes if key not in done and _fits(key[2], recipes[key].target.target)]
+    places = {name: baselines.fitting_target(small, found.dense, targets) for name, small in smaller.items()}
+    left = [
+        key
+        for key in recipes
+        if key not in done and _fits(key[2], recipes[key].target.target) and places.get(key[2], key[1]) == key[1]
+    ]
     seeded = {base.seed: data}
     with tempfile.TemporaryDirectory() as scores:
         for key in track(left, "comparison"):
             seed, target, name = key
             if seed not in seeded:
                 seeded = {seed: data_for(loaded, dataset, recipes[key])}
-            job = _Job(loaded, seeded[seed], recipes[key], found.dense, name, Path(scores))
+            job = _Job(
+                loaded, smaller.get(name), tuning, seeded[seed], recipes[key], found.dense, name, Path(scores)
+            )  # fmt: skip
             cell = {"target": target, "criterion": name, "seed": seed, **_measured(job)}
             found.cells = [old for old in found.cells if _key(old) != key] + [cell]
             if output is not None and accelerator().is_main_process:
@@ -106,7 +121,8 @@ def _recipes(base: Recipe, seeds: Sequence[int], targets: Sequence[str], names: 
     for seed in seeds:
         for target in targets:
             for name in names:
-                ours = {} if name in peers.PEERS or name == base.criterion.name else {"criterion": name}
+                foreign = name in peers.PEERS or baselines.is_baseline(name)
+                ours = {} if foreign or name == base.criterion.name else {"criterion": name}
                 recipes[seed, target, name] = Recipe.resolve(base, target=target, seed=seed, **same, **ours)
     return recipes
 
@@ -122,7 +138,7 @@ def _criteria(criteria: str | Sequence[str]) -> list[str]:
     for name in names:
         if name in peers.PEERS:
             peers.check_available(name)
-        else:
+        elif not baselines.is_baseline(name):
             criterion_named(name)
     return names
 
@@ -161,6 +177,8 @@ class _Job:
 
     Attributes:
         loaded: The dense model.
+        smaller: The zoo's smaller model, where the cell is one's.
+        tuning: How the dense model was trained.
         data: Its data, with the calibration images of the cell's seed.
         recipe: The cell's.
         dense: What was measured of the dense model, see `Comparison.dense`.
@@ -169,6 +187,8 @@ class _Job:
     """
 
     loaded: LoadedModel
+    smaller: LoadedModel | None
+    tuning: Tuning
     data: Data
     recipe: Recipe
     dense: dict[str, Any]
@@ -181,15 +201,29 @@ def _measured(job: _Job) -> Cell:
     start = time.perf_counter()
     set_seed(job.recipe.seed)
     try:
-        cell = _peer(job) if job.name in peers.PEERS else _ours(job)
+        cell = (
+            _peer(job) if job.name in peers.PEERS else _baseline(job) if baselines.is_baseline(job.name) else _ours(job)
+        )
     except ScapHubError as error:
         cell = {"error": str(error)}
     return {**cell, "seconds": time.perf_counter() - start}
 
 
+def _before(job: _Job) -> Measures:
+    return Measures(job.dense["macs"], job.dense["params"], 0, job.dense["test"])
+
+
+def _baseline(job: _Job) -> Cell:
+    loaded, data, recipe = job.loaded, job.data, job.recipe
+    if job.smaller is not None:
+        small, history = baselines.tuned_the_same(copy.deepcopy(job.smaller), loaded, data, recipe, job.tuning)
+    else:
+        small, history = baselines.from_scratch(job.name, loaded, data, recipe, _before(job), job.scores)
+    return _cell(job, small, history, measure(small, loaded.preprocessing.input_size, data))
+
+
 def _ours(job: _Job) -> Cell:
-    before = Measures(job.dense["macs"], job.dense["params"], 0, job.dense["test"])
-    result = prune_loaded(job.loaded, job.data, job.recipe, before, scores=job.scores)
+    result = prune_loaded(job.loaded, job.data, job.recipe, _before(job), scores=job.scores)
     return _cell(job, result.model, result.report.history, result.report.after)
 
 
