@@ -38,9 +38,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from fashion_mnist import FOLDER, arrays
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "pruned": {"repair_least_squares": False, "repair_batch_norm": False, "finetune_epochs": 0},
-    "repaired": {"finetune_epochs": 0},
-    "repaired in eights": {"finetune_epochs": 0, "round_to": 8},
+    "pruned": {"repair_least_squares": False, "repair_batch_norm": False, "repair_tune_steps": 0, "finetune_epochs": 0},
+    "repaired": {"repair_tune_steps": 0, "finetune_epochs": 0},
+    "repaired in eights": {"repair_tune_steps": 0, "finetune_epochs": 0, "round_to": 8},
+    "without labels": {"finetune_epochs": 0},
     "tuned": {"repair_least_squares": False, "repair_batch_norm": False},
     "repaired and tuned": {},
     # SCAP as published: importance threshold 0.6, no repair, no teacher.

@@ -21,6 +21,7 @@ from tests.test_zoo import MODELS
 QUICK = {
     "data": {"calibration_images": 8, "batch_size": 8},
     "criterion": {"name": "scap", "options": {"autoencoder": "pca"}, "diagnostics": False},
+    "repair": {"tune": {"steps": 2}},
     "finetune": {"epochs": 1},
     "evaluate": {"latency": False},
 }

@@ -91,6 +91,17 @@ def test_maps_tuples_and_constants_are_outputs_too():
     assert after < 0.8 * before
 
 
+def test_outputs_too_small_for_single_precision_are_no_aim():
+    class Faint(Residual):
+        def forward(self, x):
+            return super().forward(x) * 1e-24
+
+    torch.manual_seed(0)
+    net = Faint(width=16).eval()
+    small = pruned(net)
+    assert tune(net, small, IMAGES, steps=2) == (0, 0)
+
+
 def test_half_precision_stays_half():
     torch.manual_seed(0)
     net = Residual(width=16).eval()

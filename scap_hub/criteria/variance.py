@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from scap_hub.private import tree_leaves
 
 _ROUNDING = 1e-9  # of the mean square; less is not told from an output that never changes
+_TINY = torch.finfo(torch.float32).tiny  # the inverse of less is infinite in single precision
 
 
 def outputs_of(model: nn.Module, images: Tensor) -> list[Tensor]:
@@ -46,6 +48,6 @@ def inverse_variances(outputs: Iterable[Sequence[Tensor]]) -> list[float]:
     for own in zip(*(zip(part[1], part[2], strict=True) for part in parts), strict=True):
         total, square = (sum(values) for values in zip(*own, strict=True))
         variance = float(square - total.square().sum() / images)
-        variances.append(variance if variance > _ROUNDING * float(square) else 0.0)
+        variances.append(variance if variance > max(_ROUNDING * float(square), _TINY) else 0.0)
     changing = sum(variance > 0 for variance in variances)
     return [1 / (variance * changing) if variance > 0 else 0.0 for variance in variances]
