@@ -89,8 +89,8 @@ What the tables say:
 - `scap`, the published criterion, does not lead. It judges channels one by one, so two channels with the same
   information are kept or removed together, and all groups keep equal shares. `scap-set` improves on both points. Most
   of its lead comes from the widths of groups.
-- The published setting (`paper`: threshold 0.6, no repair, no teacher) leaves VGG16 a tenth of its MACs, as published
-  for CIFAR-10, and costs about as much accuracy. On ResNet-56 it costs ten points.
+- The published setting (`paper`: threshold 0.6, no repair, no teacher) leaves VGG16 a tenth of its MACs, as it
+  would with any scores, and costs about as much accuracy as published for CIFAR-10. On ResNet-56 it costs ten points.
 - Some networks have far more channels than these images need: VGG16, and ResNet-18 down to three tenths of its MACs.
   There the criteria hardly differ, and L1 norms do as well.
 - `repaired in eights` is `repaired` with `round_to: 8`, the default, whose speed is on the page [speed](speed.md). It

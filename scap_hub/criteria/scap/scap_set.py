@@ -24,9 +24,10 @@ from scap_hub.criteria.scap.outputs import Outputs, eliminated, marginal, portio
 
 @dataclass(kw_only=True)
 class ScapSet(OBS):
-    """OBS in which codes say, with the patches, how far the channels that stay can stand in for one that leaves.
+    """OBS whose importances say what the model's outputs lose, so that groups can be compared and widths follow.
 
-    A code is what the autoencoder of a channel's field keeps of the channel's spectrum. It is taken of what the layer
+    On request, spectral codes say, with the patches, how far the channels that stay can stand in for one that leaves. A
+    code is what the autoencoder of a channel's field keeps of the channel's spectrum. It is taken of what the layer
     that reads the group sees at each place of its kernel, so that codes have the columns that patches have, and a
     second moment Z Zᵀ over the images, which is blended with the patches' P Pᵀ.
 
@@ -36,7 +37,7 @@ class ScapSet(OBS):
     Attributes:
         bins: As for `Scap`.
         latent: As for `Scap`; the autoencoder is PCA.
-        blend: Share of the codes, 0 to 1.
+        blend: Share of the codes, 0 to 1. At equal widths they gave nothing that shows, so by default there are none.
         probes: Calibration images on which it is measured what the outputs lose.
     """
 
@@ -44,7 +45,7 @@ class ScapSet(OBS):
     scope: ClassVar[str] = "cost-aware"
     bins: int = 7
     latent: int = 16
-    blend: float = 0.5
+    blend: float = 0.0
     probes: int = 64
 
     def __post_init__(self) -> None:
@@ -73,6 +74,8 @@ class ScapSet(OBS):
         blocks: Sequence[ConsumerBlock],
         batches: Collection[Any],
     ) -> dict[BlockKey, Tensor]:
+        if not self.blend:
+            return super()._moments(model, groups, blocks, batches)
         patches = PatchMoments(blocks, count_images(batches))
         codes = CodeMoments(blocks, encoders(model, groups, batches, self.bins, self.latent), self.bins)
 
