@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow test-lowest bench-coverage kills fuzz soak lint imports size format docs
+.PHONY: setup demo test test-slow test-lowest bench-coverage bench-gpu kills fuzz soak lint imports size format docs
 
 setup: .venv/installed
 
@@ -35,6 +35,10 @@ test-lowest:
 bench-coverage: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --reload --json benchmarks/results/coverage.json $(OPTIONS)
 	$(BIN)/python docs/generate.py
+
+# What only a GPU can tell, in less than eight minutes: parity with the CPU, scoring, repair, latency.
+bench-gpu: setup
+	$(BIN)/python benchmarks/gpu.py --json benchmarks/results/gpu.json
 
 # Broken plans, recipes, configs, folders and cards end in an error of ours or a correct result.
 fuzz: setup

@@ -276,7 +276,7 @@ def cells(model: nn.Module, row: str, calibration: Tensor, validation: Split) ->
     scores = ROWS[row](model, groups, batches)
     found: dict[str, Any] = {"seconds": time.process_time() - start}
     for target in TARGETS:
-        scope = "uniform" if target.startswith("ratio") else "auto"
+        scope = "uniform" if target.startswith("ratio") else None
         plan = select(groups, scores, target, scope=scope, round_to=1)
         small = apply_plan(model, plan)
         repair(model, small, plan, batches)

@@ -20,9 +20,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import accuracy  # noqa: E402
 import finetune  # noqa: E402
+import gpu  # noqa: E402
 import latency  # noqa: E402
 import repair  # noqa: E402
 import scale  # noqa: E402
+import spectra  # noqa: E402
 
 needs_images = pytest.mark.skipif(not fashion_mnist.FOLDER.is_dir(), reason="needs Debian's dataset-fashion-mnist")
 
@@ -135,3 +137,45 @@ def test_scale_measures_what_it_computes_from(tmp_path):
     assert found["traffic"]["scores"] > 0 and found["stages"]["scores"]["peak_bytes"] > 0
     assert found["single"]["training_s"] > found["single"]["forward_s"] > 0
     assert found["single"]["activation_bytes"] > 0
+
+
+def test_devices_are_compared_by_the_order_of_scores_and_by_what_stays(monkeypatch):
+    monkeypatch.setattr(gpu, "CRITERIA", ("l1",))
+    (same,) = gpu.parity(["test_resnet"], images=2, size=32)
+    assert same["rank_correlation"] == pytest.approx(1) and same["kept_by_both"] == 1
+    whole, seen = gpu.scored, []
+
+    def reversed_at_last(*arguments):
+        scores, plan = whole(*arguments)
+        seen.append(plan)
+        if len(seen) == 1:
+            return scores, plan
+        backwards = scap_hub.Scores({name: -scores[name] for name in scores}, scores.scope)
+        return backwards, scap_hub.PruningPlan.from_json(seen[0].to_json())
+
+    monkeypatch.setattr(gpu, "scored", reversed_at_last)
+    (other,) = gpu.parity(["test_resnet"], images=2, size=32)
+    assert other["rank_correlation"] == pytest.approx(-1) and other["kept_by_both"] == 1
+
+
+def test_a_part_that_does_not_fit_into_the_time_is_named(tmp_path):
+    found = gpu.run(True, 0.0, tmp_path / "gpu.json")
+    assert found["left_out"] == ["parity", "ranks", "latency", "scoring", "repair"]
+    assert json.loads((tmp_path / "gpu.json").read_text()) == found
+
+
+def test_errors_count_in_the_frequencies_that_the_outputs_see():
+    class Mean(torch.nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).mean((2, 3))
+
+    torch.manual_seed(0)
+    model = Mean(torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1)).eval()
+    criterion = spectra.Weighted()
+    energy = criterion._energy(model, ["2"], [torch.randn(4, 1, 8, 8)])["2"]
+    assert energy[0, 0] > 0 and energy.sum() == pytest.approx(float(energy[0, 0])), "a mean sees frequency 0 alone"
+
+
+@pytest.mark.parametrize("name", spectra.NETS)
+def test_the_small_networks_run_at_16_pixels(name):
+    assert spectra.NETS[name]().eval()(torch.zeros(2, 1, 16, 16)).shape == (2, 10)
