@@ -261,6 +261,14 @@ class EvaluateSettings(Block):
     warns. A plan that is found to be wrong is never used."""
 
 
+class DeploySettings(Block):
+    int8: bool = False
+    """Write ONNX files in float32 and in int8 beside the weights, and measure both."""
+    max_loss: Share = 0.01
+    """What int8 may lose of the metric on the validation images, or of the same answers where there are no labels, as
+    a fraction; where the first way to int8 loses more, others are tried, and then layers stay in float32."""
+
+
 class PublishSettings(Block):
     repo_id: str | None = None
     """Hub repository to push to; nothing is pushed if left out."""

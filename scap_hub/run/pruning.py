@@ -19,6 +19,7 @@ from scap_hub.placement import half_precisions, lower_precision, raised
 from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
+from scap_hub.run.deploying import deployed
 from scap_hub.run.forecast import tell_if_long
 from scap_hub.run.identity import identity
 from scap_hub.run.inputs import example, load_dense, recipe_of, shard_calibration
@@ -93,10 +94,10 @@ def prune(
             tell_if_long(loaded, data, recipe, tuning)
         folder = None if work is None else work.folder
         tuned = tune_dense(loaded, data, recipe, tuning, stages, folder)
-        result = prune_loaded(
+        result = deployed(data, stages, prune_loaded(
             *(loaded, data, recipe), tuned=tuned, work=folder, scores=folder and folder / "scores", stages=stages,
             callbacks=callbacks,
-        )  # fmt: skip
+        ))  # fmt: skip
         if work is not None:
             from_main(lambda: _save(result, work))
     if (repo_id := recipe.publish.repo_id) is not None:

@@ -1,0 +1,44 @@
+"""The recipe's `deploy` block: files for other runtimes, made and measured before a run is saved."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from scap_hub.deploy.formats import format_named
+from scap_hub.deploy.onnx_int8 import Subject, deploy_int8
+from scap_hub.recipe import DeploySettings
+from scap_hub.run.result import Result, shown_name
+from scap_hub.run.stages import Stages
+from scap_hub.training.data import Data
+
+
+def check_deploy(settings: DeploySettings) -> None:
+    """Makes sure that what the block asks for is installed; ask before long work.
+
+    Raises:
+        ScapHubError: Something is not; names the extra.
+    """
+    if settings.int8:
+        format_named("onnx")
+
+
+def deployed(data: Data, stages: Stages, result: Result) -> Result:
+    """The result with the files that its recipe asks for, measured beside the dense model."""
+    settings = result.recipe.deploy
+    if settings.int8:
+        scratch = tempfile.TemporaryDirectory(prefix="scap_hub-")
+        subject = Subject(
+            result.model,
+            data,
+            result.loaded.preprocessing.input_size,
+            result.loaded.module,
+            result.report.before.top1,
+            shown_name(result.recipe.data.dataset),
+        )
+        with stages("int8"):
+            result.report.deploy = deploy_int8(
+                subject, Path(scratch.name), settings.max_loss, result.recipe.evaluate.batch_size
+            )
+        result.exported = scratch
+    return result

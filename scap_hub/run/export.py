@@ -1,0 +1,132 @@
+"""Exports what a run has saved: files for other runtimes, and int8, measured before and after."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from scap_hub.deploy.deployment import DOCUMENT, Deployment, with_deployment
+from scap_hub.deploy.formats import example_images, for_export, format_named, write_checked
+from scap_hub.deploy.onnx_int8 import FLOAT, QUANTIZED, Subject, deploy_int8
+from scap_hub.errors import CheckpointError, ModelError
+from scap_hub.files import replacing
+from scap_hub.hub.checkpoint import RECIPE, dense_model, input_size, load
+from scap_hub.recipe import Recipe
+from scap_hub.run.inputs import data_for
+from scap_hub.run.result import shown_name
+from scap_hub.text import one_line
+from scap_hub.zoo import load_model
+
+REPORT, CARD = "report.json", "README.md"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote.
+
+    Attributes:
+        file: The file that was asked for.
+        deployment: What was measured; None where nothing was to be.
+    """
+
+    file: Path
+    deployment: Deployment | None = None
+
+    def __fspath__(self) -> str:
+        return str(self.file)
+
+
+def export(
+    folder: str | Path,
+    to: str = "onnx",
+    output: str | Path | None = None,
+    model: nn.Module | None = None,
+    *,
+    int8: bool = False,
+    dataset: Any = None,
+    max_loss: float = 0.01,
+) -> Exported:
+    """Writes a saved model for another runtime, for any batch size, and compares the file's logits with the model's.
+
+    With `int8`, the file in float32 is written too, and both are measured beside the dense model: the task's metric,
+    how often they give the same answer, and latency in turns. `deploy.json`, the model card and `report.json` of the
+    folder tell what was found.
+
+    Args:
+        folder: Saved pruned model, or its Hub id.
+        to: One of `scap_hub.deploy.formats.FORMATS`: "onnx", "torch-export", ...
+        output: The file; by default the format's place in the folder, such as onnx/model.onnx; below the working
+            directory for a Hub id.
+        model: The dense model, where it comes from no zoo.
+        int8: Quantise weights and activations to eight bits; for "onnx".
+        dataset: Calibration and test images, as for `prune`; those of the recipe in the folder if left out.
+        max_loss: What int8 may lose of the metric on the validation images, as a fraction. Other ways to int8 are tried
+            where the first loses more, then layers stay in float32.
+
+    Raises:
+        ModelError: An unknown format, or a model that cannot be exported.
+        CheckpointError: The folder holds no pruned model, or the file cannot be written.
+        VerificationError: A logit differs from the model's by more than 1e-4 max(1, largest logit); nothing is kept.
+        CalibrationError: int8 without calibration images.
+        DataError: The images cannot be had.
+    """
+    form = format_named(to)
+    if int8 and to != "onnx":
+        raise ModelError(f"int8 is made for 'onnx', not for {to!r}: leave int8 out, or export to 'onnx'")
+    place = Path(folder).expanduser() if Path(folder).expanduser().is_dir() else Path()
+    target = Path(output).expanduser() if output else place / (QUANTIZED if int8 else form.file)
+    net = load(folder, model)
+    try:
+        if not int8:
+            with replacing(target) as unfinished:
+                write_checked(form, for_export(net), example_images(input_size(folder)), unfinished)
+            return Exported(target)
+        with tempfile.TemporaryDirectory() as scratch:
+            deployment = deploy_int8(_subject(folder, net, model, dataset), Path(scratch), max_loss)
+            files = {QUANTIZED: target} if output else {FLOAT: place / FLOAT, QUANTIZED: target}
+            for name, path in files.items():
+                with replacing(path) as unfinished:
+                    shutil.copyfile(Path(scratch, name), unfinished)
+        if not output:
+            _tell(place, deployment)
+        return Exported(target, deployment)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}: {one_line(error)}") from error
+
+
+def _subject(folder: str | Path, net: nn.Module, model: nn.Module | None, dataset: Any) -> Subject:
+    """The model with its data, as the recipe beside it says, and its dense model."""
+    recipe_file, report_file = (Path(folder).expanduser() / name for name in (RECIPE, REPORT))
+    recipe = Recipe.from_yaml(recipe_file) if recipe_file.is_file() else Recipe()
+    if isinstance(dataset, str | Path):
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"dataset": str(dataset)})})
+    report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.is_file() else {}
+    loaded = load_model(net, input_size=input_size(folder))
+    known = dataset is None  # the report's figures are of the recipe's data
+    return Subject(
+        net,
+        data_for(loaded, dataset, recipe),
+        input_size(folder),
+        model if model is not None else dense_model(folder),
+        report.get("before", {}).get("top1") if known else None,
+        shown_name(recipe.data.dataset),
+    )
+
+
+def _tell(folder: Path, deployment: Deployment) -> None:
+    """Writes `deploy.json`, and what was measured into the report and the card, where these are."""
+    texts = {DOCUMENT: deployment.to_json()}
+    if (folder / REPORT).is_file():
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        texts[REPORT] = json.dumps({**report, "deploy": deployment.to_dict()}, indent=1) + "\n"
+    if (folder / CARD).is_file():
+        texts[CARD] = with_deployment((folder / CARD).read_text(encoding="utf-8"), deployment)
+    for name, text in texts.items():
+        with replacing(folder / name) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
