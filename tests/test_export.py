@@ -65,7 +65,7 @@ def test_what_agreement_means(folder, largest, error, kept, tmp_path, monkeypatc
         def run(self, images):
             return scaled(images) + error * max(1.0, largest)
 
-    def wrong_file(net, images, path):
+    def wrong_file(source, path):
         path.write_bytes(b"file")
 
     monkeypatch.setattr(Logits, "forward", lambda self, images: scaled(images))
@@ -99,7 +99,7 @@ def test_an_operator_that_onnx_lacks_is_named_with_its_module(tmp_path):
 
 
 def test_bad_input(folder, tmp_path):
-    with pytest.raises(ModelError, match="choose 'onnx' or 'torch-export'"):
+    with pytest.raises(ModelError, match="choose 'onnx' or 'torch-export' or"):
         export(folder, "tflite")
     with pytest.raises(CheckpointError, match=r"config\.json"):
         export(tmp_path, "torch-export")

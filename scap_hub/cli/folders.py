@@ -37,7 +37,7 @@ def push(
 
 def export(
     folder: Annotated[str, typer.Argument(help="Folder that prune saved, or its Hub id.")],
-    to: Annotated[str, typer.Option(help="onnx or torch-export.")] = "onnx",
+    to: Annotated[str, typer.Option(help="onnx, openvino, executorch or torch-export.")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="The file; its usual place in the folder if left out.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Eight bits, measured beside float32; for onnx.")] = False,
     data: Annotated[str | None, typer.Option(help="Images for int8; those of the run if left out.")] = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from scap_hub.deploy.deployment import Deployment, Int8, Variant
-from scap_hub.deploy.formats import FORMATS, example_images, for_export, write_checked
+from scap_hub.deploy.formats import FORMATS, write_checked
 from scap_hub.deploy.int8 import Quantizer, Scheme
 from scap_hub.deploy.measures import agreement, measured
-from scap_hub.deploy.onnx_file import write_onnx
 from scap_hub.deploy.runtimes import OnnxRuntime
 from scap_hub.deploy.search import search
+from scap_hub.deploy.source import Source
 from scap_hub.errors import CalibrationError
 from scap_hub.timing.clock import device_name, milliseconds
 from scap_hub.training.data import Data
@@ -72,7 +71,7 @@ def deploy_int8(subject: Subject, folder: Path, max_loss: float, batch_size: int
     images = [batch[0].float() for batch in subject.data.calibration if len(batch[0])]
     if not images:
         raise CalibrationError("int8 needs calibration images, and the data set has none: give one with images")
-    (folder / FLOAT).parent.mkdir(parents=True, exist_ok=True)
+    (folder / FLOAT).parent.mkdir(parents=True, exist_ok=True)  # on each process
     float_file = _written(folder / FLOAT, lambda path: _write_float(subject, path))
     with tempfile.TemporaryDirectory() as scratch:
         trial = _Trial(subject, float_file, images, Path(scratch))
@@ -99,7 +98,7 @@ def _written(path: Path, make: Callable[[Path], None]) -> OnnxRuntime:
 
 
 def _write_float(subject: Subject, path: Path) -> None:
-    write_checked(FORMATS["onnx"], for_export(copy.deepcopy(subject.model)), example_images(subject.input_size), path)
+    write_checked(FORMATS["onnx"], Source.of(subject.model, subject.input_size), path)
 
 
 class _Trial:
@@ -168,7 +167,7 @@ def _latency(subject: Subject, files: list[OnnxRuntime], batch_size: int) -> tup
     with tempfile.TemporaryDirectory() as scratch:
         dense = Path(scratch, "dense.onnx")
         if subject.dense is not None:
-            write_onnx(for_export(copy.deepcopy(subject.dense)), example_images(subject.input_size), dense)
+            FORMATS["onnx"].write(Source.of(subject.dense, subject.input_size), dense)
             files = [OnnxRuntime(dense), *files]
         size = dense.stat().st_size if subject.dense is not None else None
         return size, milliseconds([(runtime, images) for runtime in files])

@@ -62,6 +62,45 @@ class OnnxRuntime(Runtime):
         return torch.from_numpy(self.session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
 
+class OpenVino(Runtime):
+    """OpenVINO, in float32: where the CPU has bf16, its default is that, which not all models bear."""
+
+    name = "openvino"
+
+    def __init__(self, file: Path, threads: int | None = None) -> None:
+        """Opens a file, .xml or .onnx; with `threads`, or as many as torch has."""
+        import openvino
+
+        super().__init__(file)
+        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads or torch.get_num_threads()}
+        try:
+            self.compiled = openvino.Core().compile_model(str(file), "CPU", options)
+        except Exception as error:
+            raise ModelError(f"openvino cannot open {file.name}: {one_line(error)}") from error
+
+    def run(self, images: Tensor) -> Tensor:
+        """See `Runtime.run`."""
+        return torch.from_numpy(self.compiled(images.numpy())[0].copy())
+
+
+class ExecuTorch(Runtime):
+    """ExecuTorch; its program takes one image."""
+
+    name = "executorch"
+
+    def __init__(self, file: Path) -> None:
+        """Opens a file."""
+        from executorch.runtime import Runtime as Loader
+
+        super().__init__(file)
+        self._program = Loader.get().load_program(file)
+        self._method = self._program.load_method("forward")
+
+    def run(self, images: Tensor) -> Tensor:
+        """See `Runtime.run`."""
+        return torch.cat([self._method.execute([image[None].contiguous()])[0].clone() for image in images])
+
+
 class TorchExport(Runtime):
     """A program of torch.export, in torch."""
 

@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from scap_hub.deploy.deployment import DOCUMENT, Deployment, with_deployment
-from scap_hub.deploy.formats import example_images, for_export, format_named, write_checked
-from scap_hub.deploy.onnx_int8 import FLOAT, QUANTIZED, Subject, deploy_int8
+from scap_hub.deploy.formats import format_named, write_checked
+from scap_hub.deploy.onnx_int8 import QUANTIZED, Subject, deploy_int8
+from scap_hub.deploy.source import Source
 from scap_hub.errors import CheckpointError, ModelError
 from scap_hub.files import replacing
 from scap_hub.hub.checkpoint import RECIPE, dense_model, input_size, load
@@ -80,24 +81,39 @@ def export(
     if int8 and to != "onnx":
         raise ModelError(f"int8 is made for 'onnx', not for {to!r}: leave int8 out, or export to 'onnx'")
     place = Path(folder).expanduser() if Path(folder).expanduser().is_dir() else Path()
-    target = Path(output).expanduser() if output else place / (QUANTIZED if int8 else form.file)
-    net = load(folder, model)
+    kept = QUANTIZED if int8 else form.file
+    target = Path(output).expanduser() if output else place / kept
+    net, size = load(folder, model), input_size(folder)
+    deployment = None
     try:
-        if not int8:
-            with replacing(target) as unfinished:
-                write_checked(form, for_export(net), example_images(input_size(folder)), unfinished)
-            return Exported(target)
         with tempfile.TemporaryDirectory() as scratch:
-            deployment = deploy_int8(_subject(folder, net, model, dataset), Path(scratch), max_loss)
-            files = {QUANTIZED: target} if output else {FLOAT: place / FLOAT, QUANTIZED: target}
-            for name, path in files.items():
-                with replacing(path) as unfinished:
-                    shutil.copyfile(Path(scratch, name), unfinished)
-        if not output:
+            if int8:
+                deployment = deploy_int8(_subject(folder, net, model, dataset), Path(scratch), max_loss)
+            else:
+                write_checked(form, Source.of(net, size, folder, _zoo(net, size)), Path(scratch, kept))
+            _place(Path(scratch), kept, None if output else place, target)
+        if deployment and not output:
             _tell(place, deployment)
-        return Exported(target, deployment)
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {one_line(error)}") from error
+    return Exported(target, deployment)
+
+
+def _zoo(net: nn.Module, size: tuple[int, int, int]) -> str:
+    return load_model(net, input_size=size).zoo.name
+
+
+def _place(scratch: Path, kept: str, folder: Path | None, target: Path) -> None:
+    """Moves all that was written to its place in a folder, or one file, and what belongs to it, to the target."""
+    if folder is None:
+        file = scratch / kept
+        moves = {path: target.with_suffix(path.suffix) for path in file.parent.glob(f"{file.stem}.*") if path != file}
+        moves[file] = target
+    else:
+        moves = {path: folder / path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file()}
+    for source, path in moves.items():
+        with replacing(path) as unfinished:
+            shutil.copyfile(source, unfinished)
 
 
 def _subject(folder: str | Path, net: nn.Module, model: nn.Module | None, dataset: Any) -> Subject:
