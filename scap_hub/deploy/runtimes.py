@@ -32,7 +32,7 @@ class Runtime(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Images, float32 (N, C, H, W), to logits."""
-        return self.run(pixel_values.detach().cpu().contiguous()).to(pixel_values.device)
+        return self.run(pixel_values.detach().cpu().float().contiguous()).to(pixel_values.device)
 
     def run(self, images: Tensor) -> Tensor:
         """The same on the CPU."""

@@ -16,6 +16,7 @@ from scap_hub.placement import placement
 from scap_hub.progress import track
 from scap_hub.recipe import DataSettings, ModelSettings, Recipe
 from scap_hub.run.deploying import check_deploy
+from scap_hub.run.selecting import for_the_runtime
 from scap_hub.run.stages import Stages
 from scap_hub.run.tuning import Tuning
 from scap_hub.training.data import Data, load_data
@@ -42,7 +43,7 @@ def recipe_of(
     given = {key: str(name) for key, name in names.items() if isinstance(name, str | Path)}
     resolved = Recipe.resolve(recipe, **{**overrides, **given})
     check_deploy(resolved.deploy)
-    return resolved
+    return for_the_runtime(resolved)
 
 
 def load_dense(model: Any, dataset: Any, recipe: Recipe, stages: Stages) -> tuple[LoadedModel, Data, Tuning]:
