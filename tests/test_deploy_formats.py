@@ -75,3 +75,16 @@ def test_what_to_install_is_said_exactly(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="this one is neither: export to onnx"):
         scap_hub.export(own, "openvino", model=dense)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_no_image_model_of_transformers_reads_a_size_for_each_layer():
+    """As soon as one does, its config can say what was pruned, and plain transformers opens it."""
+    import transformers as hf
+
+    if not hasattr(hf.PreTrainedConfig, "per_layer_config"):
+        pytest.skip("transformers before 5.24 has none")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    for name in ("ViT", "DeiT", "Beit"):
+        config = getattr(hf, f"{name}Config")(**sizes, per_layer_config={1: {"intermediate_size": 8}})
+        with pytest.raises(RuntimeError, match="per-layer attribute"):
+            getattr(hf, f"{name}ForImageClassification")(config)

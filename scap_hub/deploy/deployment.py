@@ -136,6 +136,9 @@ class Deployment:
             notes.append(f"tried on {self.int8.decided_on}: {'; '.join(self.int8.attempts)}")
         if self.int8.kept:
             notes.append(f"in float32 stay: {', '.join(self.int8.kept)}")
+        before, after = (variant.latency_ms for variant in self.variants[-2:])
+        if after > before:
+            notes.append(f"int8 is slower than float32 here, {after / before:.2f} times the latency")
         return [*notes, self.int8.missed] if self.int8.missed else notes
 
     def card(self) -> str:
