@@ -1,8 +1,10 @@
 """From a pruned model to int8 for a device: what is written, what is measured, and what is refused."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,3 +189,31 @@ def test_bad_input(folder, tmp_path, monkeypatch):
     with pytest.raises(ScapHubError, match=r"pip install 'scap-hub\[onnx\]'"):
         scap_hub.prune(tiny_resnet(), None, QUICK, deploy_int8=True)
     assert before == sorted(path.stat().st_mtime_ns for path in folder.rglob("*.*"))
+
+
+RANKS = """
+import sys, torch
+from tests.test_deploy import *
+torch.manual_seed(0)
+dense = Outlier().eval()
+data = answered(dense, dense.head)
+result = scap_hub.prune(
+    dense, data, QUICK, output_dir=sys.argv[1], model_input_size=SIZE, target="ratio=1.0", round_to=1,
+    repair_least_squares=False, repair_batch_norm=False, deploy_int8=True, deploy_max_loss=0.05,
+)
+assert result.report.deploy.int8.kept
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_several_processes_find_the_same_layers(ranks, tmp_path):
+    (tmp_path / "run.py").write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, str(tmp_path / "run.py"), str(tmp_path / "out")], check=True, env=environment, timeout=300
+    )
+    told = json.loads((tmp_path / "out" / "deploy.json").read_text())["int8"]
+    assert {name.partition("/")[0] for name in told["kept"]} >= {"b", "c"} and told["loss"] <= 0.05
