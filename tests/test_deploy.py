@@ -119,6 +119,18 @@ def test_exporting_again_tells_anew_and_keeps_the_rest(folder, data, tmp_path):
     assert card.partition("## Limits")[2] == before.partition("## Limits")[2]
 
 
+def test_beside_somebody_elses_files_nothing_is_told(folder, data, tmp_path, monkeypatch):
+    """A Hub id has no folder: the files go below the working directory, whose card is another project's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("# Mine\n\n## Limits\n")
+    (tmp_path / "report.json").write_text("{}")
+    monkeypatch.setattr("scap_hub.zoo.pruned._local", lambda *_, **__: folder)
+    made = scap_hub.export("me/model", int8=True, dataset=data, max_loss=0.5)
+    assert made.file.resolve() == tmp_path / "onnx" / "model_quantized.onnx" and made.file.is_file()
+    assert (tmp_path / "README.md").read_text() == "# Mine\n\n## Limits\n" and not (tmp_path / "deploy.json").exists()
+    assert made.deployment.dataset is None, "the data that was handed over has no name"
+
+
 def test_the_published_file_runs_with_neither_scap_hub_nor_torch(folder, tmp_path):
     """The card's own code, with the download taken out."""
     card = (folder / "README.md").read_text()

@@ -80,7 +80,8 @@ def export(
     form = format_named(to)
     if int8 and to != "onnx":
         raise ModelError(f"int8 is made for 'onnx', not for {to!r}: leave int8 out, or export to 'onnx'")
-    place = Path(folder).expanduser() if Path(folder).expanduser().is_dir() else Path()
+    saved = Path(folder).expanduser().is_dir()
+    place = Path(folder).expanduser() if saved else Path()
     kept = QUANTIZED if int8 else form.file
     target = Path(output).expanduser() if output else place / kept
     net, size = load(folder, model), input_size(folder)
@@ -92,7 +93,8 @@ def export(
             else:
                 write_checked(form, Source.of(net, size, folder, _zoo(net, size)), Path(scratch, kept))
             _place(Path(scratch), kept, None if output else place, target)
-        if deployment and not output:
+        # Below the working directory, card and report would be another project's.
+        if deployment and saved and not output:
             _tell(place, deployment)
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {one_line(error)}") from error
@@ -118,28 +120,38 @@ def _place(scratch: Path, kept: str, folder: Path | None, target: Path) -> None:
 
 def _subject(folder: str | Path, net: nn.Module, model: nn.Module | None, dataset: Any) -> Subject:
     """The model with its data, as the recipe beside it says, and its dense model."""
-    recipe_file, report_file = (Path(folder).expanduser() / name for name in (RECIPE, REPORT))
-    recipe = Recipe.from_yaml(recipe_file) if recipe_file.is_file() else Recipe()
-    if isinstance(dataset, str | Path):
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"dataset": str(dataset)})})
-    report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.is_file() else {}
-    loaded = load_model(net, input_size=input_size(folder))
-    known = dataset is None  # the report's figures are of the recipe's data
+    place = Path(folder).expanduser()
+    recipe = Recipe.from_yaml(place / RECIPE) if (place / RECIPE).is_file() else Recipe()
+    name, dense_top1 = recipe.data.dataset, None
+    if dataset is None:
+        dense_top1 = _report(place).get("before", {}).get("top1")  # measured on the recipe's data
+    else:
+        name = str(dataset) if isinstance(dataset, str | Path) else None
     return Subject(
         net,
-        data_for(loaded, dataset, recipe),
+        data_for(load_model(net, input_size=input_size(folder)), dataset, recipe),
         input_size(folder),
         model if model is not None else dense_model(folder),
-        report.get("before", {}).get("top1") if known else None,
-        shown_name(recipe.data.dataset),
+        dense_top1,
+        shown_name(name),
     )
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    """What a run reported; empty where nothing is there."""
+    if not (folder / REPORT).is_file():
+        return {}
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / REPORT} is not JSON ({one_line(error)}): remove it, or run again") from None
+    return report if isinstance(report, dict) else {}
 
 
 def _tell(folder: Path, deployment: Deployment) -> None:
     """Writes `deploy.json`, and what was measured into the report and the card, where these are."""
     texts = {DOCUMENT: deployment.to_json()}
-    if (folder / REPORT).is_file():
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    if report := _report(folder):
         texts[REPORT] = json.dumps({**report, "deploy": deployment.to_dict()}, indent=1) + "\n"
     if (folder / CARD).is_file():
         texts[CARD] = with_deployment((folder / CARD).read_text(encoding="utf-8"), deployment)
