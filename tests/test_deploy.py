@@ -119,6 +119,21 @@ def test_exporting_again_tells_anew_and_keeps_the_rest(folder, data, tmp_path):
     assert card.partition("## Limits")[2] == before.partition("## Limits")[2]
 
 
+class Bessel(nn.Module):
+    def forward(self, x):
+        return torch.special.bessel_j0(x)
+
+
+def test_a_model_that_cannot_be_exported_is_saved_all_the_same(data, tmp_path):
+    convolutions = (nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3))
+    net = nn.Sequential(*convolutions, Bessel(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    with pytest.warns(UserWarning, match=r"not in int8: ONNX has no operator for aten\.special_bessel_j0"):
+        scap_hub.prune(
+            net, data, QUICK, output_dir=tmp_path / "out", model_input_size=SIZE, target="ratio=0.5", deploy_int8=True
+        )
+    assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out" / "deploy.json").exists()
+
+
 def test_beside_somebody_elses_files_nothing_is_told(folder, data, tmp_path, monkeypatch):
     """A Hub id has no folder: the files go below the working directory, whose card is another project's."""
     monkeypatch.chdir(tmp_path)
