@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from scap_hub.run.bench import bench
     from scap_hub.run.compare import compare
     from scap_hub.run.comparison import Comparison
+    from scap_hub.run.export import export
     from scap_hub.run.forecast import Forecast, forecast
     from scap_hub.run.pruning import prune
     from scap_hub.run.report import Report
@@ -50,6 +51,7 @@ _HOMES = {
     "bench": "run.bench",
     "channel_groups": "channels",
     "compare": "run.compare",
+    "export": "run.export",
     "finetune": "training.finetune",
     "forecast": "run.forecast",
     "latency_table": "timing.table",
@@ -80,6 +82,7 @@ __all__ = [
     "bench",
     "channel_groups",
     "compare",
+    "export",
     "finetune",
     "forecast",
     "latency_table",

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from scap_hub import export
+from scap_hub.deploy import formats
+from scap_hub.deploy.capture import Logits
+from scap_hub.deploy.runtimes import Runtime
 from scap_hub.errors import CheckpointError, ModelError, VerificationError
-from scap_hub.hub import export as exporting
 from scap_hub.hub.checkpoint import load, save_checkpoint
-from scap_hub.hub.export import export
 from tests.test_adapters import tiny_resnet
 from tests.test_checkpoint import SIZE, pruned
 
@@ -29,7 +31,7 @@ def assert_agree(ours, expected):
 
 
 def test_torch_export(folder, tmp_path):
-    path = export(folder, "torch-export", tmp_path / "deep" / "model.pt2")
+    path = export(folder, "torch-export", tmp_path / "deep" / "model.pt2").file
     for batch in (1, 3):
         images = torch.randn(batch, *SIZE)
         assert_agree(torch.export.load(path).module()(images), answers(folder, images))
@@ -38,14 +40,15 @@ def test_torch_export(folder, tmp_path):
 def test_onnx(folder):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    path = export(folder, "onnx")
-    assert path == folder / "model.onnx"
+    path = export(folder, "onnx").file
+    assert path == folder / "onnx" / "model.onnx"
+    assert b"site-packages" not in path.read_bytes(), "nothing of this machine is published"
     session = onnxruntime.InferenceSession(str(path))
     for batch in (1, 3):
         images = torch.randn(batch, *SIZE)
-        (logits,) = session.run(None, {"images": images.numpy()})
+        (logits,) = session.run(None, {"pixel_values": images.numpy()})
         assert_agree(torch.from_numpy(logits), answers(folder, images))
-    assert not list(folder.glob(".*"))
+    assert not list(folder.rglob(".*"))
 
 
 @pytest.mark.parametrize("largest", [0.01, 100.0])
@@ -56,22 +59,47 @@ def test_what_agreement_means(folder, largest, error, kept, tmp_path, monkeypatc
     def scaled(batch):
         return torch.linspace(-largest, largest, len(batch))[:, None]
 
-    def wrong_file(net, images, path):
-        path.write_bytes(b"file")
-        return lambda batch: scaled(batch) + error * max(1.0, largest)
+    class Wrong(Runtime):
+        name = "wrong"
 
-    monkeypatch.setattr(exporting._Logits, "forward", lambda self, images: scaled(images))
-    monkeypatch.setattr(exporting, "_torch_export", wrong_file)
+        def run(self, images):
+            return scaled(images) + error * max(1.0, largest)
+
+    def wrong_file(source, path):
+        path.write_bytes(b"file")
+
+    monkeypatch.setattr(Logits, "forward", lambda self, images: scaled(images))
+    monkeypatch.setitem(formats.FORMATS, "torch-export", formats.Format("model.pt2", (), "", wrong_file, Wrong))
     if kept:
-        assert export(folder, "torch-export", tmp_path / "model.pt2").read_bytes() == b"file"
+        assert export(folder, "torch-export", tmp_path / "model.pt2").file.read_bytes() == b"file"
         return
-    with pytest.raises(VerificationError, match=r"differs from the model by .* are allowed"):
+    with pytest.raises(VerificationError, match=r"differs from the model by .* at logits\[\d, 0\] .* are allowed"):
         export(folder, "torch-export", tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
 
 
+def test_an_operator_that_onnx_lacks_is_named_with_its_module(tmp_path):
+    class Odd(torch.nn.Module):
+        def forward(self, x):
+            return torch.special.bessel_j0(x)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.odd, self.head = torch.nn.Conv2d(3, 8, 3), Odd(), torch.nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(self.odd(self.conv(x)).mean((2, 3)))
+
+    dense = Net()
+    saved = save_checkpoint(tmp_path / "out", *pruned(dense))
+    with pytest.raises(ModelError, match=r"no operator for aten\.special_bessel_j0.* in module 'odd' of Net"):
+        export(saved, "onnx", model=dense)
+    assert not (saved / "onnx").exists() or not list((saved / "onnx").iterdir())
+
+
 def test_bad_input(folder, tmp_path):
-    with pytest.raises(ModelError, match="'onnx' or 'torch-export'"):
+    with pytest.raises(ModelError, match="choose 'onnx' or 'torch-export' or"):
         export(folder, "tflite")
     with pytest.raises(CheckpointError, match=r"config\.json"):
         export(tmp_path, "torch-export")

@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe",),
     ("training",),
     ("hub",),
+    ("deploy",),
     ("run",),
     ("__init__",),
     ("cli",),

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from scap_hub.cli.options import AsJson, Quiet
-from scap_hub.cli.output import output, say
+from scap_hub.cli.output import output, print_table, say
 
 
 def push(
@@ -37,19 +37,26 @@ def push(
 
 def export(
     folder: Annotated[str, typer.Argument(help="Folder that prune saved, or its Hub id.")],
-    to: Annotated[str, typer.Option(help="onnx or torch-export.")] = "onnx",
-    out: Annotated[Path | None, typer.Option(help="The file; model.onnx or model.pt2 in the folder.")] = None,
+    to: Annotated[str, typer.Option(help="onnx, openvino, executorch or torch-export.")] = "onnx",
+    out: Annotated[Path | None, typer.Option(help="The file; its usual place in the folder if left out.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Eight bits, measured beside float32; for onnx.")] = False,
+    data: Annotated[str | None, typer.Option(help="Images for int8; those of the run if left out.")] = None,
+    max_loss: Annotated[float, typer.Option(min=0, max=1, help="What int8 may lose of the metric.")] = 0.01,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Export a saved model for any batch size, and check that the file computes the same.
 
-    Example: scap-hub export resnet50-half --to onnx
+    Example: scap-hub export resnet50-half --to onnx --int8 --data me/flowers
     """
-    with output(quiet):
-        from scap_hub.hub.export import export as write
+    with output(quiet or as_json):
+        import scap_hub
 
-        path = write(folder, to, out)  # type: ignore[arg-type]
+        made = scap_hub.export(folder, to, out, int8=int8, dataset=data, max_loss=max_loss)
     if as_json:
-        print(json.dumps({"file": str(path)}))
-    say(str(path), quiet or as_json)
+        measured = {"deploy": made.deployment.to_dict()} if made.deployment else {}
+        print(json.dumps({"file": str(made.file), **measured}))
+    elif made.deployment and not quiet:
+        print_table(made.deployment.head, made.deployment.rows())
+        print("\n".join(made.deployment.notes()))
+    say(str(made.file), quiet or as_json)

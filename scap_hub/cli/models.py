@@ -70,6 +70,11 @@ def bench(
     batch: Annotated[str, typer.Option(help="Images at once, with commas between.")] = "1,64",
     dtype: Annotated[str, typer.Option(help="fp32, fp16, bf16, with commas between.")] = "fp32",
     compile: Annotated[bool, typer.Option("--compile", help="Measure torch.compile too.")] = False,
+    runtime: Annotated[
+        str | None, typer.Option(help="onnxruntime, openvino, with commas between: files on the CPU, not torch.")
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="With --runtime: measure int8 too.")] = False,
+    threads: Annotated[str, typer.Option(help="With --runtime: how many, with commas between.")] = "1",
     size: Size = None,
     checkpoint: Checkpoint = None,
     quiet: Quiet = False,
@@ -78,14 +83,18 @@ def bench(
     """Measure latency and throughput, in turns with the dense model, on the device at hand.
 
     Example: scap-hub bench resnet50-half --batch 1,64 --dtype fp32,bf16 --compile
+
+    In runtimes: scap-hub bench resnet50-half --runtime onnxruntime,openvino --int8 --threads 1,4
     """
-    batches = [int(text) if text.strip().isdigit() else 0 for text in batch.split(",")]
+    batches, pixels = _numbers(batch), None if size is None else (3, size, size)
+    if runtime is not None:
+        _bench_runtimes(model, against, runtime, int8, threads, batches, pixels, checkpoint, quiet, as_json)
+        return
     with output(quiet or as_json):
         from scap_hub.run.bench import bench as measure
         from scap_hub.timing.clock import device_name
         from scap_hub.training.distributed import accelerator
 
-        pixels = None if size is None else (3, size, size)
         rows = measure(
             model, against, batch_sizes=batches, dtypes=dtype.split(","), compile=compile, size=pixels,
             checkpoint=checkpoint,
@@ -100,6 +109,49 @@ def bench(
             [
                 [row.model, str(row.batch), row.dtype, row.mode, f"{row.ms:.2f}", f"{row.images_per_second:,.0f}",
                  f"{row.speedup:.2f}x"]
+                for row in rows
+            ],
+        )  # fmt: skip
+
+
+def _numbers(text: str) -> list[int]:
+    """Numbers with commas between; what is no number is 0, which is refused where it is used."""
+    return [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
+
+
+def _bench_runtimes(
+    model: str,
+    against: str | None,
+    runtime: str,
+    int8: bool,
+    threads: str,
+    batches: list[int],
+    size: tuple[int, int, int] | None,
+    checkpoint: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    with output(quiet or as_json):
+        import torch
+
+        from scap_hub.run.bench_runtimes import bench_runtimes
+        from scap_hub.timing.clock import device_name
+
+        rows = bench_runtimes(
+            model, against, runtimes=runtime.split(","), int8=int8, threads=_numbers(threads), batch_sizes=batches,
+            size=size, checkpoint=checkpoint,
+        )  # fmt: skip
+        device = device_name(torch.device("cpu"))
+    if as_json:
+        print(json.dumps({"device": device, "rows": [asdict(row) for row in rows]}))
+    elif not quiet:
+        head = ["model", "runtime", "", "threads", "batch", "ms", "images/s", "speed-up", "file MB", "peak MB"]
+        print_table(
+            head,
+            [
+                [row.model, row.runtime, row.precision, str(row.threads), str(row.batch), f"{row.ms:.2f}",
+                 f"{row.images_per_second:,.0f}", f"{row.speedup:.2f}x", f"{row.file_bytes / 1e6:.2f}",
+                 "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"]
                 for row in rows
             ],
         )  # fmt: skip

@@ -120,6 +120,7 @@ def save_checkpoint(
     try:
         with making(folder) as unfinished:
             for name, content in documents.items():
+                (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
                 (unfinished / name).write_bytes(content.encode() if isinstance(content, str) else content)
             shard_size = SHARD if loaded.zoo.shards else 2**63
             save_torch_model(model, unfinished, max_shard_size=shard_size, metadata={"format": "pt"})

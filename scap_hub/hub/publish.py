@@ -30,8 +30,14 @@ from scap_hub.zoo import modeling_scap
 from scap_hub.zoo.base import CODE
 
 CARD = "README.md"
+DEPLOYED = (
+    *("deploy.json", "onnx/model.onnx", "onnx/model_quantized.onnx"),
+    *("openvino/openvino_model.xml", "openvino/openvino_model.bin", "openvino/export.json", "openvino/config.json"),
+    *("executorch/model.pte", "executorch/export.json", "executorch/config.json"),
+)
+"""What `scap_hub.export` writes for those who have no scap_hub."""
 # Only these are published beside the weights, whatever else lies in the folder. None of them is a pickle file.
-FILES = (CONFIG, PLAN, RECIPE, IMAGE_PROCESSOR, CODE, CARD, PICTURE, "report.json", "report.html")
+FILES = (CONFIG, PLAN, RECIPE, IMAGE_PROCESSOR, CODE, CARD, PICTURE, "report.json", "report.html", *DEPLOYED)
 _WEIGHT_NAMES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _WAITS = (1.0, 2.0, 4.0)
 _TRANSIENT = (429, 500, 502, 503, 504)

@@ -5,6 +5,7 @@ from scap_hub.recipe.files import shipped_recipes
 from scap_hub.recipe.settings import (
     CriterionSettings,
     DataSettings,
+    DeploySettings,
     DistillationSettings,
     EvaluateSettings,
     FinetuneSettings,
@@ -18,6 +19,7 @@ from scap_hub.recipe.settings import (
 __all__ = [
     "CriterionSettings",
     "DataSettings",
+    "DeploySettings",
     "DistillationSettings",
     "EvaluateSettings",
     "FinetuneSettings",

@@ -20,6 +20,7 @@ from scap_hub.recipe.settings import (
     CountOrZero,
     CriterionSettings,
     DataSettings,
+    DeploySettings,
     EvaluateSettings,
     FinetuneSettings,
     ModelSettings,
@@ -45,6 +46,7 @@ class Recipe(Block):
     schedule: ScheduleSettings = ScheduleSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    deploy: DeploySettings = DeploySettings()
     publish: PublishSettings = PublishSettings()
     seed: CountOrZero = 0
     """Seed of everything random."""

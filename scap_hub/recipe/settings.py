@@ -138,7 +138,10 @@ class TargetSettings(Block):
     params: Fraction | None = None
     """Parameters that stay, as a fraction."""
     latency: Fraction | None = None
-    """Time of a forward pass that stays, as a fraction, measured on the device of the run."""
+    """Time of a forward pass that stays, as a fraction, measured on the device of the run, in `runtime`."""
+    runtime: Literal["torch", "onnxruntime", "openvino"] = "torch"
+    """What runs the model in the end, so that a budget of latency is met there: torch, or a file on the CPU, in int8
+    if `deploy.int8` is set."""
     batch_size: Count = 1
     """Images at once when the budget is latency."""
     ratio: Fraction | Annotated[dict[str, Fraction], Field(min_length=1)] | None = None
@@ -146,8 +149,9 @@ class TargetSettings(Block):
     scope: Literal["auto", "global", "cost-aware", "uniform"] = "auto"
     """Compare scores across groups, or scores for what a channel costs (importance per MAC, parameter or millisecond),
     or keep the same fraction in each; auto is what the criterion's scores are made for."""
-    round_to: Count = 8
-    """Kept channels are a multiple of this; fast kernels want 8."""
+    round_to: Count | Literal["auto"] = 8
+    """Kept channels are a multiple of this; fast kernels want 8, many CPUs 16. auto measures which of 8, 16 and 32
+    `runtime` likes; the saved recipe has the number."""
     floor: Share = 0.05
     """Channels that stay in each group whatever the scores say, as a fraction."""
 
@@ -162,6 +166,12 @@ class TargetSettings(Block):
             if not given:
                 return {**value, "macs": 0.5}
         return value
+
+    @property
+    def multiple(self) -> int:
+        """`round_to`, once "auto" is replaced by what was measured."""
+        assert isinstance(self.round_to, int)
+        return self.round_to
 
     @property
     def target(self) -> Target:
@@ -259,6 +269,14 @@ class EvaluateSettings(Block):
     verify: bool = True
     """Refuse a model that cannot be compared with its masked one, such as one that is random in eval mode; false only
     warns. A plan that is found to be wrong is never used."""
+
+
+class DeploySettings(Block):
+    int8: bool = False
+    """Write ONNX files in float32 and in int8 beside the weights, and measure both."""
+    max_loss: Share = 0.01
+    """What int8 may lose of the metric on the validation images, or of the same answers where there are no labels, as
+    a fraction; where the first way to int8 loses more, others are tried, and then layers stay in float32."""
 
 
 class PublishSettings(Block):

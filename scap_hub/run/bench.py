@@ -79,6 +79,17 @@ def bench(
     if unknown or min(batch_sizes, default=0) < 1:
         wrong = f"dtype {unknown[0]!r}" if unknown else f"batch sizes {list(batch_sizes)}"
         raise RecipeError(f"{wrong}: give dtypes out of {', '.join(DTYPES)}, and batch sizes of 1 or more")
+    models, size = models_to_compare(model, against, size, checkpoint)
+    return speeds(models, size, batch_sizes, dtypes, ("eager", "compile") if compile else ("eager",), timer)
+
+
+def models_to_compare(
+    model: str | Path | nn.Module,
+    against: str | Path | nn.Module | None,
+    size: Size | None,
+    checkpoint: str | Path | None,
+) -> tuple[dict[str, nn.Module], Size]:
+    """The models by name, what others are compared with first, and the size of their input; arguments as `bench`."""
     module, own_size, base = _resolved(model, size)
     if checkpoint is not None:
         module = copy.deepcopy(module)
@@ -88,7 +99,7 @@ def bench(
         models = {_name(against, "against"): _resolved(against, own_size)[0], **models}
     elif base is not None:
         models = {"dense": base, **models}
-    return speeds(models, size or own_size, batch_sizes, dtypes, ("eager", "compile") if compile else ("eager",), timer)
+    return models, size or own_size
 
 
 def speeds(

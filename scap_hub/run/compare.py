@@ -151,7 +151,9 @@ def _fits(name: str, target: Target) -> bool:
 def _shared(recipe: Recipe) -> dict[str, Any]:
     """What every cell has in common."""
     document = recipe.model_dump(mode="json")
-    document["target"] = {key: document["target"][key] for key in ("scope", "round_to", "floor", "batch_size")}
+    document["target"] = {
+        key: document["target"][key] for key in ("scope", "round_to", "floor", "batch_size", "runtime")
+    }
     return {key: value for key, value in document.items() if key not in ("criterion", "seed", "evaluate", "publish")}
 
 
@@ -236,7 +238,7 @@ def _peer(job: _Job) -> Cell:
         images = example(small, loaded)
         groups = channel_groups(small, images)
         try:
-            small = peers.prune_with_peer(small, groups, images, job.name, target, recipe.target.round_to)
+            small = peers.prune_with_peer(small, groups, images, job.name, target, recipe.target.multiple)
         except Exception as error:
             # Whatever another library raises is a result here: it does not prune this model.
             return {"error": f"{type(error).__name__}: {error}"}

@@ -166,7 +166,7 @@ def _with_groups(found: Forecast, loaded: LoadedModel, groups: ChannelGroups, re
     settings = recipe.target
     if settings.target.kind in ("macs", "params", "ratio"):
         scores = {group.name: torch.ones(group.size) for group in groups.prunable}
-        plan = select(groups, scores, settings.target, settings.round_to, floor=settings.floor, scope="uniform")
+        plan = select(groups, scores, settings.target, settings.multiple, floor=settings.floor, scope="uniform")
         stays = groups.staying({name: plan.kept(name) for name in plan.groups})
         everything = groups.everything()
         macs = (macs[0], round(macs[0] * groups.macs(stays) / groups.macs(everything)))

@@ -15,6 +15,8 @@ from scap_hub.errors import CalibrationError, DataError, RecipeError
 from scap_hub.placement import placement
 from scap_hub.progress import track
 from scap_hub.recipe import DataSettings, ModelSettings, Recipe
+from scap_hub.run.deploying import check_deploy
+from scap_hub.run.selecting import for_the_runtime
 from scap_hub.run.stages import Stages
 from scap_hub.run.tuning import Tuning
 from scap_hub.training.data import Data, load_data
@@ -39,7 +41,9 @@ def recipe_of(
     """
     names = {"model_name": model, "data_dataset": dataset, "model_checkpoint": checkpoint}
     given = {key: str(name) for key, name in names.items() if isinstance(name, str | Path)}
-    return Recipe.resolve(recipe, **{**overrides, **given})
+    resolved = Recipe.resolve(recipe, **{**overrides, **given})
+    check_deploy(resolved.deploy)
+    return for_the_runtime(resolved)
 
 
 def load_dense(model: Any, dataset: Any, recipe: Recipe, stages: Stages) -> tuple[LoadedModel, Data, Tuning]:

@@ -19,6 +19,7 @@ from scap_hub.placement import half_precisions, lower_precision, raised
 from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
+from scap_hub.run.deploying import deployed
 from scap_hub.run.forecast import tell_if_long
 from scap_hub.run.identity import identity
 from scap_hub.run.inputs import example, load_dense, recipe_of, shard_calibration
@@ -27,14 +28,13 @@ from scap_hub.run.repairing import repaired
 from scap_hub.run.report import GroupReport, Measures, Report, Selection, Tuned, measure
 from scap_hub.run.result import Result
 from scap_hub.run.score_cache import kept_scores
+from scap_hub.run.selecting import select_step
 from scap_hub.run.stages import Stages
 from scap_hub.run.steps import refine
 from scap_hub.run.tuning import tune_dense, warn_if_guessing
 from scap_hub.run.unfinished import Unfinished, kept_beside
 from scap_hub.run.verification import Verdict, Verified, beyond_repair, failing_plan_beside, verified
 from scap_hub.scores import Scores
-from scap_hub.selection.latency import select_latency
-from scap_hub.selection.select import kept_importance, select
 from scap_hub.surgery import apply_plan
 from scap_hub.timing.clock import milliseconds
 from scap_hub.training.callbacks import Callback, check_tracker
@@ -93,10 +93,10 @@ def prune(
             tell_if_long(loaded, data, recipe, tuning)
         folder = None if work is None else work.folder
         tuned = tune_dense(loaded, data, recipe, tuning, stages, folder)
-        result = prune_loaded(
+        result = deployed(data, stages, prune_loaded(
             *(loaded, data, recipe), tuned=tuned, work=folder, scores=folder and folder / "scores", stages=stages,
             callbacks=callbacks,
-        )  # fmt: skip
+        ))  # fmt: skip
         if work is not None:
             from_main(lambda: _save(result, work))
     if (repo_id := recipe.publish.repo_id) is not None:
@@ -317,37 +317,7 @@ class _Pipeline:
         recipe = self.recipe
         scope = scores.scope if recipe.target.scope == "auto" else recipe.target.scope
         images = example(model, self.loaded, recipe.target.batch_size)
-        return from_main(lambda: _select(self.loaded.module, model, groups, scores, recipe, scope, number, images))
-
-
-def _select(
-    dense: nn.Module,
-    small: nn.Module,
-    groups: ChannelGroups,
-    scores: Scores,
-    recipe: Recipe,
-    scope: str,
-    step: int,
-    images: Tensor,
-) -> tuple[PruningPlan, Selection]:
-    """The plan of one step, and what it came to."""
-    settings, steps = recipe.target, recipe.schedule.steps
-    table = share = budget = None
-    met = True
-    if settings.target.kind == "latency":
-        # Of the dense model's time, so that what one step misses the next makes good.
-        choice = select_latency(
-            small, groups, scores, settings.target.share((step + 1) / steps).number, images, settings.round_to,
-            floor=settings.floor, scope=scope, reference=dense,
-        )  # fmt: skip
-        plan, share, target, table, met = choice.plan, choice.share, choice.target, choice.table, choice.met
-        budget = choice.wanted.number
-    else:
-        target = settings.target.share(1 / steps)
-        plan = select(groups, scores, target, settings.round_to, floor=settings.floor, scope=scope)
-    importance = kept_importance(plan, scores)
-    free = select(groups, scores, target, 1, floor=settings.floor, scope=scope, latency=table)
-    return plan, Selection(importance, max(0.0, kept_importance(free, scores) - importance), share, met, budget)
+        return from_main(lambda: select_step(self.loaded.module, model, groups, scores, recipe, scope, number, images))
 
 
 def _still_guilty(groups: ChannelGroups, earlier: Sequence[_Step]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from scap_hub.criteria.diagnostics import Diagnosis
+from scap_hub.deploy.deployment import Deployment
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Metric
 from scap_hub.training.data import Data
 from scap_hub.training.evaluate import count, evaluate
@@ -108,6 +109,7 @@ class Report:
         metric: What `Measures.top1` is.
         skipped: How many images could not be read and were left out, by split.
         tuned: How the dense model was trained before it was pruned; None where it was not.
+        deploy: What was measured of the files for other runtimes; None where there are none.
     """
 
     before: Measures
@@ -123,6 +125,7 @@ class Report:
     metric: Metric = IMAGE_CLASSIFICATION.metric
     skipped: dict[str, int] = field(default_factory=dict)
     tuned: Tuned | None = None
+    deploy: Deployment | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON-able values."""
@@ -156,6 +159,9 @@ class Report:
             speedup = before.latency_ms / after.latency_ms
             faster = f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
             rows.append(("latency", f"{before.latency_ms:.2f} ms", f"{after.latency_ms:.2f} ms", faster))
+        if self.deploy is not None:
+            for name, size, quality, _, latency, faster in self.deploy.rows():
+                rows.append((name, self.deploy.runtime, ", ".join(filter(None, (size, quality, latency))), faster))
         if self.tuned is not None:
             rows.append(("tuned first", str(self.tuned), "", ""))
         if self.verified is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from scap_hub.deploy.deployment import DOCUMENT, with_deployment
 from scap_hub.hub.card import PICTURE, Measured, model_card
 from scap_hub.hub.checkpoint import save_checkpoint
 from scap_hub.hub.picture import channels_picture
@@ -35,6 +36,7 @@ class Result:
         recipe: What was done; running it again repeats the run.
         loaded: The dense model and where it came from.
         task: What the model is for.
+        exported: Folder with the files for other runtimes, where the recipe asks for them; gone with this object.
     """
 
     model: nn.Module
@@ -43,6 +45,7 @@ class Result:
     recipe: Recipe
     loaded: LoadedModel
     task: Task = IMAGE_CLASSIFICATION
+    exported: tempfile.TemporaryDirectory[str] | None = None
 
     def save_pretrained(self, folder: str | Path, allow_nan: bool = False) -> Path:
         """Writes model.safetensors, config.json, pruning_plan.json, recipe.yaml, report.json, README.md and code.
@@ -64,9 +67,15 @@ class Result:
         files: dict[str, str | bytes] = {"report.json": self.report_json()}
         if picture := channels_picture(self.plan):
             files[PICTURE] = picture
-        files["README.md"] = model_card(
+        card = model_card(
             self.loaded, self.plan, self._measured(), recipe, picture=PICTURE in files, plain=plain is not None
         )
+        if self.exported is not None and self.report.deploy is not None:
+            card = with_deployment(card, self.report.deploy)
+            files[DOCUMENT] = self.report.deploy.to_json()
+            place = Path(self.exported.name)
+            files |= {path.relative_to(place).as_posix(): path.read_bytes() for path in sorted(place.rglob("*.*"))}
+        files["README.md"] = card
         return save_checkpoint(folder, self.model, self.loaded, self.plan, recipe, files, plain, allow_nan)
 
     def report_json(self) -> str:
@@ -99,13 +108,11 @@ class Result:
 
     def _measured(self) -> Measured:
         dataset = self.recipe.data.dataset
-        on_hub = dataset is not None and not Path(dataset).exists() and dataset.count("/") == 1
         return Measured(
             dense=asdict(self.report.before),
             pruned=asdict(self.report.after),
-            # A path says nothing to others, and they need not know it.
-            dataset=dataset if dataset is None or on_hub else Path(dataset).name,
-            dataset_id=dataset if on_hub else None,
+            dataset=shown_name(dataset),
+            dataset_id=dataset if _on_hub(dataset) else None,
             device=device_name(placement(self.model).device),
             task=self.task,
             verified=self.report.verified,
@@ -113,3 +120,12 @@ class Result:
             missed=self.report.missed,
             tuned=None if self.report.tuned is None else str(self.report.tuned),
         )
+
+
+def shown_name(dataset: str | None) -> str | None:
+    """What others read of a data set's name: a path says nothing to them, and they need not know it."""
+    return dataset if dataset is None or _on_hub(dataset) else Path(dataset).name
+
+
+def _on_hub(dataset: str | None) -> bool:
+    return dataset is not None and not Path(dataset).exists() and dataset.count("/") == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,7 @@ def select_latency(
     scope: str | None = None,
     reference: nn.Module | None = None,
     timer: Timer | None = None,
+    built: Callable[[nn.Module], nn.Module] | None = None,
 ) -> LatencyChoice:
     """Chooses the channels that stay so that the pruned model, measured here, takes `fraction` of the time.
 
@@ -81,12 +82,15 @@ def select_latency(
         scope: As for `select`.
         reference: What the fraction is of; the model itself if left out.
         timer: Measures calls that take turns; by default `scap_hub.timing.clock.milliseconds`.
+        built: Gives what runs in the end, such as an exported file, of a model; by default the model itself.
 
     Raises:
         TargetError: Even the smallest model takes longer (says how long), or as for `select`.
     """
     target = Target("latency", fraction)
-    shares = _Shares(model, model if reference is None else reference, images, timer or milliseconds)
+    built = built or (lambda module: module)
+    dense = built(model if reference is None else reference)
+    shares = _Shares(model, dense, images, timer or milliseconds, built, reference is None or reference is model)
     smallest = smallest_plan(groups, scores, round_to, floor)
     least = shares.of(smallest)
     if least > fraction * (1 + TOLERANCE):
@@ -116,23 +120,35 @@ def select_latency(
 
 @dataclass(frozen=True, eq=False)
 class _Shares:
-    """Measures what share of the reference's time a model takes, in turns with it."""
+    """Measures what share of the reference's time a model takes, in turns with it.
+
+    Attributes:
+        model: What is pruned.
+        reference: What times are compared with, as it runs in the end.
+        images: What both are fed.
+        timer: Measures calls that take turns.
+        built: Gives what runs in the end.
+        first: Whether the reference is the model that is pruned.
+    """
 
     model: nn.Module
     reference: nn.Module
     images: Tensor
     timer: Timer
+    built: Callable[[nn.Module], nn.Module]
+    first: bool
 
     def of(self, plan: PruningPlan) -> float:
         """The share of the pruned model."""
-        dense, small = self.timer([(self.reference, self.images), (apply_plan(self.model, plan), self.images)])
+        pruned = self.built(apply_plan(self.model, plan))
+        dense, small = self.timer([(self.reference, self.images), (pruned, self.images)])
         return small / dense
 
     def of_the_unpruned(self) -> float:
         """The share of the model that is pruned; the reference may be larger."""
-        if self.model is self.reference:
+        if self.first:
             return 1.0
-        dense, unpruned = self.timer([(self.reference, self.images), (self.model, self.images)])
+        dense, unpruned = self.timer([(self.reference, self.images), (self.built(self.model), self.images)])
         return unpruned / dense
 
 

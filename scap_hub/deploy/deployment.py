@@ -1,0 +1,180 @@
+"""What is told of exported files: `deploy.json`, a table, and a section of the model card."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from scap_hub.deploy.capture import INPUT, OUTPUT
+from scap_hub.deploy.search import Found
+from scap_hub.hub.card import HERE
+from scap_hub.markdown import code, escaped, fenced
+
+DOCUMENT = "deploy.json"
+_BEGIN, _END = "<!-- scap_hub deploy: begin -->", "<!-- scap_hub deploy: end -->"
+_BEFORE = "## Limits"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One file, in its runtime.
+
+    Attributes:
+        name: "dense fp32", "pruned fp32" or "pruned int8".
+        file: Its place in the folder; None where it is not kept, as that of the dense model.
+        bytes: Its size.
+        top1: The task's metric, 0 to 1, on the images that models are measured on; None without labels.
+        agreement: Share of the images to which it gives the answer of the pruned model in float32; None for the dense
+            one.
+        latency_ms: Milliseconds of one forward pass, measured in turns with the others.
+    """
+
+    name: str
+    file: str | None
+    bytes: int
+    top1: float | None
+    agreement: float | None
+    latency_ms: float
+
+
+@dataclass(frozen=True)
+class Int8:
+    """How int8 was made.
+
+    Attributes:
+        scheme: How numbers are mapped to eight bits.
+        kept: Layers that stay in float32, by the model's module names.
+        images: Calibration images.
+        allowed: Loss that was allowed, as a fraction.
+        loss: What it loses on the images that decided.
+        decided_on: Which images these are, and what the loss is of.
+        attempts: What was tried, with what each lost.
+    """
+
+    scheme: str
+    kept: list[str]
+    images: int
+    allowed: float
+    loss: float
+    decided_on: str
+    attempts: list[str]
+
+    @classmethod
+    def of(cls, found: Found, images: int, allowed: float, decided_on: str) -> Int8:
+        """From what a search found."""
+        best = found.best
+        return cls(
+            str(best.scheme), list(best.kept), images, allowed, best.loss, decided_on, list(map(str, found.attempts))
+        )
+
+    @property
+    def missed(self) -> str | None:
+        """How the allowed loss is missed; None where it is not."""
+        if self.loss <= self.allowed:
+            return None
+        return f"int8 loses {100 * self.loss:.2f} points on {self.decided_on}, {100 * self.allowed:g} are allowed"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What was measured of exported files.
+
+    Attributes:
+        runtime: What ran them, with its version.
+        device: What latency was measured on.
+        batch_size: Images at once when latency is measured.
+        metric: Name of the metric.
+        dataset: What it was measured on.
+        variants: The files.
+        int8: How int8 was made.
+    """
+
+    runtime: str
+    device: str
+    batch_size: int
+    metric: str
+    dataset: str | None
+    variants: list[Variant] = field(default_factory=list)
+    int8: Int8 | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON-able values."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """`deploy.json`."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    @property
+    def head(self) -> list[str]:
+        """Names of the columns of `rows`."""
+        return ["", "size", self.metric, "same answers", "latency", "faster"]
+
+    def rows(self) -> list[list[str]]:
+        """The table a person reads."""
+        slowest = self.variants[0].latency_ms
+        return [
+            [
+                variant.name,
+                f"{variant.bytes / 1e6:,.2f} MB",
+                "" if variant.top1 is None else f"{100 * variant.top1:.2f} %",
+                "" if variant.agreement is None else f"{100 * variant.agreement:.2f} %",
+                f"{variant.latency_ms:.2f} ms",
+                f"{slowest / variant.latency_ms:.2f}x",
+            ]
+            for variant in self.variants
+        ]
+
+    def notes(self) -> list[str]:
+        """What was done beyond the default, in sentences."""
+        if self.int8 is None:
+            return []
+        notes = [f"int8: {self.int8.scheme}, from {self.int8.images} calibration images"]
+        if len(self.int8.attempts) > 1:
+            notes.append(f"tried on {self.int8.decided_on}: {'; '.join(self.int8.attempts)}")
+        if self.int8.kept:
+            notes.append(f"in float32 stay: {', '.join(self.int8.kept)}")
+        before, after = (variant.latency_ms for variant in self.variants[-2:])
+        if after > before:
+            notes.append(f"int8 is slower than float32 here, {after / before:.2f} times the latency")
+        return [*notes, self.int8.missed] if self.int8.missed else notes
+
+    def card(self) -> str:
+        """The section of the model card."""
+        head = [text or " " for text in self.head]
+        lines = ["| " + " | ".join(map(escaped, head)) + " |", "|" + "---|" * len(head)]
+        lines += ["| " + " | ".join(map(escaped, row)) + " |" for row in self.rows()]
+        files = [code(variant.file) for variant in self.variants if variant.file]
+        where = f" on {escaped(self.dataset)}" if self.dataset else ""
+        title = f"{escaped(self.runtime)}, {escaped(self.device)}, batch {self.batch_size}{where}:"
+        notes = [f"- {escaped(note)}" for note in self.notes()]
+        return "\n".join(
+            [
+                "## On a device", "", title, "", *lines, "", *notes, *([""] if notes else []),
+                f"{' and '.join(files)} need neither scap_hub nor code from this repository:", "", self._snippet(),
+            ]
+        )  # fmt: skip
+
+    def _snippet(self) -> str:
+        """Code that runs the last file with ONNX Runtime alone."""
+        file = next(variant.file for variant in reversed(self.variants) if variant.file)
+        lines = [
+            "import onnxruntime",
+            "from huggingface_hub import hf_hub_download",
+            "",
+            f'session = onnxruntime.InferenceSession(hf_hub_download("{HERE}", "{file}"))',
+            f'({OUTPUT},) = session.run(None, {{"{INPUT}": images}})  # float32 (N, C, H, W), preprocessed as above',
+        ]
+        return fenced("\n".join(lines), "python")
+
+
+def with_deployment(card: str, deployment: Deployment) -> str:
+    """A model card with the section in it, in the place of an older one."""
+    section = f"{_BEGIN}\n{deployment.card()}\n{_END}\n"
+    old = re.compile(rf"^{re.escape(_BEGIN)}$.*?^{re.escape(_END)}$\n?", re.DOTALL | re.MULTILINE)
+    if old.search(card):
+        return old.sub(lambda _: section, card, count=1)
+    before, limits, after = card.partition(f"\n{_BEFORE}\n")
+    return f"{before}\n{section}\n{_BEFORE}\n{after}" if limits else f"{card.rstrip()}\n\n{section}"

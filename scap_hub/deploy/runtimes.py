@@ -1,0 +1,116 @@
+"""Exported files that run: each is a module, so that whatever measures and times models takes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scap_hub.deploy.capture import INPUT, OUTPUT
+from scap_hub.errors import ModelError
+from scap_hub.text import one_line
+
+
+class Runtime(nn.Module):
+    """A file in its own runtime on the CPU: images in, logits out, with the threads that torch has.
+
+    Attributes:
+        name: Of the runtime.
+        file: What runs.
+    """
+
+    name: str
+    file: Path
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+        # Tells where images are to come from and logits to go to, as a model's weights do.
+        self.register_buffer("_place", torch.zeros(()), persistent=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Images, float32 (N, C, H, W), to logits."""
+        return self.run(pixel_values.detach().cpu().float().contiguous()).to(pixel_values.device)
+
+    def run(self, images: Tensor) -> Tensor:
+        """The same on the CPU."""
+        raise NotImplementedError
+
+
+class OnnxRuntime(Runtime):
+    """ONNX Runtime."""
+
+    name = "onnxruntime"
+
+    def __init__(self, file: Path, threads: int | None = None) -> None:
+        """Opens a file; with `threads`, or as many as torch has."""
+        import onnxruntime
+
+        super().__init__(file)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.log_severity_level = 3
+        try:
+            self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise ModelError(f"onnxruntime cannot open {file.name}: {one_line(error)}") from error
+
+    def run(self, images: Tensor) -> Tensor:
+        """See `Runtime.run`."""
+        return torch.from_numpy(self.session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+
+class OpenVino(Runtime):
+    """OpenVINO, in float32: where the CPU has bf16, its default is that, which not all models bear."""
+
+    name = "openvino"
+
+    def __init__(self, file: Path, threads: int | None = None) -> None:
+        """Opens a file, .xml or .onnx; with `threads`, or as many as torch has."""
+        import openvino
+
+        super().__init__(file)
+        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads or torch.get_num_threads()}
+        try:
+            self.compiled = openvino.Core().compile_model(str(file), "CPU", options)
+        except Exception as error:
+            raise ModelError(f"openvino cannot open {file.name}: {one_line(error)}") from error
+
+    def run(self, images: Tensor) -> Tensor:
+        """See `Runtime.run`."""
+        return torch.from_numpy(self.compiled(images.numpy())[0].copy())
+
+
+class ExecuTorch(Runtime):
+    """ExecuTorch; its program takes one image."""
+
+    name = "executorch"
+
+    def __init__(self, file: Path) -> None:
+        """Opens a file."""
+        from executorch.runtime import Runtime as Loader
+
+        super().__init__(file)
+        self._program = Loader.get().load_program(file)
+        self._method = self._program.load_method("forward")
+
+    def run(self, images: Tensor) -> Tensor:
+        """See `Runtime.run`."""
+        return torch.cat([self._method.execute([image[None].contiguous()])[0].clone() for image in images])
+
+
+class TorchExport(Runtime):
+    """A program of torch.export, in torch."""
+
+    name = "torch"
+
+    def __init__(self, file: Path) -> None:
+        """Opens a file."""
+        super().__init__(file)
+        self._run: Any = torch.export.load(file).module()
+
+    def run(self, images: Tensor) -> Tensor:
+        """See `Runtime.run`."""
+        return self._run(images)

@@ -1,0 +1,35 @@
+"""What is exported: a saved model in memory, and where it comes from."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from scap_hub.deploy.capture import Logits
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to export.
+
+    Attributes:
+        net: In eval mode, in float32, on the CPU.
+        images: Two example images, float32 (2, C, H, W).
+        folder: Where it is saved, or its Hub id; exporters of other libraries load it from there.
+        zoo: Name of the library that it comes from.
+    """
+
+    net: Logits
+    images: Tensor
+    folder: str | Path = ""
+    zoo: str = ""
+
+    @classmethod
+    def of(cls, model: nn.Module, input_size: tuple[int, int, int], folder: str | Path = "", zoo: str = "") -> Source:
+        """From a model, of which a copy is made, and its input size, (channels, height, width) in pixels."""
+        images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
+        return cls(Logits(copy.deepcopy(model)).cpu().float().eval(), images, folder, zoo)

@@ -1,0 +1,75 @@
+"""Which channels a step of the schedule keeps."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from scap_hub.channels.groups import ChannelGroups
+from scap_hub.deploy.opened import check_runtime, opened
+from scap_hub.deploy.widths import liked_multiple
+from scap_hub.plan import PruningPlan
+from scap_hub.progress import announce
+from scap_hub.recipe import Recipe
+from scap_hub.run.report import Selection
+from scap_hub.scores import Scores
+from scap_hub.selection.latency import select_latency
+from scap_hub.selection.select import kept_importance, select
+from scap_hub.training.distributed import accelerator, from_main
+
+
+def for_the_runtime(recipe: Recipe) -> Recipe:
+    """The recipe with the multiple of channels that its runtime likes, where it asks for "auto".
+
+    Raises:
+        ScapHubError: The runtime is not installed; names the extra.
+    """
+    target, int8 = recipe.target, recipe.deploy.int8
+    check_runtime(target.runtime)
+    if target.round_to != "auto":
+        return recipe
+    runtime = "onnxruntime" if int8 and target.runtime == "torch" else target.runtime
+    with announce(f"measuring which multiple of channels {runtime} likes"):
+        multiple = from_main(lambda: liked_multiple(runtime, int8, accelerator().device))
+    return recipe.model_copy(update={"target": target.model_copy(update={"round_to": multiple})})
+
+
+def select_step(
+    dense: nn.Module,
+    small: nn.Module,
+    groups: ChannelGroups,
+    scores: Scores,
+    recipe: Recipe,
+    scope: str,
+    step: int,
+    images: Tensor,
+) -> tuple[PruningPlan, Selection]:
+    """The plan of one step, and what it came to.
+
+    Args:
+        dense: The dense model; a budget of latency is a share of its time.
+        small: The model that the step starts from.
+        groups: Its channel groups.
+        scores: Of these.
+        recipe: Its blocks `target`, `schedule` and `deploy`.
+        scope: Where scores are compared.
+        step: Its number, from 0.
+        images: As many as will be run at once, where the model is.
+    """
+    settings, steps = recipe.target, recipe.schedule.steps
+    table = share = budget = None
+    met = True
+    if settings.target.kind == "latency":
+        # Of the dense model's time, so that what one step misses the next makes good.
+        choice = select_latency(
+            small, groups, scores, settings.target.share((step + 1) / steps).number, images, settings.multiple,
+            floor=settings.floor, scope=scope, reference=dense,
+            built=lambda model: opened(model, images, settings.runtime, recipe.deploy.int8),
+        )  # fmt: skip
+        plan, share, target, table, met = choice.plan, choice.share, choice.target, choice.table, choice.met
+        budget = choice.wanted.number
+    else:
+        target = settings.target.share(1 / steps)
+        plan = select(groups, scores, target, settings.multiple, floor=settings.floor, scope=scope)
+    importance = kept_importance(plan, scores)
+    free = select(groups, scores, target, 1, floor=settings.floor, scope=scope, latency=table)
+    return plan, Selection(importance, max(0.0, kept_importance(free, scores) - importance), share, met, budget)

@@ -1,0 +1,90 @@
+"""Formats that other exporters write: run in their runtime, compared, and opened by those who have no scap_hub."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import scap_hub
+from scap_hub.deploy.formats import FORMATS
+from scap_hub.errors import ModelError, ScapHubError
+from scap_hub.hub.checkpoint import load, save_checkpoint
+from tests.nets import Residual
+from tests.test_adapters import tiny_resnet
+from tests.test_checkpoint import SIZE, pruned
+
+MODELS = {"timm": lambda: "test_efficientnet", "transformers": tiny_resnet}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request, tmp_path_factory):
+    if request.param == "timm":
+        pytest.importorskip("timmx")
+    return save_checkpoint(tmp_path_factory.mktemp(request.param) / "out", *pruned(MODELS[request.param]()))
+
+
+@pytest.mark.parametrize("name", ["openvino", "executorch"])
+def test_what_others_write_computes_the_same(folder, name):
+    pytest.importorskip(name)
+    made = scap_hub.export(folder, name)
+    assert made.file == folder / FORMATS[name].file
+    images, model = torch.randn(3, *SIZE), load(folder)
+    with torch.no_grad():
+        expected = getattr(output := model(images), "logits", output)
+    found = FORMATS[name].open(made.file)(images)
+    assert (found - expected).abs().max() <= 1e-4 * max(1, expected.abs().max())
+
+
+def test_transformers_opens_its_own_export_without_scap_hub(tmp_path):
+    """In float32: OpenVINO's default is bf16 where the CPU has it."""
+    pytest.importorskip("openvino")
+    folder = save_checkpoint(tmp_path / "out", *pruned(tiny_resnet()))
+    scap_hub.export(folder, "openvino")
+    code = (
+        "import sys; sys.modules['scap_hub'] = None\n"
+        "import torch\nfrom transformers.exporters import ExportedModel\n"
+        "model = ExportedModel.from_pretrained(sys.argv[1], subfolder='openvino', "
+        "config={'INFERENCE_PRECISION_HINT': 'f32'})\n"
+        "torch.manual_seed(0)\nprint(model(pixel_values=torch.randn(2, 3, 64, 64)).logits.sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], check=True, capture_output=True, text=True)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = load(folder)(torch.randn(2, *SIZE)).logits.sum().item()
+    assert float(done.stdout.split()[-1]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_what_to_install_is_said_exactly(tmp_path, monkeypatch):
+    folder = save_checkpoint(tmp_path / "out", *pruned("test_efficientnet", num_classes=4))
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ModelError, match=r"pip install 'timmx\[coreml\]'"):
+        scap_hub.export(folder, "coreml")
+    absent = {"openvino", "executorch", "timmx"}
+    real = __import__("importlib.util").util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in absent else real(name))
+    for name in ("openvino", "executorch"):
+        with pytest.raises(ScapHubError, match=rf"{name} needs {name}: pip install 'scap-hub\[{name}\]'"):
+            scap_hub.export(folder, name)
+    absent.discard("openvino")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in absent else "there")
+    with pytest.raises(ScapHubError, match=r"timmx: pip install 'scap-hub\[openvino,timmx\]'"):
+        scap_hub.export(folder, "openvino")
+    dense = Residual()
+    own = save_checkpoint(tmp_path / "own", *pruned(dense))
+    with pytest.raises(ModelError, match="this one is neither: export to onnx"):
+        scap_hub.export(own, "openvino", model=dense)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_no_image_model_of_transformers_reads_a_size_for_each_layer():
+    """As soon as one does, its config can say what was pruned, and plain transformers opens it."""
+    import transformers as hf
+
+    if not hasattr(hf.PreTrainedConfig, "per_layer_config"):
+        pytest.skip("transformers before 5.24 has none")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    for name in ("ViT", "DeiT", "Beit"):
+        config = getattr(hf, f"{name}Config")(**sizes, per_layer_config={1: {"intermediate_size": 8}})
+        with pytest.raises(RuntimeError, match="per-layer attribute"):
+            getattr(hf, f"{name}ForImageClassification")(config)
