@@ -146,6 +146,7 @@ class _Analysis:
                 if plan.tensors:
                     _, self.chosen = completed(replace(trial, chosen=self.chosen), plan, stays)
             except StuckError as error:
+                self.chosen = error.chosen or self.chosen  # what comes before the failure need not be found again
                 return error
             # A plan is proven in all modes when it is made; one trial shows what training mode adds.
             trial = replace(trial, runs=self.runs[:1])
