@@ -30,10 +30,12 @@ test-lowest:
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable ".[dev,plot]"
 	.venv-lowest/bin/python -m pytest --numprocesses auto --dist loadfile
 
-# Every model of benchmarks/models.txt; what the JSON holds is not measured again. With Torch-Pruning, if installed:
+# Every model of benchmarks/models.txt and models-tasks.txt; what the JSON holds is not measured again. With Torch-Pruning, if installed:
 # make bench-coverage OPTIONS="--peer torch-pruning"
 bench-coverage: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --reload --json benchmarks/results/coverage.json $(OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --models benchmarks/models-tasks.txt --reload \
+	  --json benchmarks/results/tasks.json
 	$(BIN)/python docs/generate.py
 
 # What only a GPU can tell, in less than eight minutes: parity with the CPU, scoring, repair, latency.

@@ -3,6 +3,7 @@
     python benchmarks/coverage.py --json out/coverage.json                    # the development list
     python benchmarks/coverage.py --quick --json out/coverage.json            # four models
     python benchmarks/coverage.py --models benchmarks/models-extended.txt --json out/extended.json
+    python benchmarks/coverage.py --models benchmarks/models-tasks.txt --json out/tasks.json
     python benchmarks/coverage.py --peer torch-pruning --json out/coverage.json   # Torch-Pruning beside it
 
 Weights are random and randomised once more (norms and statistics too), so that no zero hides a fault. Every model is
@@ -57,9 +58,14 @@ def _called(root: Any, written: ast.expr) -> Any:
 
 
 def _timm_model(name: str) -> Any:
+    """A model by name; `resnet18(features_only=True)` hands timm's own options on."""
     import timm
 
-    return timm.create_model(name)
+    written = ast.parse(name, mode="eval").body if name.endswith(")") else None
+    if not isinstance(written, ast.Call):
+        return timm.create_model(name)
+    options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in written.keywords}
+    return timm.create_model(ast.unparse(written.func), **options)
 
 
 def _transformers_model(name: str) -> Any:
@@ -76,11 +82,13 @@ def _transformers_model(name: str) -> Any:
 
 
 def configured(call: ast.Call) -> Any:
-    """The transformers config that a call writes down."""
+    """The transformers config that a call writes down; configs may stand in it, such as that of a backbone."""
     import transformers
 
-    options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    return getattr(transformers, call.func.id)(**options)
+    def written(value: ast.expr) -> Any:
+        return configured(value) if isinstance(value, ast.Call) else ast.literal_eval(value)
+
+    return getattr(transformers, call.func.id)(**{keyword.arg: written(keyword.value) for keyword in call.keywords})
 
 
 def shape(size: int | str) -> tuple[int, ...]:

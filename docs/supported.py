@@ -49,6 +49,45 @@ stand alone in their group (ShuffleNet), or attention whose scale follows its wi
 | model | status | conv | linear | MACs | random | error | groups | seconds |
 |---|---|---|---|---|---|---|---|---|
 """
+TASKS = """
+## By task
+
+Models that are no classifiers, each as small as its library builds it. {count} were
+measured so far, of the {listed} that `benchmarks/models-tasks.txt` lists. {proven} are proven, and {wrong} gave a wrong
+result. **conv** and **linear** leave out the channels that a model returns; a
+backbone returns its stages, a detector also what its encoder has computed. What else stays whole is mostly the stream
+of a transformer to which positions are added that `forward` computes.
+
+| model | task | status | conv | linear | MACs | random | error | groups | seconds |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def tasks() -> str:
+    """The table of models that are no classifiers, by task."""
+    listed = (ROOT / "benchmarks" / "models-tasks.txt").read_text(encoding="utf-8").splitlines()
+    task_of = {name: task for _, name, _, task in (line.split("\t") for line in listed if not line.startswith("#"))}
+    rows = json.loads((ROOT / "benchmarks" / "results" / "tasks.json").read_text(encoding="utf-8"))
+    rows = sorted((row for row in rows if row["name"] in task_of), key=lambda row: [*task_of].index(row["name"]))
+    text = TASKS.format(
+        count=len(rows),
+        listed=len(task_of),
+        proven=sum(row["status"] == "ok" for row in rows),
+        wrong=sum(row["status"] == "VerificationError" for row in rows) or "none",
+    )
+    for row in rows:
+        name, cells = _coverage_row({**row, "name": _short(row["name"])}).split(" | ", 1)
+        text += f"{name} | {task_of[row['name']]} | {cells}"
+    return text
+
+
+def _short(call: str) -> str:
+    """A call with the names of what it builds alone: the model, and the configs inside its own."""
+    model, *configs = re.findall(r"(\w+)\(", call)
+    if not configs:
+        return call
+    inside = [config.removesuffix("Config") for config in configs[1:]]
+    return model + (f" ({', '.join(inside)})" if inside else "")
 
 
 def coverage() -> str:
@@ -71,7 +110,7 @@ def coverage() -> str:
     wide = sum((_shares(row)[0] or 1) >= 0.95 for row in known)
     wrong = sum(row["status"] == "VerificationError" for row in further) or "none"
     more = FURTHER.format(count=len(further), proven=len(known), wrong=wrong, wide=wide)
-    return text + "".join(map(_coverage_row, rows)) + more + "".join(map(_coverage_row, further))
+    return text + "".join(map(_coverage_row, rows)) + tasks() + more + "".join(map(_coverage_row, further))
 
 
 def _shares(row: dict[str, Any]) -> list[float | None]:

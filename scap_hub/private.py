@@ -61,6 +61,7 @@ __all__ = [
     "enable_python_dispatcher",
     "is_alias_of",
     "memory_of",
+    "models_of",
     "no_autocast",
     "register_module_forward_hook",
     "register_module_forward_pre_hook",
@@ -83,6 +84,18 @@ class PreDispatchMode(SchemaCheckMode):
 
     def __init__(self) -> None:
         TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)
+
+
+def models_of(auto_class: Any, config_class: type) -> tuple[str, ...]:
+    """The names of the classes that an auto class of transformers builds from a config of this class.
+
+    transformers has public names for these mappings, but none that leads from an auto class to its own.
+    """
+    mapping = auto_class._model_mapping
+    if config_class not in mapping:
+        return ()
+    found = mapping[config_class]
+    return tuple(kind.__name__ for kind in (found if isinstance(found, tuple) else (found,)))
 
 
 @contextlib.contextmanager

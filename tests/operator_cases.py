@@ -41,6 +41,11 @@ class Case:
     dims: int = 2
 
 
+def _rows(x: Tensor) -> Tensor:
+    """(1, 1, 3, 1) numbers of rows."""
+    return torch.tensor([4, 1, 1], device=x.device).view(1, 1, 3, 1)
+
+
 class Net(nn.Module):
     """A convolution, the operator, a convolution, and a classifier."""
 
@@ -193,6 +198,9 @@ VIEWS = {
     "select": lambda x: x[:, :, 2, None],
     "unbind": lambda x: torch.stack(x.unbind(3)[1:4], 3),
     "index_select": lambda x: x.index_select(3, torch.tensor([4, 1, 1], device=x.device)),
+    "gather": lambda x: x.gather(2, _rows(x).expand(len(x), x.shape[1], 3, 6)),
+    "gather_repeated": lambda x: x.gather(2, _rows(x).repeat(len(x), x.shape[1], 1, 6)),
+    "linear_of_a_vector": lambda x: F.linear(x.softmax(3), torch.arange(6.0, device=x.device).to(x))[..., None],
     "roll": lambda x: x.roll((1, -2), (2, 3)),
     "repeat": lambda x: x.repeat(1, 1, 2, 1),
     "tile": lambda x: x.tile((1, 1, 2, 1)),
@@ -216,6 +224,9 @@ CHANNEL_VIEWS = {
     "roll_channels": unary(lambda x: x.roll(1, 1), free=None),
     "index_select_channels": unary(lambda x: x.index_select(1, torch.tensor([3, 1, 7, 7], device=x.device)),
                                    out=fixed(4), free=None),
+    "gather_channels": unary(lambda x: x.gather(1, _rows(x).view(1, 3, 1, 1).expand(len(x), 3, 6, 6)),
+                             out=fixed(3), free=False),
+    "gather_by_its_own_index": unary(lambda x: x.gather(2, x.argsort(2)), free=False),
     "select_channel": unary(lambda x: x * x[:, 1:2].sigmoid() * x[:, 0, None], free=False),
     "unbind_channels": unary(lambda x: torch.stack(x.unbind(1), 1), free=False),
     "repeat_channels": unary(lambda x: x.repeat(1, 2, 1, 1), out=twice),

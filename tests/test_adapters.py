@@ -309,9 +309,10 @@ def test_bad_configs_do_not_rebuild(library, config, message):
         rebuild(zoo_named(library), config)
 
 
-def test_features_without_a_classifier_are_refused_in_our_words():
-    with pytest.raises(ModelError, match="FeatureListNet has no classifier"):
-        load_model(timm.create_model("test_resnet", features_only=True))
+def test_features_without_a_classifier_are_described_and_rebuilt():
+    loaded = load_model(timm.create_model("test_resnet", features_only=True))
+    assert (loaded.zoo.name, loaded.num_classes) == ("timm", 0)
+    assert first_difference(loaded.module, rebuild(loaded.zoo, loaded.config)) is None
 
 
 def test_what_we_use_of_timm_beyond_its_public_api():

@@ -20,7 +20,7 @@ OWN_RULES = {"private.py", "modeling_scap.py"}
 NOT_YET: set[str] = set()
 """Folders that still use private names directly."""
 LIBRARIES = {"torch", "nn", "timm", "transformers", "accelerate", "datasets", "typer"}
-ATTRIBUTES = {"_schema", "_version", "_custom_objects", "_resolve_features"}
+ATTRIBUTES = {"_schema", "_version", "_model_mapping", "_custom_objects", "_resolve_features"}
 """Of objects, as private.py wraps them."""
 
 
@@ -216,3 +216,10 @@ def is_private(node):
     else:
         return False
     return any(name.startswith("_") and not name.startswith("__") for name in names)
+
+
+def test_auto_classes_name_what_they_build():
+    transformers = pytest.importorskip("transformers")
+    with relying_on("transformers", "models_of"):
+        assert private.models_of(transformers.AutoBackbone, transformers.ResNetConfig) == ("ResNetBackbone",)
+        assert private.models_of(transformers.AutoModelForDepthEstimation, transformers.ResNetConfig) == ()

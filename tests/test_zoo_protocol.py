@@ -81,7 +81,7 @@ class ToyZoo(Zoo):
     def rebuild(self, config):
         return Brick(**config["brick"])
 
-    def doors(self, place):
+    def doors(self, place, loaded):
         return [Door("import toy", f'model = toy.brick("{place}")')]
 
     def widths(self, model, dense, small):

@@ -28,13 +28,15 @@ from scap_hub.zoo.registry import zoo_of
 class StuckError(PlanError):
     """A pruned model that would not run, whatever attribute is changed."""
 
-    def __init__(self, failed: tuple[str, ...], message: str) -> None:
+    def __init__(self, failed: tuple[str, ...], message: str, chosen: Choice = frozenset()) -> None:
         place = failed[0] or "the model's forward()"
         super().__init__(
             f"the pruned model would not compute the same: {message} in {place!r}, which works with a fixed number of "
             "channels; protect it, or report the model"
         )
         self.failed = failed
+        self.chosen = chosen
+        """What had to change before it got stuck."""
 
 
 def completed(forward: Forward, plan: PruningPlan, stays: np.ndarray) -> tuple[PruningPlan, Choice]:
@@ -57,7 +59,7 @@ def completed(forward: Forward, plan: PruningPlan, stays: np.ndarray) -> tuple[P
     while outcome.failed is not None:
         better = _better(trial, chosen, outcome)
         if better is None:
-            raise StuckError(outcome.failed, outcome.message)
+            raise StuckError(outcome.failed, outcome.message, chosen)
         chosen, outcome = better, trial(better)
     return trial.completed(chosen), chosen
 

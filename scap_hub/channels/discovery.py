@@ -16,6 +16,7 @@ from scap_hub.channels.forward import Choice, forward_of
 from scap_hub.channels.groups import ChannelGroup, ChannelGroups, WholeModel
 from scap_hub.channels.labels import Equal, support
 from scap_hub.channels.operators import Trace
+from scap_hub.channels.part import offered, part_of
 from scap_hub.channels.partition import Partition, solve
 from scap_hub.channels.proof import Run
 from scap_hub.channels.repeats import matched
@@ -31,7 +32,9 @@ _ALONE = 12
 """In models with so few prunable groups, each whose channels a number counts is tried alone, too."""
 
 
-def channel_groups(model: nn.Module | str, inputs: tuple[Any, ...] | Tensor | None = None) -> ChannelGroups:
+def channel_groups(
+    model: nn.Module | str, inputs: tuple[Any, ...] | Tensor | None = None, part: str | None = None
+) -> ChannelGroups:
     """Finds every group of channels of a model, prunable or pinned.
 
     Args:
@@ -39,6 +42,8 @@ def channel_groups(model: nn.Module | str, inputs: tuple[Any, ...] | Tensor | No
             of a model of timm or transformers, of which the architecture is enough.
         inputs: Example positional arguments of its forward pass; a single tensor stands for one argument. May be left
             out for a model given by name, whose own input size is then used.
+        part: Path of the part to look at alone, such as "backbone", where the whole cannot be recorded; the inputs are
+            still those of the whole, with values. Names are those of the whole, and so a plan of it is applied.
 
     Returns:
         Groups in the order in which the forward pass first computes them.
@@ -53,8 +58,16 @@ def channel_groups(model: nn.Module | str, inputs: tuple[Any, ...] | Tensor | No
         model, inputs = loaded.module, inputs or torch.zeros(1, *loaded.preprocessing.input_size)
     if inputs is None:
         raise ModelError("channel_groups needs an example input of this module, such as torch.zeros(1, 3, 224, 224)")
+    arguments = (inputs,) if isinstance(inputs, Tensor) else inputs
+    if part is not None:
+        model, arguments = part_of(model, part, arguments)
     check_plain(model)
-    analysis = _recorded(model, (inputs,) if isinstance(inputs, Tensor) else inputs)
+    try:
+        analysis = _recorded(model, arguments)
+    except ModelError as error:
+        if part is None and (parts := offered(model, arguments)):
+            raise ModelError(f"{error}{parts}") from error
+        raise
     groups, stuck = analysis.groups()
     while stuck is not None:
         groups, stuck = analysis.mended(groups, stuck)
@@ -133,6 +146,7 @@ class _Analysis:
                 if plan.tensors:
                     _, self.chosen = completed(replace(trial, chosen=self.chosen), plan, stays)
             except StuckError as error:
+                self.chosen = error.chosen or self.chosen  # what comes before the failure need not be found again
                 return error
             # A plan is proven in all modes when it is made; one trial shows what training mode adds.
             trial = replace(trial, runs=self.runs[:1])

@@ -133,8 +133,9 @@ class _Masked:
         result = n.target(**arguments)
         labels = flat(self.labels[n])
         if isinstance(result, Tensor):
-            return self._scatter(result, labels[0])
-        return [self._scatter(value, own) for value, own in zip(result, labels, strict=True)]
+            return _laid_out(self._scatter(result, labels[0]), n.value)
+        full = [self._scatter(value, own) for value, own in zip(result, labels, strict=True)]
+        return [_laid_out(value, like) for value, like in zip(full, n.value, strict=True)]
 
     def _read(self, values: Iterable[Any]) -> list[Any]:
         return [mapped(value, lambda leaf: self.values[leaf] if isinstance(leaf, Node) else leaf) for value in values]
@@ -174,6 +175,13 @@ class _Masked:
             full[dim] = labels.shape[dim]
             value = value.new_zeros(full).scatter(dim, _stretched(kept.to(value.device), value.shape, dim), value)
         return value
+
+
+def _laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """The same values where the dense model has them in memory, because of some orders there are no views."""
+    if value.stride() == like.stride():
+        return value
+    return value.new_empty_strided(like.shape, like.stride()).copy_(value)
 
 
 def _stretched(indices: Tensor, shape: Sequence[int], dim: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from scap_hub.channels.masked import masked_output
 from scap_hub.channels.memory import fits
+from scap_hub.channels.part import Part, part_of
 from scap_hub.errors import ScapHubError, UnverifiableError, VerificationError
 from scap_hub.graph.copies import copied
 from scap_hub.graph.modes import evaluating
@@ -32,6 +33,7 @@ rounding error of its inputs makes of its outputs, and never by more than the se
 _ROUNDING, _WORST_ROUNDING = 8, 1e-4
 """In other types the two may differ by this many times what a rounding error of every operator makes of the outputs;
 where that is more than the second number, a wrong plan might hide in it."""
+_SEEDS = 4
 _NOTHING = PruningPlan(keeps=(), groups={}, tensors={})
 
 
@@ -50,13 +52,15 @@ class Comparison:
     dtype: torch.dtype
 
 
-def verify(model: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...] | Tensor) -> float:
+def verify(model: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...] | Tensor, part: str | None = None) -> float:
     """Compares the pruned model with the masked one, in float64 where the model runs so and memory allows it.
 
     Args:
         model: The dense model; untouched.
         plan: The plan to prove.
         inputs: Positional arguments of its forward pass; a single tensor stands for one argument.
+        part: Path of the part that the plan was made for by `channel_groups(..., part=...)`. It is compared by itself,
+            with what reaches it, and then the whole model with the pruned part in it and with the masked one.
 
     Returns:
         Largest absolute difference over all outputs, relative to the largest element of each.
@@ -69,7 +73,40 @@ def verify(model: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...] | Tensor
             do not show, or has no values, or no output to compare, or rounding hides what a wrong plan would do.
         PlanError: The plan does not fit the model.
     """
-    return compare(model, plan, inputs).difference
+    if part is None:
+        return compare(model, plan, inputs).difference
+    whole = (inputs,) if isinstance(inputs, Tensor) else inputs
+    alone, arguments = part_of(model, part, whole)
+    return max(compare(alone, plan, arguments).difference, _whole_difference(model, plan, whole, part))
+
+
+def _whole_difference(model: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...], path: str) -> float:
+    """Compares the pruned model with the dense one in which one part is masked, in float64.
+
+    Raises:
+        VerificationError: They differ.
+        UnverifiableError: The dense model does not run in float64, or returns nothing.
+    """
+    try:
+        dense, given = _comparable(model, inputs, torch.float64)
+    except _DoesNotRunError as error:
+        raise UnverifiableError(f"the dense model does not run on these inputs in float64: {error}") from None
+    alone = Part(copied(dense), path)
+
+    def mask(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        masked = iter(masked_output(alone, plan, arguments))
+        return tree_map(lambda leaf: next(masked) if is_tensor(leaf) else leaf, output)
+
+    with torch.no_grad(), evaluating(dense):
+        pruned = _floats(apply_plan(dense, plan).eval()(*given))
+        dense.get_submodule(path).register_forward_hook(mask)
+        difference = _difference(pruned, _floats(dense(*given)))
+    if not difference <= TOLERANCE:
+        raise VerificationError(
+            f"with its part {path!r} pruned the whole model differs by {difference:.1e} from the one with that part "
+            f"masked (relative; allowed {TOLERANCE:.0e}): the plan is wrong for this model, do not use it"
+        )
+    return difference
 
 
 def compare(model: nn.Module, plan: PruningPlan, inputs: tuple[Any, ...] | Tensor) -> Comparison:
@@ -144,6 +181,8 @@ class _DoesNotRunError(Exception):
 def _comparable(model: nn.Module, arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...]]:
     """A copy and its inputs in some type.
 
+    Where it returns zeros alone, as with a fresh head or behind a ReLU, all plans look right: it gets random weights.
+
     Raises:
         _DoesNotRunError: The model does not run on these inputs.
         UnverifiableError: It returns nothing that can be compared.
@@ -153,10 +192,16 @@ def _comparable(model: nn.Module, arguments: tuple[Any, ...], dtype: torch.dtype
         given = tree_map(lambda x: x.to(dtype) if is_tensor(x) and x.is_floating_point() else x, arguments)
         with torch.no_grad():
             returned = _floats(dense(*given))
+            for seed in range(_SEEDS):
+                if any(tensor.any() for tensor in returned):
+                    break
+                returned = _floats(randomize(dense, seed)(*given))
     except Exception as error:
         raise _DoesNotRunError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
     if not returned:
         raise UnverifiableError("the model returns no floating-point tensor, so there is nothing to compare")
+    if not any(tensor.any() for tensor in returned):
+        raise UnverifiableError("the model returns nothing but zeros on these inputs, in which a wrong plan would hide")
     return dense, given
 
 

@@ -32,6 +32,8 @@ from scap_hub.private import (
 _ATEN = torch.ops.aten
 VALUES = (_ATEN.item.default, _ATEN._local_scalar_dense.default, _ATEN.is_nonzero.default)
 """Operators that turn a tensor into a Python number."""
+_FINDS = (_ATEN.where.default, _ATEN.argwhere.default, _ATEN.nonzero_numpy.default)
+"""Operators that return the places of what is true, and do not say so in their tags."""
 _LOOKS = ("tolist", "numpy", "__array__", "__dlpack__", "data_ptr")
 """Functions of a tensor that look at its values without an operator."""
 _SAME = ("__deepcopy__", "__copy__", "__reduce_ex__")
@@ -215,6 +217,8 @@ class Recorder(PreDispatchMode):
         varies = any(isinstance(node, Node) and node.varies for node in nodes)
         if func in VALUES and varies:
             raise RuntimeError("it looks at the value of a tensor that depends on the input")
+        if varies and _sized_by_values(func, leaves):
+            raise RuntimeError("it makes a tensor whose size depends on the values of the input")
         self.called(func, *rebuilt(form, nodes))
         result = run(func, form, leaves)
         if func not in VALUES:
@@ -294,6 +298,13 @@ class _Functions(TorchFunctionMode):
 def _same_place(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors that share memory show the same elements in the same order."""
     return (one.shape, one.stride(), one.storage_offset()) == (other.shape, other.stride(), other.storage_offset())
+
+
+def _sized_by_values(func: Any, leaves: list[Any]) -> bool:
+    """Whether the shape of the result depends on what is in the arguments; of indices only masks do that."""
+    if func not in _FINDS and torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    return func is not _ATEN.index.Tensor or any(is_tensor(leaf) and leaf.dtype == torch.bool for leaf in leaves[1:])
 
 
 @contextlib.contextmanager

@@ -218,7 +218,7 @@ def _doors(loaded: LoadedModel, plain: bool) -> str:
     if not loaded.zoo.rebuilds:
         code = f'{ours}\n\nmodel = scap_hub.load("{HERE}", model=dense_model)'
         return f"`dense_model` is an instance of your own dense module; its weights do not matter.\n\n{_code(code)}"
-    doors = loaded.zoo.doors(HERE)
+    doors = loaded.zoo.doors(HERE, loaded)
     if plain:
         title = "The widths are arguments of the model's own constructor, so nothing of scap_hub is needed:"
         return "\n\n".join([title, *(_code(f"{door.imports}\n\n{door.call}") for door in doors)])

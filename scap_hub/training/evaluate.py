@@ -71,7 +71,7 @@ def autocast(precision: str) -> torch.autocast:
 
 @torch.no_grad()
 def count(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
-    """What the model costs, without running it.
+    """What the model costs, without running it where that is possible.
 
     Args:
         model: The model.
@@ -87,8 +87,13 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
     # A copy around the same numbers: some models cache what they compute, and fake tensors must not stay in them.
     frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     around = copy.deepcopy(model, {**{id(tensor): tensor for tensor in model.buffers()}, **frozen}).eval()
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-        around(torch.empty(1, *input_size, device=device, dtype=dtype))
+    counter = FlopCounterMode(display=False)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), counter:
+            around(torch.empty(1, *input_size, device=device, dtype=dtype))
+    except RuntimeError:  # its forward pass looks at the values of a buffer
+        with counter:
+            around(torch.zeros(1, *input_size, device=device, dtype=dtype))
     return {
         "macs": counter.get_total_flops() // 2,
         "params": sum(parameter.numel() for parameter in model.parameters()),

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from scap_hub.zoo.base import CODE, Door
 
-AUTO_CLASS = "AutoModelForImageClassification"
-"""Classification only: models for another task load through another class."""
 
-
-def auto_map(model_class: str) -> dict[str, str]:
+def auto_map(model_class: str, auto_classes: Iterable[str]) -> dict[str, str]:
     """The entry of config.json that says where transformers finds a model's code, if it is allowed to run it."""
-    return {AUTO_CLASS: f"{Path(CODE).stem}.{model_class}"}
+    return dict.fromkeys(auto_classes, f"{Path(CODE).stem}.{model_class}")
 
 
-def auto_door(place: str) -> Door:
+def auto_door(place: str, auto_class: str) -> Door:
     """The call that loads a model published at a Hub id."""
-    call = f'model = {AUTO_CLASS}.from_pretrained("{place}"{{}})'
-    return Door(f"from transformers import {AUTO_CLASS}", call.format(""), call.format(", trust_remote_code=True"))
+    door = class_door(place, auto_class)
+    return door._replace(code_call=f'model = {auto_class}.from_pretrained("{place}", trust_remote_code=True)')
+
+
+def class_door(place: str, model_class: str) -> Door:
+    """The same for a class that no auto class stands for; its code comes from the installed libraries alone."""
+    return Door(f"from transformers import {model_class}", f'model = {model_class}.from_pretrained("{place}")')

@@ -263,8 +263,8 @@ class Zoo(Protocol):
 
     # Doors.
 
-    def doors(self, place: str) -> list[Door]:
-        """Ways into a model published at a Hub id, besides `scap_hub.load`."""
+    def doors(self, place: str, loaded: LoadedModel) -> list[Door]:
+        """Ways into a model published at a Hub id, besides `scap_hub.load`; `loaded` is what it was made from."""
         return []
 
     # Widths that describe the model to other code.

@@ -177,9 +177,12 @@ def _narrowed(old: torch.Tensor, shape: list[int], kept: dict[str, str]) -> torc
 def scap_pruned(
     pretrained: bool = False, pretrained_cfg: Any = None, pretrained_cfg_overlay: Any = None, cache_dir: Any = None,
     base: str = "", cut: Any = None, features_only: bool = False, feature_cls: Any = None,
-    pretrained_model_args: Any = None, **arguments: Any,
+    pretrained_model_args: Any = None, wrapped: bool = False, **arguments: Any,
 ) -> nn.Module:  # fmt: skip
-    """Entry point for timm: `base`, cut to size; features always come through timm's FeatureGetterNet."""
+    """Entry point for timm: `base`, cut to size; features always come through timm's FeatureGetterNet.
+
+    `wrapped`: what was cut and saved was a model with features_only.
+    """
     timm = import_module("timm.models")
     if base.partition(".")[0] == "scap_pruned" or not timm.is_model(base.partition(".")[0]):
         raise ValueError(f"config.json prunes {base!r}, which is no model of timm's")  # nor one of another repository
@@ -202,8 +205,10 @@ def scap_pruned(
     def features(model: Any, out_indices: Any, **_: Any) -> nn.Module:  # timm would wrap the dense model
         return import_module("timm.models._features").FeatureGetterNet(finish(model, 0), out_indices=out_indices)
 
-    wrapped = {"features_only": True, "feature_cls": features} if features_only else {}
-    model = timm.create_model(base, **wrapped, **arguments)
+    if wrapped:
+        return finish(timm.create_model(base, features_only=True, **arguments), 0)
+    wrapper = {"features_only": True, "feature_cls": features} if features_only else {}
+    model = timm.create_model(base, **wrapper, **arguments)
     return model if features_only else finish(model, model.num_classes)
 
 
@@ -222,9 +227,9 @@ def shrink_pretrained(model: Any) -> None:
 
 def __getattr__(name: str) -> Any:
     """The transformers class that auto_map in config.json asks for: of the pruned sizes, and saved with this file."""
-    if not name.endswith("ForImageClassification"):
+    base: Any = getattr(import_module("transformers"), name, None) if name[:1].isupper() else None
+    if not hasattr(base, "register_for_auto_class"):
         raise AttributeError(name)
-    base = getattr(import_module("transformers"), name)
     if name.startswith("TimmWrapper"):
         register()
 
@@ -232,5 +237,5 @@ def __getattr__(name: str) -> Any:
         base.__init__(self, config, *inputs, **options)
         shrink_pretrained(self)
 
-    own = {"__init__": __init__, "__module__": __name__, "_auto_class": "AutoModelForImageClassification"}
+    own = {"__init__": __init__, "__module__": __name__}
     return globals().setdefault(name, type(name, (base,), own))

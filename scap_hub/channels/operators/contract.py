@@ -78,6 +78,8 @@ def linear(call: Call) -> Labels:
     """Y = x Wᵀ + b on the last dimension."""
     x, w, name = call.labels("input"), call.labels("weight"), call.state("weight")
     batch = "abcdefgh"[: len(x.shape) - 1]
+    if len(w.shape) == 1:  # a product with one vector, which computes no channels
+        return contraction(call, [x, w], [batch + "i", "i"], batch)
     out = contraction(call, [x, w], [batch + "i", "oi"], batch + "o", name)
     rows, columns = w.along(0), x.along(-1)
     if name and rows is not None:

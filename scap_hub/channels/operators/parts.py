@@ -130,6 +130,22 @@ def index_select(call: Call) -> Labels:
     return _picked(call, call.labels("self"), call.dim(), call["index"])
 
 
+@operator("gather")
+def gather(call: Call) -> Labels:
+    """Elements along one dimension; along the others each has a number of its own, which leaves with it."""
+    x, index, reason = call.labels("self"), call.labels("index"), f"is taken apart by an index ({call.place})"
+    free = []
+    for array in call.free_along(x, call.dim(), "is taken apart by index"):
+        dims = support(array)
+        numbers = index.along(dims[0]) if len(dims) == 1 else None
+        if numbers is None or numbers.size != array.size:
+            call.ledger.pin(array, reason)
+        else:
+            call.ledger.equate(array.reshape(-1), numbers, reason)
+            free.append(array)
+    return Labels(call.shape, tuple(free))
+
+
 def _shifts(call: Call) -> Iterator[Size]:
     """How far a roll goes counts the elements that come around."""
     for index, dim in enumerate(call["dims"]):

@@ -165,13 +165,8 @@ def _input_arguments(cfg: dict[str, Any], input_size: tuple[int, int, int] | Non
 def _num_classes(module: Any) -> int:
     """Width of the classifier in place, which may not be the one that timm built."""
     head = module.get_classifier() if hasattr(module, "get_classifier") else None
-    width = getattr(head, "out_features", None) or getattr(head, "out_channels", None)
-    if width is None and not hasattr(module, "num_classes"):
-        raise ModelError(
-            f"{type(module).__name__} has no classifier: give the model that it was made from, or prune it by steps, "
-            "from scap_hub.channel_groups to scap_hub.apply_plan"
-        )
-    return width or module.num_classes
+    width: int | None = getattr(head, "out_features", None) or getattr(head, "out_channels", None)
+    return width or int(getattr(module, "num_classes", 0))
 
 
 def _config(module: Any, num_classes: int, input_size: tuple[int, int, int]) -> dict[str, Any]:
@@ -189,7 +184,7 @@ def _config(module: Any, num_classes: int, input_size: tuple[int, int, int]) -> 
     document = {
         "architecture": cfg.pop("architecture"),
         "num_classes": num_classes,
-        "num_features": module.num_features,
+        "num_features": getattr(module, "num_features", 0),
         "model_args": arguments,
         "pretrained_cfg": cfg,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -104,7 +104,10 @@ class TimmZoo(Zoo):
             config["model_args"] = {"base": config["architecture"], **config["model_args"], "cut": cut}
             config["architecture"] = ARCHITECTURE
             config["num_features"] = cut["attributes"].get("", {}).get("num_features", config["num_features"])
-            config["auto_map"] = auto_map("TimmWrapperForImageClassification")
+            if wrapper := _wrapper(loaded):
+                config["auto_map"] = auto_map(*wrapper)
+            if config["model_args"].pop("features_only", False):  # of a user, it asks for features of a whole model
+                config["model_args"]["wrapped"] = True
         return {**config, "scap": entry}
 
     def dense_config(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +119,8 @@ class TimmZoo(Zoo):
                 arguments.pop(ours, None)
             if dense["architecture"] == ARCHITECTURE:
                 dense["architecture"] = arguments.pop("base")
+            if arguments.pop("wrapped", False):
+                arguments["features_only"] = True
             dense["model_args"] = arguments
             labels = {"label_names": dense["label_names"]} if "label_names" in dense else {}
             dense["pretrained_cfg"] = dense["pretrained_cfg"] | labels
@@ -134,10 +139,12 @@ class TimmZoo(Zoo):
             return None
         return {"version": FORMAT, "library": self.name, "preprocessing": config.get("pretrained_cfg")}
 
-    def doors(self, place: str) -> list[Door]:
+    def doors(self, place: str, loaded: LoadedModel) -> list[Door]:
         """Timm's own, and its wrapper in transformers."""
-        own = Door("import timm", f'model = timm.create_model("hf-hub:{place}", pretrained=True)')
-        return [own, auto_door(place)]
+        wrapper = _wrapper(loaded)
+        option = "" if wrapper else ", features_only=True"
+        own = Door("import timm", f'model = timm.create_model("hf-hub:{place}", pretrained=True{option})')
+        return [own, *(auto_door(place, name) for name in (wrapper.auto_classes if wrapper else ()))]
 
     def features(self, model: nn.Module, inputs: tuple[Any, ...]) -> TimmFeatures:
         """The shapes that timm's conventions describe."""
@@ -155,3 +162,19 @@ class TimmZoo(Zoo):
         config = {**loaded.config, "model_args": {**loaded.config["model_args"], **arguments}}
         model: Any = self.rebuild(config)
         return Uniform(arguments, {**config, "num_features": model.num_features}, model)
+
+
+class _Wrapper(NamedTuple):
+    """The class of transformers that wraps a model of timm's, and the auto classes that stand for it."""
+
+    model_class: str
+    auto_classes: tuple[str, ...]
+
+
+def _wrapper(loaded: LoadedModel) -> _Wrapper | None:
+    """None for what timm itself has wrapped for its features, which transformers cannot read."""
+    if loaded.config["model_args"].get("features_only"):
+        return None
+    if loaded.config["num_classes"]:
+        return _Wrapper("TimmWrapperForImageClassification", ("AutoModelForImageClassification",))
+    return _Wrapper("TimmWrapperModel", ("AutoModel",))

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from scap_hub.placement import placement
-from scap_hub.zoo.auto import auto_door, auto_map
+from scap_hub.zoo.auto import auto_door, auto_map, class_door
 from scap_hub.zoo.base import Door, LoadedModel, Pixels, Uniform, Wanted, Zoo
 from scap_hub.zoo.described import Shape, Widths
 from scap_hub.zoo.transformers.uniform import width_arguments
@@ -85,15 +85,21 @@ class TransformersZoo(Zoo):
             config["label2id"] = {label: index for index, label in enumerate(loaded.labels)}
         if cut is None:
             return {**config, "scap": entry}
-        return {**config, "auto_map": auto_map(config["architectures"][0]), "scap": {**entry, "cut": cut}}
+        from scap_hub.zoo.transformers.doors import auto_classes
+
+        if autos := auto_map(loaded.name, auto_classes(model)):
+            config["auto_map"] = autos
+        return {**config, "scap": {**entry, "cut": cut}}
 
     def dense_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """All but what we added."""
         return {key: value for key, value in config.items() if key not in ("scap", "auto_map")}
 
-    def doors(self, place: str) -> list[Door]:
-        """The auto class."""
-        return [auto_door(place)]
+    def doors(self, place: str, loaded: LoadedModel) -> list[Door]:
+        """The auto classes that build it, or else its own class."""
+        from scap_hub.zoo.transformers.doors import auto_classes
+
+        return [auto_door(place, name) for name in auto_classes(loaded.module)] or [class_door(place, loaded.name)]
 
     def features(self, model: nn.Module, inputs: tuple[Any, ...]) -> TransformersFeatures:
         """The shapes that transformers' conventions describe."""

@@ -1,0 +1,112 @@
+"""Parts of a model that can be recorded where the whole cannot, such as the backbone of a detector."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from scap_hub.errors import ModelError
+from scap_hub.graph.copies import index_buffers, without_weights
+from scap_hub.graph.modes import evaluating, untouched
+from scap_hub.graph.record import capture
+from scap_hub.graph.values import on_meta
+from scap_hub.private import tree_map
+from scap_hub.text import one_line
+
+_DEPTH = 2
+"""How far below the model parts are looked for."""
+_NAMED = 3
+
+
+class Part(nn.Module):
+    """A part of a model, at the path that it has there: names and plans are those of the whole. It holds no copy."""
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        super().__init__()
+        self.scap_part = path
+        *above, name = path.split(".")
+        owner: nn.Module = self
+        for step in above:
+            owner.add_module(step, nn.Module())
+            owner = owner.get_submodule(step)
+        owner.add_module(name, model.get_submodule(path))
+        self.eval()
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.get_submodule(self.scap_part)(*inputs)
+
+
+def part_of(model: nn.Module, path: str, inputs: tuple[Any, ...]) -> tuple[Part, tuple[Any, ...]]:
+    """A part of a model, and what reaches it when the whole model runs on these inputs.
+
+    Args:
+        model: The whole model, with values; left as it was.
+        path: Of the part, such as "backbone".
+        inputs: Positional arguments of the whole model.
+
+    Raises:
+        ModelError: There is no such part, the model does not run, or it calls the part not at all, or by keywords.
+    """
+    if path not in dict(model.named_modules()) or not path:
+        near = ", ".join(repr(name) for name, _ in model.named_children())
+        raise ModelError(f"{type(model).__name__} has no part {path!r}: its parts are {near}, and theirs")
+    module = model.get_submodule(path)
+    reached: list[tuple[Any, ...]] = []
+
+    def stop(_: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> NoReturn:
+        if options:
+            raise ModelError(f"the part {path!r} is called with keyword arguments ({', '.join(options)}), so that it "
+                             "cannot be recorded by itself: choose one around it or inside it")  # fmt: skip
+        reached.append(tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, arguments))
+        raise _ReachedError
+
+    with untouched(model), evaluating(model), torch.no_grad():
+        hook = module.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            model(*inputs)
+        except _ReachedError:
+            pass
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(f"{type(model).__name__} does not run on these inputs: {one_line(error)}") from error
+        finally:
+            hook.remove()
+    if not reached:
+        raise ModelError(f"{type(model).__name__} does not call its part {path!r} on these inputs: choose another")
+    return Part(model, path), reached[0]
+
+
+class _ReachedError(Exception):
+    """The part was called; the rest of the model need not run."""
+
+
+def offered(model: nn.Module, inputs: tuple[Any, ...]) -> str:
+    """Names the parts that can be recorded, for an error message; "" where there are none."""
+    whole = _parameters(model)
+    sizes = {path: _parameters(model.get_submodule(path)) for path in _capturable(model, inputs)}
+    largest = sorted(sizes, key=lambda path: -sizes[path])[:_NAMED]
+    named = [f"part={path!r} ({sizes[path] / whole:.0%} of the parameters)" for path in largest if sizes[path]]
+    return f". Parts of it can be pruned by themselves: {', '.join(named)}" if named else ""
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _capturable(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[str]:
+    """The outermost modules below the model that can be recorded with what reaches them."""
+    waiting = [name for name, _ in model.named_children()]
+    while waiting:
+        path = waiting.pop(0)
+        with contextlib.suppress(ModelError):
+            part, arguments = part_of(model, path, inputs)
+            capture(without_weights(part), on_meta(arguments), numbers=index_buffers(part))
+            yield path
+            continue
+        if path.count(".") + 1 < _DEPTH:
+            waiting += [f"{path}.{name}" for name, _ in model.get_submodule(path).named_children()]
