@@ -13,7 +13,7 @@ from scap_hub.selection.target import KINDS, Target
 
 def test_blocks_are_the_contracts():
     assert list(Recipe.model_fields) == [
-        *("model", "data", "criterion", "target", "protect", "repair"),
+        *("task", "model", "data", "criterion", "target", "protect", "repair"),
         *("schedule", "finetune", "evaluate", "publish", "seed"),
     ]
     assert Recipe().target.macs == 0.5

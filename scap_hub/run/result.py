@@ -18,7 +18,7 @@ from scap_hub.hub.uniform import plain_config
 from scap_hub.placement import placement
 from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
-from scap_hub.run.report import Report
+from scap_hub.run.report import Measures, Report
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Task
 from scap_hub.timing.clock import device_name
 from scap_hub.zoo import LoadedModel
@@ -101,8 +101,8 @@ class Result:
         dataset = self.recipe.data.dataset
         on_hub = dataset is not None and not Path(dataset).exists() and dataset.count("/") == 1
         return Measured(
-            dense=asdict(self.report.before),
-            pruned=asdict(self.report.after),
+            dense=_flat(self.report.before),
+            pruned=_flat(self.report.after),
             # A path says nothing to others, and they need not know it.
             dataset=dataset if dataset is None or on_hub else Path(dataset).name,
             dataset_id=dataset if on_hub else None,
@@ -113,3 +113,9 @@ class Result:
             missed=self.report.missed,
             tuned=None if self.report.tuned is None else str(self.report.tuned),
         )
+
+
+def _flat(measures: Measures) -> dict[str, float | None]:
+    """Measures by name."""
+    values = asdict(measures)
+    return values | values.pop("others")

@@ -100,7 +100,7 @@ def from_module(zoo: Zoo, module: Any, source: str, input_size: tuple[int, int, 
     channels = data["input_size"][0]
     spread = {key: tuple(data[key]) * (channels // len(data[key])) for key in ("mean", "std")}
     cfg: dict[str, Any] = module.pretrained_cfg
-    num_classes = _num_classes(module)
+    num_classes = num_classes_of(module)
     labels = cfg.get("label_names")
     return LoadedModel(
         module=module.eval(),
@@ -162,7 +162,7 @@ def _input_arguments(cfg: dict[str, Any], input_size: tuple[int, int, int] | Non
     return {"in_chans": channels, "img_size": tuple(size) if cfg.get("fixed_input_size") else None}
 
 
-def _num_classes(module: Any) -> int:
+def num_classes_of(module: Any) -> int:
     """Width of the classifier in place, which may not be the one that timm built."""
     head = module.get_classifier() if hasattr(module, "get_classifier") else None
     width = getattr(head, "out_features", None) or getattr(head, "out_channels", None)
