@@ -7,6 +7,8 @@ import transformers as hf
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 
+import scap_hub.compensation
+
 SIZE = (3, 64, 64)
 FAST = dict(
     model_input_size=SIZE, data_batch_size=16, round_to=1, evaluate_latency=False, criterion="l1",
@@ -56,10 +58,11 @@ def segmenter(**config):
         hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, num_attention_heads=[1] * 4, sr_ratios=[4, 2, 1, 1],
         decoder_hidden_size=16, num_labels=3, image_size=64,
     )  # fmt: skip
-    model = hf.SegformerForSemanticSegmentation(hf.SegformerConfig(**{**small, **config}))
+    return settled(hf.SegformerForSemanticSegmentation(hf.SegformerConfig(**{**small, **config})))
+
+
+def settled(model):
+    """The model, its batch norms with the statistics of these pictures."""
     images = torch.stack([to_dtype(pil_to_tensor(image), torch.float32, True) for image, _, _ in scenes(8)])
-    model.decode_head.batch_norm.momentum = 1.0
-    with torch.no_grad():
-        model.train()((images - 0.45) / 0.23)
-    model.decode_head.batch_norm.momentum = 0.1
+    scap_hub.compensation.recalibrate(model, [(images - 0.45) / 0.23])
     return model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -14,10 +15,15 @@ _ROUNDING = 1e-9  # of the mean square; less is not told from an output that nev
 
 def outputs_of(model: nn.Module, images: Tensor) -> list[Tensor]:
     """Every floating-point output of a model that has a row for each image."""
+    return floating_outputs(model(images), len(images))
+
+
+def floating_outputs(result: Any, images: int) -> list[Tensor]:
+    """The floating-point tensors in what a model returned that have a row for each of so many images."""
     return [
         leaf
-        for leaf in tree_leaves(model(images))
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim and len(leaf) == len(images)
+        for leaf in tree_leaves(result)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim and len(leaf) == images
     ]
 
 

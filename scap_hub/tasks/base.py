@@ -63,6 +63,7 @@ class Task(ABC):
         refuses: Keys of the recipe's `finetune` block that mean nothing for this task.
         from_teacher: Whether outputs are compared with those of the dense model, not with targets: then the meter gets
             the pair of these outputs and the targets, which may be None.
+        uses_targets: Whether targets mean anything.
     """
 
     name: ClassVar[str]
@@ -70,6 +71,7 @@ class Task(ABC):
     others: ClassVar[tuple[Metric, ...]] = ()
     refuses: ClassVar[tuple[str, ...]] = ()
     from_teacher: ClassVar[bool] = False
+    uses_targets: ClassVar[bool] = True
 
     @property
     def pipeline_tag(self) -> str | None:

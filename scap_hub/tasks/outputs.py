@@ -28,6 +28,7 @@ class Outputs(Task):
     metric: ClassVar[Metric] = OUTPUT_ERROR
     refuses: ClassVar[tuple[str, ...]] = ("label_smoothing",)
     from_teacher: ClassVar[bool] = True
+    uses_targets: ClassVar[bool] = False
 
     @property
     def pipeline_tag(self) -> str | None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from scap_hub.errors import DataError, RecipeError
 from scap_hub.tasks.base import Task
 from scap_hub.tasks.classification import IMAGE_CLASSIFICATION
+from scap_hub.tasks.depth import DepthEstimation
+from scap_hub.tasks.features import ImageFeatureExtraction
 from scap_hub.tasks.outputs import Outputs
 from scap_hub.tasks.segmentation import SemanticSegmentation
 from scap_hub.text import did_you_mean
 from scap_hub.zoo.base import LoadedModel
 
-TASKS: dict[str, Task] = {task.name: task for task in (IMAGE_CLASSIFICATION, SemanticSegmentation(), Outputs())}
+_SHIPPED = (IMAGE_CLASSIFICATION, SemanticSegmentation(), DepthEstimation(), ImageFeatureExtraction(), Outputs())
+TASKS: dict[str, Task] = {task.name: task for task in _SHIPPED}
 """By name. A model of which no more is known has outputs."""
 
 
@@ -39,9 +42,10 @@ def task_of(loaded: LoadedModel, asked: str | Task | None = None) -> Task:
     """
     if isinstance(asked, Task):
         return asked.fitted(loaded)
-    found = loaded.zoo.task(loaded.module) or (IMAGE_CLASSIFICATION.name if loaded.num_classes else None)
+    found = loaded.zoo.task(loaded.module)
     if asked is None:
-        return TASKS.get(found or "", TASKS[Outputs.name]).fitted(loaded)
+        default = IMAGE_CLASSIFICATION.name if loaded.num_classes else Outputs.name
+        return TASKS.get(found or default, TASKS[Outputs.name]).fitted(loaded)
     task = task_named(asked)
     if found is not None and asked not in (found, *_ANY_MODEL):
         raise DataError(

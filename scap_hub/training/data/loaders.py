@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from scap_hub.errors import DataError
 from scap_hub.private import column_types
 from scap_hub.recipe import DataSettings
-from scap_hub.tasks import IMAGE_CLASSIFICATION, Batch, Outputs, PlacedTask, Task, unlabelled
+from scap_hub.tasks import IMAGE_CLASSIFICATION, Batch, PlacedTask, Task, unlabelled
 from scap_hub.training.data.batches import loader_of
 from scap_hub.training.data.classes import Classes, NewHead, agreed_classes
 from scap_hub.training.data.columns import find_columns
@@ -254,7 +254,7 @@ def _from_hands(
     used = {name: given[name] for name in (train, validation, test) if name is not None}
     if isinstance(task, PlacedTask) and not (settings.labels and has_targets(given[train], seed)):
         task = unlabelled(task)
-    if isinstance(task, Outputs):
+    if not task.uses_targets:
         settings = settings.model_copy(update={"labels": False})
     named = {name: named_classes(source, task) if settings.labels else None for name, source in used.items()}
     first = next((found for found in named.values() if found is not None), None)

@@ -92,7 +92,7 @@ class TimmZoo(Zoo):
         """Classification, unless it has no classifier."""
         from scap_hub.zoo.timm import build
 
-        return "image-classification" if build.num_classes_of(module) else "image-feature-extraction"
+        return "image-classification" if build.num_classes_of(module) else build.FEATURES
 
     def write_config(
         self,
