@@ -3,6 +3,7 @@
 from scap_hub.tasks.base import Batch, Meter, Metric, Task
 from scap_hub.tasks.classification import IMAGE_CLASSIFICATION, ImageClassification
 from scap_hub.tasks.depth import DepthEstimation
+from scap_hub.tasks.detection import ObjectDetection
 from scap_hub.tasks.features import ImageFeatureExtraction
 from scap_hub.tasks.outputs import Outputs, unlabelled
 from scap_hub.tasks.placed import PlacedTask
@@ -17,6 +18,7 @@ __all__ = [
     "ImageFeatureExtraction",
     "Meter",
     "Metric",
+    "ObjectDetection",
     "Outputs",
     "PlacedTask",
     "SemanticSegmentation",

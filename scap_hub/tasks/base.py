@@ -142,7 +142,7 @@ class Task(ABC):
         """The metric of a model that guesses; None where that is not known."""
         return None
 
-    def given(self, targets: Tensor, images: int, num_classes: int, where: str) -> Tensor:
+    def given(self, targets: Any, images: int, num_classes: int, where: str) -> Any:
         """The targets of a batch that the caller made, checked, as `loss` and the meter read them.
 
         Args:

@@ -6,13 +6,21 @@ from scap_hub.errors import DataError, RecipeError
 from scap_hub.tasks.base import Task
 from scap_hub.tasks.classification import IMAGE_CLASSIFICATION
 from scap_hub.tasks.depth import DepthEstimation
+from scap_hub.tasks.detection import ObjectDetection
 from scap_hub.tasks.features import ImageFeatureExtraction
 from scap_hub.tasks.outputs import Outputs
 from scap_hub.tasks.segmentation import SemanticSegmentation
 from scap_hub.text import did_you_mean
 from scap_hub.zoo.base import LoadedModel
 
-_SHIPPED = (IMAGE_CLASSIFICATION, SemanticSegmentation(), DepthEstimation(), ImageFeatureExtraction(), Outputs())
+_SHIPPED = (
+    IMAGE_CLASSIFICATION,
+    SemanticSegmentation(),
+    ObjectDetection(),
+    DepthEstimation(),
+    ImageFeatureExtraction(),
+    Outputs(),
+)
 TASKS: dict[str, Task] = {task.name: task for task in _SHIPPED}
 """By name. A model of which no more is known has outputs."""
 

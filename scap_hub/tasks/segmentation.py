@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import reduce
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
@@ -199,19 +199,19 @@ class _Overlap(Meter):
 
     def result(self) -> dict[str, float]:
         """The mean is over the classes that occur, in the masks or in what the model says of them."""
-        sums = reduce(torch.stack([self.loss, self.images]), reduction="sum")
-        if self.confusion is None or not sums[1]:
-            raise DataError("the mean IoU needs at least one image on each process")
-        confusion = reduce(self.confusion, reduction="sum")
-        square = confusion.unflatten(0, (-1, round(len(confusion) ** 0.5))).double().cpu()
+        own = None if self.confusion is None else self.confusion.cpu()
+        parts = [part for part in gather_object([(own, float(self.loss), int(self.images))]) if part[0] is not None]
+        if not parts:
+            raise DataError("the mean IoU needs at least one image")
+        confusion, loss, images = (sum(values) for values in zip(*parts, strict=True))
+        square = confusion.unflatten(0, (-1, round(len(confusion) ** 0.5))).double()
         right = square.diagonal()
         union = square.sum(0) + square.sum(1) - right
         if not union.any():
             raise DataError(f"no pixel of the masks has a class: all of them are {IGNORED}")
-        loss, images = sums.tolist()
         return {
             "mean_iou": float((right / union)[union > 0].mean()),
             "pixel_accuracy": float(right.sum() / square.sum()),
             "loss": loss / images,
-            "images": int(images),
+            "images": images,
         }

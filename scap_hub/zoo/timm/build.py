@@ -32,8 +32,13 @@ def nearest(name: str) -> list[str]:
     return list(dict.fromkeys(difflib.get_close_matches(split_model_name_tag(name)[0], known, n=3)))
 
 
-FEATURES = "image-feature-extraction"
-"""The task of models without a classifier."""
+CLASSES, FEATURES = "image-classification", "image-feature-extraction"
+"""The tasks of models with and without a classifier."""
+
+
+def task_of(module: Any) -> str:
+    """What a model is for."""
+    return CLASSES if _num_classes(module) else FEATURES
 
 
 def from_name(zoo: Zoo, name: str, wanted: Wanted) -> LoadedModel:
@@ -104,7 +109,7 @@ def from_module(zoo: Zoo, module: Any, source: str, input_size: tuple[int, int, 
     channels = data["input_size"][0]
     spread = {key: tuple(data[key]) * (channels // len(data[key])) for key in ("mean", "std")}
     cfg: dict[str, Any] = module.pretrained_cfg
-    num_classes = num_classes_of(module)
+    num_classes = _num_classes(module)
     labels = cfg.get("label_names")
     return LoadedModel(
         module=module.eval(),
@@ -166,7 +171,7 @@ def _input_arguments(cfg: dict[str, Any], input_size: tuple[int, int, int] | Non
     return {"in_chans": channels, "img_size": tuple(size) if cfg.get("fixed_input_size") else None}
 
 
-def num_classes_of(module: Any) -> int:
+def _num_classes(module: Any) -> int:
     """Width of the classifier in place, which may not be the one that timm built."""
     head = module.get_classifier() if hasattr(module, "get_classifier") else None
     width = getattr(head, "out_features", None) or getattr(head, "out_channels", None)

@@ -92,7 +92,7 @@ class TimmZoo(Zoo):
         """Classification, unless it has no classifier."""
         from scap_hub.zoo.timm import build
 
-        return "image-classification" if build.num_classes_of(module) else build.FEATURES
+        return build.task_of(module)
 
     def write_config(
         self,
