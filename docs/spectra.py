@@ -11,8 +11,8 @@ HEAD = """\
 
 Each row of the table prunes the same networks once, at the same budgets, and repairs them by least squares; nothing is
 trained or tuned afterwards. The figures are top-1 in percent on 3,000 images that nobody chose by, as the mean over
-networks and seeds, {what}. With a budget in MACs a criterion chooses the widths too; with `ratio` all rows keep the same
-share of every group. Fashion-MNIST, shifted and cluttered, at 16 pixels; `benchmarks/spectra.py` says how.
+networks and seeds, {what}. With a budget in MACs a criterion chooses the widths too; with `ratio` all rows keep the
+same share of every group. Fashion-MNIST, shifted and cluttered, at 16 pixels; `benchmarks/spectra.py` says how.
 
 ```bash
 python benchmarks/spectra.py --out out/spectra --json benchmarks/results/spectra.json

@@ -13,7 +13,8 @@ since its first release, and every library of modules relies on them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -68,6 +69,7 @@ __all__ = [
     "schema",
     "tree_leaves",
     "tree_map",
+    "unobserved",
     "write_count",
 ]
 
@@ -125,6 +127,21 @@ def memory_of(tensor: Tensor) -> int:
 def schema(operator: Any) -> Any:
     """The declaration of an ATen operator: names, defaults and aliases of its arguments and returns."""
     return operator._schema
+
+
+def unobserved(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, whose calls of torch functions no `TorchFunctionMode` sees.
+
+    For hooks: what they compute inside the forward pass of a module whose calls are counted and changed
+    (`scap_hub.surgery.Numbers`) is not the module's. There is no public way to leave a mode from within.
+    """
+
+    @functools.wraps(function)
+    def quietly(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return quietly
 
 
 def write_count(tensor: Tensor) -> int:

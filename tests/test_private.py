@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 try:
     from scap_hub import private
@@ -106,6 +107,22 @@ def test_trees_go_through_containers_and_the_outputs_of_transformers():
         doubled = private.tree_map(lambda leaf: 2 * leaf, {"a": [one, (two,)], "b": output})
         assert doubled["a"][1][0].tolist() == [2, 2] and doubled["b"].logits.tolist() == [2]
         assert private.tree_leaves([3, None, "x"]) == [3, None, "x"]
+
+
+def test_what_is_unobserved_no_mode_of_functions_sees():
+    seen = []
+
+    class Counting(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function.__name__)
+            return function(*args, **kwargs or {})
+
+    x = torch.zeros(4)
+    with Counting():
+        private.unobserved(lambda: x.reshape(2, 2))()
+        assert not seen
+        x.reshape(2, 2)
+    assert seen == ["reshape"]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -13,7 +13,7 @@ from scap_hub.selection.target import KINDS, Target
 
 def test_blocks_are_the_contracts():
     assert list(Recipe.model_fields) == [
-        *("model", "data", "criterion", "target", "protect", "repair"),
+        *("task", "model", "data", "criterion", "target", "protect", "repair"),
         *("schedule", "finetune", "evaluate", "deploy", "publish", "seed"),
     ]
     assert Recipe().target.macs == 0.5
@@ -29,7 +29,7 @@ def test_the_target_block_has_every_kind_of_target():
 def test_shipped_recipes_say_when_to_use_them():
     assert set(shipped_recipes()) == {
         *("convnext", "extreme-iterative", "half-macs", "hf-resnet", "mobile-latency", "no-training", "quick"),
-        "scap-paper-vgg16",
+        *("scap-paper-vgg16", "segmentation", "detection", "features"),
     }
     for path in shipped_recipes().values():
         lines = path.read_text().splitlines()

@@ -38,6 +38,9 @@ def prune(
     criterion: Annotated[
         str | None, typer.Option(metavar="NAME|FILE.py:CLASS", help="What scores the channels; also one of your own.")
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="What the model is for, such as object-detection; found from it if left out.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder, absent or empty.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images; 0 trains nothing.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate of the fine-tuning.")] = None,
@@ -63,6 +66,7 @@ def prune(
         import scap_hub
 
         flags = {
+            "task": task,
             "target": target,
             "finetune_epochs": epochs,
             "finetune_learning_rate": lr,

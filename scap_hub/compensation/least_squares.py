@@ -25,7 +25,7 @@ from scap_hub.errors import CalibrationError, RecipeError
 from scap_hub.graph.record import evaluating
 from scap_hub.placement import fed
 from scap_hub.plan import PruningPlan
-from scap_hub.private import tree_leaves
+from scap_hub.private import tree_leaves, unobserved
 from scap_hub.progress import track
 
 _PATCHES = 8  # for each weight of an output channel, over all images
@@ -78,6 +78,7 @@ def compensate(
     wanted = _outputs(dense, plan, places, images)
     errors: dict[str, tuple[float, float]] = {}
 
+    @unobserved
     def solve(path: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if path in wanted:  # a layer that runs several times is solved when it runs first
             rows = patches(layer, input_of(args, kwargs), len(images), places[path])
@@ -146,6 +147,7 @@ def _outputs(dense: nn.Module, plan: PruningPlan, places: dict[str, int], images
 def _watched(dense: nn.Module, paths: Iterable[str], read: Any) -> Iterator[None]:
     """Eval mode without gradients, in which these layers, once they have run, are read: `read(path, layer, x, y)`."""
 
+    @unobserved
     def after(path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         read(path, layer, input_of(args, kwargs), y)
 

@@ -16,6 +16,7 @@ from scap_hub.criteria.layouts import channels_first
 from scap_hub.errors import CalibrationError, ModelError
 from scap_hub.graph.record import evaluating
 from scap_hub.placement import fed, placement
+from scap_hub.private import unobserved
 from scap_hub.progress import track
 
 
@@ -173,6 +174,7 @@ class _WatchedForward(Generic[A, B]):
                 raise ModelError(f"layer {tap.module!r} or its output {tap.output!r} does not run; protect it")
         return [self._outputs[i] for i in range(len(self._taps))]
 
+    @unobserved
     def _before_layer(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tap, x = self._taps[i], input_of(args, kwargs)
         self._note_finite(f"input of layer {tap.module!r}", x)
@@ -180,6 +182,7 @@ class _WatchedForward(Generic[A, B]):
         self._inputs[i] = self._read_input(tap, channels_first(x, dim, self._images, tap.module))
         self._outputs.pop(i, None)
 
+    @unobserved
     def _after_output(self, i: int, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         if i not in self._inputs or i in self._outputs:
             return

@@ -88,7 +88,7 @@ def model_card(
         license=loaded.license,
         base_model=loaded.base_model,
         library_name=loaded.zoo.name if loaded.zoo.rebuilds else None,
-        pipeline_tag=measured.task.name,
+        pipeline_tag=measured.task.pipeline_tag,
         tags=["scap_hub", "pruning", measured.task.name],
         datasets=[measured.dataset_id] if measured.dataset_id else None,
         model_name=title,

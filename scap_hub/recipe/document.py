@@ -36,6 +36,8 @@ from scap_hub.text import did_you_mean
 class Recipe(Block):
     """Everything a run does. Every block and every key may be left out; unknown keys are refused."""
 
+    task: str | None = None
+    """What the model is for, such as "semantic-segmentation"; found from the model if left out."""
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     criterion: CriterionSettings = CriterionSettings()

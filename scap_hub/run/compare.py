@@ -83,25 +83,21 @@ def compare(
     loaded, data, tuning = load_dense(model, dataset, base, stages)
     smaller = baselines.smaller_models(names, loaded, base)
     tune_dense(loaded, data, base, tuning, stages)
-    if data.validation is None:
-        raise DataError("a comparison needs labelled validation images")
+    _check_comparable(data)
     about = {"model": loaded.name, "data": data.name, "recipe": _shared(base)}
     found = from_main(lambda: found_in(output, about))
     if not found.dense:
         found.dense = _dense(loaded, data)
     done = {_key(cell) for cell in found.cells if "error" not in cell}
     places = {name: baselines.fitting_target(small, found.dense, targets) for name, small in smaller.items()}
-    left = [
-        key
-        for key in recipes
-        if key not in done and _fits(key[2], recipes[key].target.target) and places.get(key[2], key[1]) == key[1]
-    ]
+    fitting = (key for key in recipes if _fits(key[2], recipes[key].target.target))
+    left = [key for key in fitting if key not in done and places.get(key[2], key[1]) == key[1]]
     seeded = {base.seed: data}
     with tempfile.TemporaryDirectory() as scores:
         for key in track(left, "comparison"):
             seed, target, name = key
             if seed not in seeded:
-                seeded = {seed: data_for(loaded, dataset, recipes[key])}
+                seeded = {seed: data_for(loaded, dataset, recipes[key], data.task)}
             job = _Job(
                 loaded, smaller.get(name), tuning, seeded[seed], recipes[key], found.dense, name, Path(scores)
             )  # fmt: skip
@@ -112,6 +108,13 @@ def compare(
     order = {key: number for number, key in enumerate(recipes)}
     found.cells.sort(key=lambda cell: order.get(_key(cell), len(order)))
     return found
+
+
+def _check_comparable(data: Data) -> None:
+    if data.validation is None:
+        raise DataError("a comparison needs labelled validation images")
+    if data.task.metric.lower_is_better:
+        raise DataError(f"a comparison ranks by a metric of which more is better, {data.task.name} has none")
 
 
 def _recipes(base: Recipe, seeds: Sequence[int], targets: Sequence[str], names: Sequence[str]) -> dict[Key, Recipe]:
@@ -158,19 +161,20 @@ def _shared(recipe: Recipe) -> dict[str, Any]:
 
 
 def _dense(loaded: LoadedModel, data: Data) -> dict[str, Any]:
-    measures = measure(loaded.module.to(accelerator().device).eval(), loaded.preprocessing.input_size, data)
+    dense = loaded.module.to(accelerator().device).eval()
+    measures = measure(dense, loaded.preprocessing.input_size, data, teacher=dense)
     return {
         "macs": measures.macs,
         "params": measures.params,
-        "validation": _validated(loaded.module, data),
+        "validation": _validated(dense, data, dense),
         "test": measures.top1 if data.test is not None else None,
     }
 
 
-def _validated(model: nn.Module, data: Data) -> float:
+def _validated(model: nn.Module, data: Data, dense: nn.Module) -> float:
     """The metric on the validation images."""
     assert data.validation is not None  # `compare` refuses such data
-    return evaluate(model, data.validation, task=data.task)[data.task.metric.key]
+    return evaluate(model, data.validation, task=data.task, teacher=dense)[data.task.metric.key]
 
 
 @dataclass(frozen=True)
@@ -246,14 +250,14 @@ def _peer(job: _Job) -> Cell:
             recalibrate(small, shard_calibration(job.data, recipe.data.batch_size))
         if recipe.finetune.epochs:
             history += finetune(small, job.data, recipe.finetune, loaded.module, seed=recipe.seed)
-    return _cell(job, small, history, measure(small, loaded.preprocessing.input_size, job.data))
+    return _cell(job, small, history, measure(small, loaded.preprocessing.input_size, job.data, loaded.module))
 
 
 def _cell(job: _Job, model: nn.Module, history: list[dict[str, float]], after: Measures) -> Cell:
     # The last step's training: epoch 0 is the model as it came, and the best epoch's weights are kept.
     start = max((number for number, row in enumerate(history) if row["epoch"] == 0), default=0)
     metric = job.data.task.metric.key
-    tuning = [row[metric] for row in history[start:]] or [_validated(model, job.data)]
+    tuning = [row[metric] for row in history[start:]] or [_validated(model, job.data, job.loaded.module)]
     return {
         "macs": after.macs / job.dense["macs"],
         "params": after.params / job.dense["params"],

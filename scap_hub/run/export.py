@@ -21,6 +21,7 @@ from scap_hub.hub.checkpoint import RECIPE, dense_model, input_size, load
 from scap_hub.recipe import Recipe
 from scap_hub.run.inputs import data_for
 from scap_hub.run.result import shown_name
+from scap_hub.tasks import task_of
 from scap_hub.text import one_line
 from scap_hub.zoo import load_model
 
@@ -127,9 +128,10 @@ def _subject(folder: str | Path, net: nn.Module, model: nn.Module | None, datase
         dense_top1 = _report(place).get("before", {}).get("top1")  # measured on the recipe's data
     else:
         name = str(dataset) if isinstance(dataset, str | Path) else None
+    loaded = load_model(net, input_size=input_size(folder), task=recipe.task)
     return Subject(
         net,
-        data_for(load_model(net, input_size=input_size(folder)), dataset, recipe),
+        data_for(loaded, dataset, recipe, task_of(loaded, recipe.task)),
         input_size(folder),
         model if model is not None else dense_model(folder),
         dense_top1,

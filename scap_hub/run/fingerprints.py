@@ -113,7 +113,8 @@ def _add_data_set(digest: Any, value: Any) -> None:
         _add(digest, [list(value.indices), value.dataset])
     elif isinstance(value, Images):
         _add(digest, [value.targets, value.reader.columns.image])
-        _add_rows(digest, value.rows.select_columns([value.reader.columns.image]))
+        placed = [value.placed] if value.placed is not None else []
+        _add_rows(digest, value.rows.select_columns([value.reader.columns.image, *placed]))
     elif isinstance(value, Stream):
         _add_data_set(digest, value.rows)
     elif isinstance(value, datasets.Dataset):

@@ -19,6 +19,7 @@ from scap_hub.channels import ChannelGroups
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.errors import DataError
 from scap_hub.placement import raise_precision, raised
+from scap_hub.private import tree_leaves
 from scap_hub.progress import announce, tell
 from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
@@ -27,6 +28,7 @@ from scap_hub.run.stages import Stages
 from scap_hub.run.tuning import Tuning
 from scap_hub.run.unfinished import check_free
 from scap_hub.selection.select import select
+from scap_hub.tasks import Task
 from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator
 from scap_hub.training.evaluate import count
@@ -86,6 +88,7 @@ def forecast(
     *,
     output_dir: str | Path | None = None,
     checkpoint: str | Path | None = None,
+    task: str | Task | None = None,
     **overrides: Any,
 ) -> Forecast:
     """Says what `prune` with the same arguments will do and take; prunes, trains and writes nothing.
@@ -98,17 +101,18 @@ def forecast(
         recipe: As for `prune`.
         output_dir: As for `prune`; that it is free is all that is looked at.
         checkpoint: As for `prune`.
+        task: As for `prune`.
         **overrides: As for `prune`.
 
     Raises:
         ScapHubError: As `prune`, for the mistakes that it finds before it scores.
     """
-    recipe = recipe_of(model, dataset, recipe, overrides, checkpoint)
+    recipe = recipe_of(model, dataset, recipe, overrides, checkpoint, task)
     criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
     if output_dir is not None:
         check_free(output_dir)
     stages = Stages(recipe.seed)
-    loaded, data, tuning = load_dense(model, dataset, recipe, stages)
+    loaded, data, tuning = load_dense(model, dataset, recipe, stages, task)
     with stages("channel groups"):
         net = raised(loaded.module.to(accelerator().device).eval())
         groups = candidates(net, example(net, loaded), recipe.protect)
@@ -212,7 +216,9 @@ def _training(model: nn.Module, data: Data, images: Tensor) -> tuple[float, int]
 
     def step() -> None:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            data.task.output(pupil, images).square().mean().backward()
+            outputs = tree_leaves(data.task.output(pupil, images))
+            values = [leaf.square().mean() for leaf in outputs if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            torch.stack(values).sum().backward()
 
     step()
     weights = {parameter.untyped_storage().data_ptr() for parameter in pupil.parameters()}

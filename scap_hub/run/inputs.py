@@ -19,12 +19,15 @@ from scap_hub.run.deploying import check_deploy
 from scap_hub.run.selecting import for_the_runtime
 from scap_hub.run.stages import Stages
 from scap_hub.run.tuning import Tuning
+from scap_hub.tasks import Task, task_named, task_of
 from scap_hub.training.data import Data, load_data
 from scap_hub.training.data.classes import WITHOUT_LABELS, NewHead
+from scap_hub.training.data.handed import image_size
 from scap_hub.training.data.sources import ensure_there
 from scap_hub.training.distributed import accelerator, main_first
 from scap_hub.training.feed import steps_at_ends
 from scap_hub.zoo import LoadedModel, load_model
+from scap_hub.zoo.registry import PLAIN, zoo_of
 
 CALIBRATION_SET = "timm/mini-imagenet"
 """Small public set for models trained on ImageNet or a superset of it; used without its labels."""
@@ -32,21 +35,28 @@ _IMAGENET_CLASSES = (1000, 1001, 11821, 21841, 21843)
 
 
 def recipe_of(
-    model: Any, dataset: Any, recipe: Any, overrides: Mapping[str, Any], checkpoint: str | Path | None = None
+    model: Any,
+    dataset: Any,
+    recipe: Any,
+    overrides: Mapping[str, Any],
+    checkpoint: str | Path | None = None,
+    task: str | Task | None = None,
 ) -> Recipe:
-    """The recipe of a call of `prune`, with the names of model, data and checkpoint in it.
+    """The recipe of a call of `prune`, with the names of model, data, checkpoint and task in it.
 
     Raises:
         RecipeError: Unknown recipe, key or value.
     """
-    names = {"model_name": model, "data_dataset": dataset, "model_checkpoint": checkpoint}
+    names = {"model_name": model, "data_dataset": dataset, "model_checkpoint": checkpoint, "task": task}
     given = {key: str(name) for key, name in names.items() if isinstance(name, str | Path)}
     resolved = Recipe.resolve(recipe, **{**overrides, **given})
     check_deploy(resolved.deploy)
     return for_the_runtime(resolved)
 
 
-def load_dense(model: Any, dataset: Any, recipe: Recipe, stages: Stages) -> tuple[LoadedModel, Data, Tuning]:
+def load_dense(
+    model: Any, dataset: Any, recipe: Recipe, stages: Stages, task: str | Task | None = None
+) -> tuple[LoadedModel, Data, Tuning]:
     """The dense model as it comes, its data, and how it shall be trained before it is pruned.
 
     Args:
@@ -54,15 +64,16 @@ def load_dense(model: Any, dataset: Any, recipe: Recipe, stages: Stages) -> tupl
         dataset: As for `prune`.
         recipe: Its blocks `model`, `data` and `finetune`.
         stages: Where the seconds are counted.
+        task: As for `prune`; the recipe's if left out.
     """
     with stages("load"):
-        loaded, data, tuning = _loaded(model, dataset, recipe)
+        loaded, data, tuning = _loaded(model, dataset, recipe, task)
     if tuning.trains(recipe.finetune):
         steps_at_ends(data.train, recipe.finetune.lasting(1))  # what cannot be trained on is told before any work
     return loaded, data, tuning
 
 
-def _loaded(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data, Tuning]:
+def _loaded(model: Any, dataset: Any, recipe: Recipe, task: str | Task | None) -> tuple[LoadedModel, Data, Tuning]:
     """Both, fitted to each other: the model gets a new head, or names of its classes, from the data."""
     settings = recipe.model
     source = settings.name if model is None else model
@@ -73,10 +84,15 @@ def _loaded(model: Any, dataset: Any, recipe: Recipe) -> tuple[LoadedModel, Data
         main_first(lambda: ensure_there(str(wanted), recipe.data))  # a typo is told before a model is downloaded
     if isinstance(source, nn.Module):
         source = copy.deepcopy(source)  # the caller's stays as it is, on its own device
+    if recipe.task is not None:
+        task_named(recipe.task)  # likewise
+    size = settings.input_size
+    if size is None and isinstance(source, nn.Module) and zoo_of(source) is PLAIN:
+        size = image_size(wanted, recipe.seed)  # nobody else knows how large the images of such a module are
     loaded = load_model(
-        source, settings.pretrained, settings.num_classes, settings.input_size, checkpoint=settings.checkpoint
+        source, settings.pretrained, settings.num_classes, size, checkpoint=settings.checkpoint, task=recipe.task
     )
-    data = data_for(loaded, dataset, recipe)
+    data = data_for(loaded, dataset, recipe, task_of(loaded, recipe.task if task is None else task))
     new_head = False
     if data.labels and len(data.labels) != loaded.num_classes:
         loaded, new_head = _with_head(source, data, loaded, settings), True
@@ -101,7 +117,9 @@ def _with_head(source: Any, data: Data, loaded: LoadedModel, settings: ModelSett
             f"{data.name!r} has {count} classes, the module's classifier {loaded.num_classes}: give it a new one of "
             f"{count} first, which finetune.dense_epochs=5 trains, or set {WITHOUT_LABELS}"
         )
-    headed = load_model(source, _from_the_zoo(source, settings), len(data.labels), settings.input_size)
+    headed = load_model(
+        source, _from_the_zoo(source, settings), len(data.labels), settings.input_size, task=data.task.name
+    )
     if settings.checkpoint is not None:
         state, known = headed.module.state_dict(), loaded.module.state_dict()
         fitting = {name: known[name] for name, tensor in state.items() if known[name].shape == tensor.shape}
@@ -109,8 +127,8 @@ def _with_head(source: Any, data: Data, loaded: LoadedModel, settings: ModelSett
     return headed
 
 
-def data_for(loaded: LoadedModel, dataset: Any, recipe: Recipe) -> Data:
-    """The data as the model wants it; the recipe's seed chooses the calibration images."""
+def data_for(loaded: LoadedModel, dataset: Any, recipe: Recipe, task: Task) -> Data:
+    """The data as the model wants it for a task; the recipe's seed chooses the calibration images."""
     choices = recipe.data
     if dataset is None and choices.dataset is None:
         choices = _public_images(loaded, choices)
@@ -121,6 +139,7 @@ def data_for(loaded: LoadedModel, dataset: Any, recipe: Recipe) -> Data:
         num_classes=loaded.num_classes,
         new_head=recipe.model.num_classes is None and _new_head(recipe.finetune.dense_epochs),
         seed=recipe.seed,
+        task=task,
         model_classes=loaded.labels,
         pixels=loaded.zoo.pixels(loaded),
     )

@@ -36,6 +36,7 @@ from scap_hub.run.unfinished import Unfinished, kept_beside
 from scap_hub.run.verification import Verdict, Verified, beyond_repair, failing_plan_beside, verified
 from scap_hub.scores import Scores
 from scap_hub.surgery import apply_plan
+from scap_hub.tasks import Task
 from scap_hub.timing.clock import milliseconds
 from scap_hub.training.callbacks import Callback, check_tracker
 from scap_hub.training.data import Data
@@ -50,6 +51,7 @@ def prune(
     dataset: Any = None,
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
     *,
+    task: str | Task | None = None,
     output_dir: str | Path | None = None,
     restart: bool = False,
     callbacks: Sequence[Callback] = (),
@@ -63,6 +65,7 @@ def prune(
         dataset: "digits", Hub id, image folder, `datasets.Dataset(Dict)`, torch data set or DataLoader; the
             recipe's if left out. Without any, models trained on ImageNet use unlabelled images of timm/mini-imagenet.
         recipe: Shipped name ("half-macs"), path, dict or `Recipe`.
+        task: What the model is for, such as "semantic-segmentation", or a `Task`; found from the model if left out.
         output_dir: Where to save the result, absent or empty; what each stage found is kept beside it until the end, so
             that the same call resumes. A call that differs in anything is refused.
         restart: Whether to throw away what an unfinished run kept, and begin anew.
@@ -75,14 +78,13 @@ def prune(
         ScapHubError: One of its subclasses, for anything wrong with the model, the data, the recipe or the target.
         VerificationError: No plan was found that is right; `error.plan` is the smallest that is wrong.
     """
-    recipe = recipe_of(model, dataset, recipe, overrides, checkpoint)
+    recipe = recipe_of(model, dataset, recipe, overrides, checkpoint, task)
     # A mistake is told before any work.
     check_tracker(recipe.finetune)
     criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
     stages = Stages(recipe.seed)
-
     with kept_beside(output_dir, restart) as work, failing_plan_beside(output_dir):
-        loaded, data, tuning = load_dense(model, dataset, recipe, stages)
+        loaded, data, tuning = load_dense(model, dataset, recipe, stages, task)
         if work is not None:
             work.begin(
                 identity(loaded, data, recipe, criterion),
@@ -138,13 +140,12 @@ def prune_loaded(
     """
     stages, kept = stages or Stages(recipe.seed), Kept(work)
     criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
-    given = loaded.module.to(accelerator().device).eval()
+    given, size = loaded.module.to(accelerator().device).eval(), loaded.preprocessing.input_size
     with stages("load"):
         calibration = shard_calibration(data, recipe.data.batch_size)
     if before is None:
         with stages("measure dense"):
-            size = loaded.preprocessing.input_size
-            before = kept.value("dense", Measures, lambda: measure(given, size, data))
+            before = kept.value("dense", Measures, lambda: measure(given, size, data, teacher=given))
         warn_if_guessing(before, loaded, data, tuned)
 
     dense = raised(given)
@@ -159,7 +160,7 @@ def prune_loaded(
 
     lower_precision(small, half_precisions(given))
     with stages("measure pruned"):
-        after = kept.value("pruned", Measures, lambda: measure(small, loaded.preprocessing.input_size, data))
+        after = kept.value("pruned", Measures, lambda: measure(small, size, data, teacher=given))
     if recipe.evaluate.latency:
         with stages("measure latency"):
             # In turns, so that whatever else the machine does slows both alike.

@@ -25,6 +25,7 @@ class Measures:
         top1: The task's metric (accuracy, 0 to 1), on the test split, or the validation split where there is none; None
             without labels.
         latency_ms: Median milliseconds of one forward pass at `evaluate.batch_size`; None if not asked for.
+        others: What else the task measures (0 to 1), by its name in a table.
     """
 
     macs: int
@@ -32,6 +33,7 @@ class Measures:
     bytes: int
     top1: float | None
     latency_ms: float | None = None
+    others: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,9 @@ class Report:
             ),
         ]
         if before.top1 is not None and after.top1 is not None:
-            points = f"{100 * (after.top1 - before.top1):+.2f} points"
-            rows.append((self.metric.name, f"{100 * before.top1:.2f} %", f"{100 * after.top1:.2f} %", points))
+            rows.append(_figure(self.metric.name, before.top1, after.top1))
+        both = before.others.keys() & after.others.keys()
+        rows += [_figure(name, before.others[name], after.others[name]) for name in before.others if name in both]
         if before.latency_ms is not None and after.latency_ms is not None:
             speedup = before.latency_ms / after.latency_ms
             faster = f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
@@ -181,16 +184,29 @@ class Report:
         return rows
 
 
-def measure(model: nn.Module, input_size: tuple[int, int, int], data: Data) -> Measures:
+def measure(
+    model: nn.Module, input_size: tuple[int, int, int], data: Data, teacher: nn.Module | None = None
+) -> Measures:
     """Measures one model, but for its latency, which means something beside another's only.
 
     Args:
         model: In eval mode.
         input_size: (channels, height, width) in pixels.
         data: Its test images are used, or its validation images where there are none.
+        teacher: The dense model, for a task that is measured by its outputs.
     """
-    costs, loader, task = count(model, input_size), data.measured_on, data.task
-    return Measures(**costs, top1=None if loader is None else evaluate(model, loader, task=task)[task.metric.key])
+    costs: dict[str, Any] = count(model, input_size)
+    loader, task = data.measured_on, data.task
+    if loader is None:
+        return Measures(**costs, top1=None)
+    found = evaluate(model, loader, task=task, teacher=teacher)
+    others = {metric.name: found[metric.key] for metric in task.others if metric.key in found}
+    return Measures(**costs, top1=found[task.metric.key], others=others)
+
+
+def _figure(name: str, before: float, after: float) -> tuple[str, str, str, str]:
+    """A row of the table, of what is a fraction of 1."""
+    return name, f"{100 * before:.2f} %", f"{100 * after:.2f} %", f"{100 * (after - before):+.2f} points"
 
 
 def _change(before: int, after: int) -> str:

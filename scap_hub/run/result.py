@@ -19,7 +19,7 @@ from scap_hub.hub.uniform import plain_config
 from scap_hub.placement import placement
 from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
-from scap_hub.run.report import Report
+from scap_hub.run.report import Measures, Report
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Task
 from scap_hub.timing.clock import device_name
 from scap_hub.zoo import LoadedModel
@@ -109,8 +109,8 @@ class Result:
     def _measured(self) -> Measured:
         dataset = self.recipe.data.dataset
         return Measured(
-            dense=asdict(self.report.before),
-            pruned=asdict(self.report.after),
+            dense=_flat(self.report.before),
+            pruned=_flat(self.report.after),
             dataset=shown_name(dataset),
             dataset_id=dataset if _on_hub(dataset) else None,
             device=device_name(placement(self.model).device),
@@ -129,3 +129,9 @@ def shown_name(dataset: str | None) -> str | None:
 
 def _on_hub(dataset: str | None) -> bool:
     return dataset is not None and not Path(dataset).exists() and dataset.count("/") == 1
+
+
+def _flat(measures: Measures) -> dict[str, float | None]:
+    """Measures by name."""
+    values = asdict(measures)
+    return values | values.pop("others")

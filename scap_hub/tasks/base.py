@@ -11,26 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from scap_hub.errors import DataError
+from scap_hub.zoo.base import LoadedModel
 
-Batch = tuple[Tensor, ...]
+Batch = tuple[Any, ...]
 """Images, (N, C, H, W), and their targets where there are any."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a task measures a model; more is better.
+    """How a task measures a model, as a fraction of 1.
 
     Attributes:
         key: Its name in results and reports.
         name: Its name in a table.
         title: Its name on a model card.
         hub_type: Its name in the metadata of a model card, one of the Hub's metrics.
+        lower_is_better: Whether less of it is better; else more is.
     """
 
     key: str
     name: str
     title: str
     hub_type: str
+    lower_is_better: bool = False
 
 
 class Meter(ABC):
@@ -45,7 +48,8 @@ class Meter(ABC):
         """What was measured over the batches of all processes; the same on each of them.
 
         Returns:
-            The metric under its key; "loss", the mean over the images; "images", how many there were.
+            The metric and the task's others under their keys; "loss", the mean over the images; "images", how many
+            there were.
         """
 
 
@@ -53,12 +57,34 @@ class Task(ABC):
     """Everything that depends on what a model is for; the rest of scap_hub knows images and costs only.
 
     Attributes:
-        name: Of the task: its pipeline tag on the Hub.
+        name: Of the task, as recipes name it.
         metric: What is reported, and what decides which epoch's weights are the best.
+        others: What is reported beside it.
+        refuses: Keys of the recipe's `finetune` block that mean nothing for this task.
+        from_teacher: Whether outputs are compared with those of the dense model, not with targets: then the meter gets
+            the pair of these outputs and the targets, which may be None.
+        uses_targets: Whether targets mean anything.
     """
 
     name: ClassVar[str]
     metric: ClassVar[Metric]
+    others: ClassVar[tuple[Metric, ...]] = ()
+    refuses: ClassVar[tuple[str, ...]] = ()
+    from_teacher: ClassVar[bool] = False
+    uses_targets: ClassVar[bool] = True
+
+    @property
+    def pipeline_tag(self) -> str | None:
+        """The task's name on the Hub; None where the Hub has none."""
+        return self.name
+
+    def fitted(self, loaded: LoadedModel) -> Task:
+        """This task as one model has it: its numbers of classes, its conventions.
+
+        Raises:
+            DataError: The model cannot do this task.
+        """
+        return self
 
     # Data
 
@@ -116,7 +142,7 @@ class Task(ABC):
         """The metric of a model that guesses; None where that is not known."""
         return None
 
-    def given(self, targets: Tensor, images: int, num_classes: int, where: str) -> Tensor:
+    def given(self, targets: Any, images: int, num_classes: int, where: str) -> Any:
         """The targets of a batch that the caller made, checked, as `loss` and the meter read them.
 
         Args:
@@ -149,6 +175,10 @@ class Task(ABC):
     @abstractmethod
     def output(self, model: nn.Module, images: Tensor) -> Any:
         """Runs a model; what it says of images, as `loss`, `distance` and the meter read it."""
+
+    def output_for(self, model: nn.Module, images: Tensor, targets: Any) -> Any:
+        """As `output`, with the targets at hand: models that compute their loss themselves want them."""
+        return self.output(model, images)
 
     @abstractmethod
     def loss(self, output: Any, targets: Any, label_smoothing: float = 0.0) -> Tensor:

@@ -21,7 +21,11 @@ from scap_hub.training.distributed import accelerator, shard
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader, precision: str = "no", task: Task = IMAGE_CLASSIFICATION
+    model: nn.Module,
+    loader: DataLoader,
+    precision: str = "no",
+    task: Task = IMAGE_CLASSIFICATION,
+    teacher: nn.Module | None = None,
 ) -> dict[str, float]:
     """Measures a model on labelled images; the same on every rank, whatever the number of ranks.
 
@@ -30,29 +34,37 @@ def evaluate(
         loader: Batches of (images, targets).
         precision: "bf16" or "fp16" for autocast, or "no".
         task: What the model is for.
+        teacher: The dense model, for a task that is measured by its outputs; then the images need no labels.
 
     Returns:
-        The task's metric under its key (top1: share of images classified correctly, 0..1).
+        The task's metric and its others under their keys (top1: share of images classified correctly, 0..1).
         loss: Mean loss over the images (cross-entropy in nats).
         images: How many there were.
 
     Raises:
-        DataError: The batches have no targets, or there are none.
+        DataError: The batches have no targets, or there are none; or there is no teacher, and the task wants one.
         ModelError: The model gives NaN.
     """
     device = accelerator().device
     model.to(device)
+    if task.from_teacher:
+        if teacher is None:
+            raise DataError(f"{task.metric.title} compares a model with its dense one: give that as teacher")
+        teacher.to(device)
+    else:
+        teacher = None
     meter = task.meter(device)
-    with evaluating(model):
+    with evaluating(model), evaluating(teacher or model):
         for batch in track(shard(loader), "evaluating", delay=1):
-            if len(batch) < 2:
+            if len(batch) < 2 and teacher is None:
                 raise DataError(f"{task.metric.title} needs labels, and these images have none")
-            images, targets = batch
+            images, targets = batch if len(batch) > 1 else (batch[0], None)
             if not len(images):
                 continue  # none of them could be read
             with autocast(precision):
-                output = task.output(model, images)
-            meter.add(output, targets)
+                output = task.output_for(model, images, targets)
+                guide = None if teacher is None else task.output(teacher, images)
+            meter.add(output, targets if teacher is None else (guide, targets))
     result = meter.result()
     if math.isnan(result["loss"]):
         dtype = placement(model).dtype

@@ -17,10 +17,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from scap_hub.errors import DataError, TrainingError
+from scap_hub.errors import DataError, RecipeError, TrainingError
 from scap_hub.placement import lower_precision, raise_precision
 from scap_hub.progress import tell, track
 from scap_hub.recipe import DataSettings, FinetuneSettings, Recipe
+from scap_hub.tasks import Task, task_of
 from scap_hub.training import checkpoints
 from scap_hub.training.callbacks import Callback, Tracking, check_tracker
 from scap_hub.training.data import Data, load_data
@@ -44,6 +45,7 @@ def finetune(
     seed: int = 0,
     data_settings: DataSettings | None = None,
     input_size: tuple[int, int, int] | None = None,
+    task: str | Task | None = None,
     callbacks: Sequence[Callback] = (),
     **changes: Any,
 ) -> list[dict[str, float]]:
@@ -62,6 +64,7 @@ def finetune(
         seed: Seeds shuffling, augmentation, mixup and dropout.
         data_settings: The recipe's `data` block, for a data set that is not a `Data` yet.
         input_size: (channels, height, width) in pixels of its images; the model's own if left out.
+        task: What the model is for, for a data set that is not a `Data` yet; found from the model if left out.
         callbacks: Called after each epoch, see `Callback`.
         **changes: Keys of the `finetune` block that win: epochs=3, learning_rate=1e-3, ...
 
@@ -78,9 +81,10 @@ def finetune(
     check_tracker(settings)
     if not isinstance(data, Data):
         # The zoo knows the dense model better than a pruned one.
-        data = _read(data, model if teacher is None else teacher, data_settings, input_size, seed)
+        data = _read(data, model if teacher is None else teacher, data_settings, input_size, seed, task)
     if not settings.distillation.needs_teacher:
         teacher = None
+    _check_fits(data.task, settings, teacher)
     here = accelerator()
     networks = [model, *([teacher] if teacher is not None else [])]
     for network in networks:
@@ -106,6 +110,18 @@ def finetune(
         lower_precision(model, precisions)
 
 
+def _check_fits(task: Task, settings: FinetuneSettings, teacher: nn.Module | None) -> None:
+    """Refuses settings that mean nothing for a task, and a task that has nothing to learn from."""
+    for key in task.refuses:
+        if getattr(settings, key):
+            raise RecipeError(f"finetune.{key} means nothing for {task.name}: leave it out")
+    if task.from_teacher and (teacher is None or not settings.distillation.weight):
+        raise DataError(
+            f"{task.name} without targets learns from the dense model alone: give it as teacher, leave "
+            "finetune.distillation.weight above 0, and train no dense model before (finetune.dense_epochs=0)"
+        )
+
+
 def _changed(settings: FinetuneSettings, changes: Mapping[str, Any]) -> FinetuneSettings:
     """The settings with some keys changed, checked as a recipe's."""
     overrides = {f"finetune_{key}": value for key, value in changes.items()}
@@ -118,6 +134,7 @@ def _read(
     settings: DataSettings | None,
     input_size: tuple[int, int, int] | None,
     seed: int,
+    task: str | Task | None,
 ) -> Data:
     """The data set as a model wants it."""
     with warnings.catch_warnings():
@@ -130,6 +147,7 @@ def _read(
         settings,
         num_classes=loaded.num_classes,
         seed=seed,
+        task=task_of(loaded, task),
         model_classes=loaded.labels,
         pixels=loaded.zoo.pixels(loaded),
     )
@@ -262,7 +280,7 @@ def _prepared(
     ends = steps_at_ends(data.train, settings, batches.batches)
     schedule = rate_schedule(optimizer.optimizer, settings, ends[-1] if ends else 0)
     ema = ModelEmaV3(model, decay=settings.ema, use_warmup=True) if settings.ema else None
-    history = History(data.task.metric.key)
+    history = History(data.task.metric.key, data.task.metric.lower_is_better)
     identity = settings.model_dump(mode="json", exclude={"log_with"})
     return _Training(
         model=model,
@@ -343,6 +361,7 @@ def _validate(training: _Training) -> dict[str, float]:
     data = training.data
     if data.validation is None:
         return {}
-    result = evaluate(training.kept, data.validation, training.settings.precision, data.task)
+    teacher = training.objective.teacher
+    result = evaluate(training.kept, data.validation, training.settings.precision, data.task, teacher)
     metric = data.task.metric.key
     return {metric: result[metric], "validation_loss": result["loss"]}

@@ -61,9 +61,9 @@ class History:
         steps: Optimiser steps so far.
     """
 
-    def __init__(self, metric: str) -> None:
-        """Starts at nothing; `metric` is the key of what is better when it is more."""
-        self.metric = metric
+    def __init__(self, metric: str, lower_is_better: bool = False) -> None:
+        """Starts at nothing; `metric` is the key of what decides which weights are the best."""
+        self.metric, self.lower_is_better = metric, lower_is_better
         self.rows: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
         self.best_epoch = 0
@@ -90,7 +90,8 @@ class History:
         return self.rows[self.best_epoch]
 
     def _quality(self, row: dict[str, float]) -> tuple[float, float]:
-        return row[self.metric], -row["validation_loss"]
+        value = row[self.metric]
+        return -value if self.lower_is_better else value, -row["validation_loss"]
 
     def state_dict(self) -> dict[str, Any]:
         """For checkpoints."""

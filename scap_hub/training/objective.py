@@ -33,7 +33,7 @@ class Objective:
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of a batch, (images, targets) or (images,)."""
-        images, targets = batch if len(batch) == 2 else (batch[0], None)
+        images, targets = batch if len(batch) == 2 and not self.task.from_teacher else (batch[0], None)
         if targets is None and not self._weight:
             raise DataError(
                 "these images have no labels: training the dense model (finetune.dense_epochs) needs them, fine-tuning "
@@ -45,7 +45,7 @@ class Objective:
             images = images.lerp(images.flip(0), 1 - share)
         if self.settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        output, maps = self._run(model, images)
+        output, maps = self._run(model, images, targets)
         loss = images.new_zeros((), dtype=torch.float32)
         if targets is not None and self._weight < 1:
             loss = self._loss(output, targets, share)
@@ -81,8 +81,8 @@ class Objective:
             loss = soft if targets is None else (1 - self._weight) * loss + self._weight * soft
         return loss + learn.features * attention_loss(maps, theirs) if learn.features else loss
 
-    def _run(self, network: nn.Module, images: Tensor) -> tuple[Any, Maps]:
+    def _run(self, network: nn.Module, images: Tensor, targets: Any = None) -> tuple[Any, Maps]:
         watches = self.teacher is not None and self.settings.distillation.features
         watched: AbstractContextManager[Maps] = feature_maps(network) if watches else nullcontext({})
         with autocast(self.settings.precision), watched as maps:
-            return self.task.output(network, images), maps
+            return self.task.output_for(network, images, targets), maps

@@ -89,11 +89,13 @@ class Wanted(NamedTuple):
         pretrained: Whether to load weights.
         num_classes: Width of the classifier, None for the model's own. Classification only.
         input_size: (channels, height, width) in pixels, None for the model's own.
+        task: What it shall be for, where a zoo builds models for several tasks; None for what its weights are for.
     """
 
     pretrained: bool = True
     num_classes: int | None = None
     input_size: tuple[int, int, int] | None = None
+    task: str | None = None
 
 
 class Door(NamedTuple):
@@ -214,6 +216,10 @@ class Zoo(Protocol):
             ModelError: A config that the zoo refuses.
         """
         ...
+
+    def task(self, module: nn.Module) -> str | None:
+        """What a module that it knows is for, by the name of the task; None where nothing says so."""
+        return None
 
     def pixels(self, loaded: LoadedModel) -> Pixels | None:
         """How the zoo itself resizes and crops; None where `Preprocessing` says all of it."""

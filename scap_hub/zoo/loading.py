@@ -29,8 +29,9 @@ def load_model(
     input_size: tuple[int, int, int] | None = None,
     labels: Sequence[str] | None = None,
     checkpoint: str | Path | None = None,
+    task: str | None = None,
 ) -> LoadedModel:
-    """Loads an image classifier with all that is needed to feed, rebuild and publish it.
+    """Loads a vision model with all that is needed to feed, rebuild and publish it.
 
     Args:
         model: A name that a zoo knows (timm's "resnet18.a1_in1k"), a Hub id or local folder of a model that one
@@ -40,6 +41,7 @@ def load_model(
         input_size: (C, H, W) in pixels, instead of the model's own.
         labels: Class names by index, instead of the model's own.
         checkpoint: File with the weights, instead of those that the model comes with; a module gets them in place.
+        task: What a model given by name shall be for, with a new head if need be; by default what its weights are for.
 
     Returns:
         The model in eval mode, and its description. A module that its zoo would not rebuild as it is is described
@@ -53,7 +55,8 @@ def load_model(
     if isinstance(model, nn.Module):
         loaded = _checked(_described(model, input_size))
     else:
-        loaded = _checked(_from_name(str(model), Wanted(pretrained and checkpoint is None, num_classes, input_size)))
+        wanted = Wanted(pretrained and checkpoint is None, num_classes, input_size, task)
+        loaded = _checked(_from_name(str(model), wanted))
     if num_classes not in (None, loaded.num_classes):
         raise ModelError(
             f"{loaded.name} has {loaded.num_classes} classes, not {num_classes}: give it a new head first, "

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from scap_hub.errors import ModelError
 from scap_hub.placement import placement
 from scap_hub.text import one_line
-from scap_hub.zoo.base import LoadedModel, Zoo, default_preprocessing, logits
+from scap_hub.zoo.base import LoadedModel, Zoo, default_preprocessing
 from scap_hub.zoo.described import Widths
 from scap_hub.zoo.timm.widths import TimmFeatures, timm_features, timm_widths
 
@@ -29,13 +29,13 @@ class PlainZoo(Zoo):
         """Describes a module by running it once on an image of zeros.
 
         Args:
-            module: Takes images (N, C, H, W), returns logits (N, classes) or a transformers output. Classification
-                only.
+            module: Takes images (N, C, H, W). Where it returns a tensor (N, classes), alone or as `logits`, it is a
+                classifier.
             source: What the user asked for.
             input_size: (C, H, W) in pixels; by default as many channels as its first convolution takes, 224 x 224.
 
         Raises:
-            ModelError: The module does not run on such an image, or does not return logits.
+            ModelError: The module does not run on such an image.
         """
         if input_size is None:
             convolutions = (m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d))
@@ -49,16 +49,15 @@ class PlainZoo(Zoo):
             raise ModelError(
                 f"{name} does not run on one image {input_size}: {one_line(error)}; set input_size"
             ) from error
-        output = logits(returned)
-        if output.ndim != 2:
-            raise ModelError(f"{name} returns a tensor {tuple(output.shape)}, not logits (images, classes)")
+        output = getattr(returned, "logits", returned)
+        is_logits = isinstance(output, Tensor) and output.ndim == 2
         return LoadedModel(
             module=module,
             zoo=self,
             name=name,
             source=source,
             preprocessing=default_preprocessing(input_size),
-            num_classes=output.shape[1],
+            num_classes=output.shape[1] if is_logits else 0,
         )
 
     def describe(

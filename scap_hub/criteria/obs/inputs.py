@@ -15,6 +15,7 @@ from scap_hub.criteria.patches import PatchLayer
 from scap_hub.errors import CalibrationError
 from scap_hub.graph.record import evaluating
 from scap_hub.placement import fed
+from scap_hub.private import unobserved
 from scap_hub.progress import track
 
 
@@ -38,6 +39,7 @@ def read_inputs(
     images = number = 0  # of the current batch
     waiting: set[str] = set()  # layers that have not run on it yet
 
+    @unobserved
     def before(path: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = input_of(args, kwargs)
         if not x.sum(dtype=torch.float32).isfinite():

@@ -17,6 +17,7 @@ from scap_hub.criteria.rows import RowCriterion
 from scap_hub.errors import CalibrationError
 from scap_hub.graph.record import evaluating
 from scap_hub.placement import fed, placement
+from scap_hub.private import unobserved
 from scap_hub.progress import track
 
 
@@ -41,6 +42,7 @@ class Taylor(RowCriterion):
         count = images_seen = 0
 
         def hook(i: int, tap: Tap) -> Callable[..., None]:
+            @unobserved
             def forward(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
                 y = result if isinstance(result, Tensor) else result[0]
                 value = y.detach().clone()  # the next module may work in place

@@ -8,7 +8,7 @@ from typing import Any
 from scap_hub.errors import DataError
 from scap_hub.private import column_types
 from scap_hub.recipe import DataSettings
-from scap_hub.tasks import Task
+from scap_hub.tasks import PlacedTask, Task
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,25 @@ def find_columns(rows: Any, name: str, settings: DataSettings, task: Task) -> Co
     for asked in (settings.image_column, settings.label_column):
         if asked is not None and asked not in kinds:
             raise DataError(f"no column {asked!r}; {listing}")
-    images = [column for column, kind in kinds.items() if kind == "Image"]
+    # Targets of other tasks may be images too, and are to be told from them.
+    several = isinstance(task, PlacedTask) or task.from_teacher
+    target = task.target_column(kinds, settings.label_column, listing) if several and settings.labels else None
+    images = [column for column, kind in kinds.items() if kind == "Image" and column != target]
     if settings.image_column is None and len(images) != 1:
-        raise DataError(f"{len(images) or 'no'} image columns; {listing}; set data.image_column")
+        usual = [column for column in images if column == "image"] if several else []
+        if not usual:
+            raise DataError(f"{len(images) or 'no'} image columns; {listing}; set data.image_column")
+        images = usual
     image = settings.image_column or images[0]
-    return Columns(image, task.target_column(kinds, settings.label_column, listing) if settings.labels else None)
+    if not several and settings.labels:
+        target = task.target_column(kinds, settings.label_column, listing)
+    return Columns(image, target)
 
 
 def _kind(feature: Any) -> str:
     """What a column holds, in one word."""
     import datasets
 
-    if isinstance(feature, (datasets.Image, datasets.ClassLabel)):
+    if isinstance(feature, (datasets.Image, datasets.ClassLabel, datasets.Array2D)):
         return type(feature).__name__
     return getattr(feature, "dtype", type(feature).__name__)

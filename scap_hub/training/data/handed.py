@@ -17,8 +17,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from scap_hub.errors import DataError
 from scap_hub.recipe import DataSettings
-from scap_hub.tasks import Batch
+from scap_hub.tasks import Batch, PlacedTask
 from scap_hub.training.data.batches import loader_of
+from scap_hub.training.data.geometry import Geometry, finish_placed, geometry_of
 from scap_hub.training.data.images import Numbering
 from scap_hub.training.data.sources import is_rows
 from scap_hub.training.data.transforms import finish, pixels_of, upright
@@ -48,14 +49,16 @@ class Checked:
             DataError: The samples make no such batch.
         """
         batch = self._batch(samples)
-        parts = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-        if not 1 <= len(parts) <= 2 or not all(isinstance(part, Tensor) for part in parts) or parts[0].ndim != 4:
+        parts = _parts(batch) if self.labels else _parts(batch)[:1]  # what is not used may be anything
+        # Targets that have places are looked at by their task.
+        tensors = parts[:1] if isinstance(self.numbering.task, PlacedTask) else parts
+        if not 1 <= len(parts) <= 2 or not all(isinstance(part, Tensor) for part in tensors) or parts[0].ndim != 4:
             raise DataError(
                 "a DataLoader must yield (images, labels) or (images,) tuples of tensors, images (N, C, H, W); "
                 f"this one yields {_described(batch)}"
             )
         images = self._images(parts[0])
-        if len(parts) == 1 or not self.labels:
+        if len(parts) == 1:
             return (images,)
         return images, self.numbering.batch(parts[1], len(images))
 
@@ -86,6 +89,13 @@ class Checked:
             f"scale them to floats from 0 to 1 and normalise them{values} (torchvision's ToDtype(torch.float32, "
             "scale=True) and Normalize), or give a data set of PIL images, for which that is done"
         )
+
+
+def _parts(batch: Any) -> tuple[Any, ...]:
+    """Images and, if there are any, targets; transformers' batches name them."""
+    if isinstance(batch, Mapping) and "pixel_values" in batch:
+        return batch["pixel_values"], *([batch["labels"]] if "labels" in batch else [])
+    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
 
 
 _BEYOND = 10
@@ -119,7 +129,7 @@ def _described(batch: Any) -> str:
 
 def first_of(sample: Any) -> Any:
     """The image of a sample."""
-    return sample[0] if isinstance(sample, (tuple, list)) and sample else sample
+    return parts[0] if (parts := _parts(sample)) else sample
 
 
 def _tuples(samples: Any) -> Batch:
@@ -171,15 +181,20 @@ def _readable(index: int) -> Iterator[None]:
 class Readable(Dataset):
     """A data set of PIL images, as uint8 (C, H, W) of the model's size, and their targets."""
 
-    def __init__(self, dataset: Any, channels: int, pixels: Pixels) -> None:
+    def __init__(
+        self, dataset: Any, channels: int, pixels: Pixels, numbering: Numbering, geometry: Geometry | None
+    ) -> None:
         """Wraps a data set.
 
         Args:
             dataset: Of PIL images, or of tuples that start with one.
             channels: Of the images that the model takes.
             pixels: Resizes and crops.
+            numbering: Of its targets.
+            geometry: How targets that have places in the image follow its pixels; None where they have none.
         """
         self.dataset, self.channels, self.pixels = dataset, channels, pixels
+        self.numbering, self.geometry = numbering, geometry
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -189,7 +204,9 @@ class Readable(Dataset):
         with _readable(index):
             sample = self.dataset[index]
             image = upright(first_of(sample), self.channels)
-        rest = sample[1:] if isinstance(sample, (tuple, list)) else ()
+        rest = tuple(sample[1:]) if isinstance(sample, (tuple, list)) else ()
+        if rest and self.geometry is not None:
+            rest = (self.geometry(self.numbering.placed(rest[0], (image.height, image.width))), *rest[1:])
         return (self.pixels(image), *rest)
 
 
@@ -220,7 +237,7 @@ class Handed:
         """
         self.numbering, self.preprocessing, self.settings = numbering, preprocessing, settings
         self.whole: Any = None
-        self.labelled, self._pictures, self._colour = settings.labels, False, False
+        self.labelled, self._pictures, self._colour, self._placed = settings.labels, False, False, False
         if isinstance(source, IterableDataset):
             source = DataLoader(source, batch_size=settings.batch_size)
         self.given = source
@@ -239,7 +256,10 @@ class Handed:
                 channels = preprocessing.input_size[0]
                 if channels not in (1, 3):
                     raise DataError(f"the model takes {channels} channels, and images have 1 or 3: give a DataLoader")
-                self.whole = Readable(source, channels, pixels or pixels_of(preprocessing))
+                pixels = pixels or pixels_of(preprocessing)
+                self._placed = self.labelled and isinstance(numbering.task, PlacedTask)
+                geometry = geometry_of(pixels, preprocessing, numbering.where) if self._placed else None
+                self.whole = Readable(source, channels, pixels, numbering, geometry)
 
     def _first(self, source: Any) -> Any:
         try:
@@ -268,12 +288,17 @@ class Handed:
                 self.settings.augmentation == "auto" and self._colour
             )
             mean, std = self.preprocessing.mean, self.preprocessing.std
-            join = partial(finish, collate=_tuples, mean=mean, std=std, shift=shift, mirror=mirror)
+            how: dict[str, Any] = {"mean": mean, "std": std, "shift": shift, "mirror": mirror}
+            placed = self.numbering.task if self._placed else None
+            if isinstance(placed, PlacedTask):
+                join = partial(finish_placed, task=placed, **how)
+            else:
+                join = partial(finish, collate=_tuples, **how)
         return Checked(join, self.numbering, self.settings.labels, self.preprocessing)
 
     def measuring(self) -> DataLoader | None:
-        """Checked batches to measure a model on; None where the images have no targets."""
-        return self.loader() if self.labelled else None
+        """Checked batches to measure a model on; None where the images have no targets and the task wants some."""
+        return self.loader() if self.labelled or self.numbering.task.from_teacher else None
 
     def loader(self, whole_batches: bool = False) -> DataLoader:
         """Checked batches, in the caller's order.
@@ -303,12 +328,21 @@ def image_size(dataset: Any, seed: int) -> tuple[int, int, int] | None:
         return None
     if isinstance(source, DataLoader) and source.collate_fn is default_collate:
         source = source.dataset
+    image = first_of(_first_sample(source, seed))
+    shape = tuple(image.shape[-3:]) if isinstance(image, Tensor) else ()
+    return shape if len(shape) == 3 else None
+
+
+def has_targets(source: Any, seed: int) -> bool:
+    """Whether the first sample of a torch data set, or the first batch of a loader, has more than images."""
+    return len(_parts(_first_sample(source, seed))) > 1
+
+
+def _first_sample(source: Any, seed: int) -> Any:
+    """Of a torch data set the first sample, of a loader the first batch; None, which is told later, if it is empty."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            first = next(iter(source)) if isinstance(source, (DataLoader, IterableDataset)) else source[0]
+            return next(iter(source)) if isinstance(source, (DataLoader, IterableDataset)) else source[0]
         except (StopIteration, IndexError):
-            return None  # it is empty, which is told where it is read
-    image = first_of(first)
-    shape = tuple(image.shape[-3:]) if isinstance(image, Tensor) else ()
-    return shape if len(shape) == 3 else None
+            return None

@@ -14,9 +14,10 @@ from torch.utils.data import Dataset, Subset
 
 from scap_hub.errors import DataError
 from scap_hub.private import column_types
-from scap_hub.tasks import Batch, Task
+from scap_hub.tasks import Batch, PlacedTask, Task
 from scap_hub.training.data.classes import Classes
 from scap_hub.training.data.columns import Columns
+from scap_hub.training.data.geometry import Geometry
 from scap_hub.training.data.transforms import upright
 from scap_hub.training.data.unreadable import Tolerance, TooManyUnreadable
 from scap_hub.zoo.base import Pixels
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 MEMORY_LIMIT = 512 * 2**20
 """Bytes of decoded images that are kept instead of being decoded again."""
+_WITH_TARGET = 4
+"""A target that has places may take three times the memory of its image."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class RowReader:
         task: How targets are read.
         classes: What the targets are numbered by, and checked against.
         tolerance: How many images may be unreadable.
+        geometry: How targets that have places in the image follow its pixels; None for other targets.
     """
 
     name: str
@@ -49,6 +53,7 @@ class RowReader:
     task: Task
     classes: Classes
     tolerance: Tolerance
+    geometry: Geometry | None = None
 
     def read(self, rows: Any, split: str) -> tuple[Any, str | None, RowReader, Numbering]:
         """A split's rows, undecoded, with what else `Images` and `Stream` are made from."""
@@ -61,7 +66,9 @@ class RowReader:
         numbering = Numbering(self.task, self.classes.numbers(names, where), self.classes.count, where)
         rows = rows.with_format(None).select_columns([self.columns.image, *([target] if target else [])])
         # Decoding is ours, so that a broken image can be named.
-        rows = rows.cast_column(self.columns.image, datasets.Image(decode=False))
+        for column in (self.columns.image, target):
+            if column and isinstance(kinds[column], datasets.Image):
+                rows = rows.cast_column(column, datasets.Image(decode=False))
         return rows, target, self, numbering
 
     def image(self, row: Mapping[str, Any]) -> Image.Image:
@@ -70,17 +77,39 @@ class RowReader:
 
         return datasets.Image().decode_example(row[self.columns.image])
 
-    def readable(self, row: Mapping[str, Any]) -> Tensor | str:
-        """A row's image as the model takes it, (C, H, W) uint8; or why it cannot be read."""
+    def readable(self, row: Mapping[str, Any], numbering: Numbering) -> Batch | str:
+        """A row's image as the model takes it, (C, H, W) uint8, with its target if that has places in the image.
+
+        Returns:
+            Or else why it cannot be read.
+        """
+        target = self.columns.target if self.geometry is not None and self.columns.target in row else None
         try:
             image = upright(self.image(row), self.input_size[0])
+            value = None if target is None else _decoded(row[target])
         except Exception as error:  # a foreign file in a foreign library: it may be anything
             return " ".join(str(error).split()) or type(error).__name__
-        return self.pixels(image)
+        if target is None or self.geometry is None:
+            return (self.pixels(image),)
+        return self.pixels(image), self.geometry(numbering.placed(value, (image.height, image.width)))
 
     def named(self, row: Mapping[str, Any], number: int) -> str:
         """Where a row's image lies, or its number, where that is all there is."""
         return (row[self.columns.image] or {}).get("path") or f"image {number}"
+
+
+def _decoded(value: Any) -> Any:
+    """A value of a target column, decoded where it is an image.
+
+    Raises:
+        ValueError: There is none.
+    """
+    import datasets
+
+    if value is None:
+        raise ValueError("it has no target")
+    is_image = isinstance(value, Mapping) and value.keys() == {"bytes", "path"}
+    return datasets.Image().decode_example(dict(value)) if is_image else value
 
 
 @dataclass(frozen=True)
@@ -110,13 +139,18 @@ class Numbering:
 
     def one(self, value: Any) -> Tensor:
         """The target of one row, checked."""
-        return self._renumbered(self.task.target(value, self._own, self.where))  # type: ignore[return-value]
+        return self._renumbered(self.task.target(value, self._own, self.where))
 
-    def batch(self, targets: Tensor, images: int) -> Tensor:
+    def placed(self, value: Any, size: tuple[int, int]) -> Any:
+        """The target of an image of this (height, width), as it lies on the image, checked."""
+        assert isinstance(self.task, PlacedTask)
+        return self._renumbered(self.task.read(value, size, self._own, self.where))
+
+    def batch(self, targets: Any, images: int) -> Any:
         """The targets of a batch that the caller made, of so many images, checked."""
-        return self._renumbered(self.task.given(targets, images, self._own, self.where))  # type: ignore[return-value]
+        return self._renumbered(self.task.given(targets, images, self._own, self.where))
 
-    def _renumbered(self, targets: Tensor | None) -> Tensor | None:
+    def _renumbered(self, targets: Any) -> Any:
         if targets is None or self.numbers is None:
             return targets
         return self.task.renumbered(targets, self.numbers)
@@ -147,9 +181,12 @@ class Images(Dataset):
             raise DataError(f"{self.where} has no images")
         self.rows, self.reader = rows, reader
         self.allowed = reader.tolerance.of(len(rows)) if allowed is None else allowed
-        self.targets = None if target is None else numbering.all(rows, target)
+        self.numbering, self.placed = numbering, target if reader.geometry is not None else None
+        self.targets = None if target is None or self.placed else numbering.all(rows, target)
         size = (len(rows), *reader.input_size)
-        self.cache = torch.empty(size, dtype=torch.uint8) if np.prod(size, dtype=np.int64) <= MEMORY_LIMIT else None
+        needed = np.prod(size, dtype=np.int64) * (1 if self.placed is None else _WITH_TARGET)
+        self.cache = torch.empty(size, dtype=torch.uint8) if needed <= MEMORY_LIMIT else None
+        self.cached_targets: dict[int, Any] = {}
         self.cached = np.zeros(len(rows), dtype=bool)
         # Shared by all loader processes.
         self.unreadable = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
@@ -157,7 +194,7 @@ class Images(Dataset):
     @property
     def labelled(self) -> bool:
         """Whether the images have targets."""
-        return self.targets is not None
+        return self.targets is not None or self.placed is not None
 
     @property
     def skipped(self) -> int:
@@ -188,31 +225,37 @@ class Images(Dataset):
         images = self.fetch(indices)
         return self.batch([index for index in indices if index in images], images)
 
-    def batch(self, indices: Sequence[int], images: Mapping[int, Tensor]) -> Batch:
+    def batch(self, indices: Sequence[int], images: Mapping[int, Batch]) -> Batch:
         """The images with these indices, and their targets."""
-        own = torch.stack([images[index] for index in indices]) if indices else torch.empty(
+        own = torch.stack([images[index][0] for index in indices]) if indices else torch.empty(
             0, *self.reader.input_size, dtype=torch.uint8
         )  # fmt: skip
+        if self.placed is not None:
+            return own, [images[index][1] for index in indices]
         return (own,) if self.targets is None else (own, self.targets[list(indices)])
 
-    def fetch(self, indices: Sequence[int]) -> dict[int, Tensor]:
-        """Those of these images that can be read, by index, (C, H, W) uint8.
+    def fetch(self, indices: Sequence[int]) -> dict[int, Batch]:
+        """Those of these images that can be read, by index, (C, H, W) uint8; with the targets that lie on them.
 
         Raises:
             DataError: More images cannot be read than are allowed.
         """
-        images, reasons = {}, {}
+        images: dict[int, Batch] = {}
+        reasons: dict[int, str] = {}
         for index in dict.fromkeys(indices):
             if self.cache is not None and self.cached[index]:
-                images[index] = self.cache[index]
+                kept = (self.cached_targets[index],) if self.placed is not None else ()
+                images[index] = (self.cache[index], *kept)
             elif not self.unreadable[index]:
-                found = self.reader.readable(self.rows[index])
+                found = self.reader.readable(self.rows[index], self.numbering)
                 if isinstance(found, str):
                     reasons[index] = found
                     continue
                 images[index] = found
                 if self.cache is not None:
-                    self.cache[index], self.cached[index] = found, True
+                    self.cache[index], self.cached[index] = found[0], True
+                    if self.placed is not None:
+                        self.cached_targets[index] = found[1]
         if reasons:
             self._skip(reasons)
         return images

@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from scap_hub.errors import DataError
 from scap_hub.private import column_types
 from scap_hub.recipe import DataSettings
-from scap_hub.tasks import IMAGE_CLASSIFICATION, Batch, Task
+from scap_hub.tasks import IMAGE_CLASSIFICATION, Batch, PlacedTask, Task, unlabelled
 from scap_hub.training.data.batches import loader_of
 from scap_hub.training.data.classes import Classes, NewHead, agreed_classes
 from scap_hub.training.data.columns import find_columns
-from scap_hub.training.data.handed import Handed, is_handed, warn_if_raw
+from scap_hub.training.data.geometry import finish_placed, geometry_of
+from scap_hub.training.data.handed import Handed, has_targets, is_handed, warn_if_raw
 from scap_hub.training.data.images import Images, Numbering, Part, RowReader
 from scap_hub.training.data.named import handed_classes, handed_numbers, named_classes
 from scap_hub.training.data.sources import as_splits, open_splits, split_names
@@ -70,8 +71,12 @@ class Data:
 
     @property
     def measured_on(self) -> DataLoader | None:
-        """The images that a model is measured on: those for testing, or else those for validation."""
-        return self.test if self.test is not None else self.validation
+        """The images that a model is measured on: those for testing, or else those for validation.
+
+        Where it is measured by the dense model's outputs, any images will do: the calibration images at last.
+        """
+        found = self.test if self.test is not None else self.validation
+        return self.calibration if found is None and self.task.from_teacher else found
 
 
 def load_data(
@@ -140,6 +145,8 @@ def _from_splits(
     if train is None:
         raise DataError(f"which split of {name!r} to train on? It has {', '.join(splits)}; set data.train_split")
     columns = find_columns(splits[train], name, settings, task)
+    if columns.target is None:
+        task = unlabelled(task)
     names = task.class_names(column_types(splits[train])[columns.target]) if columns.target else None
     classes = agreed_classes(
         names, model_classes, num_classes, new_head=new_head, by_name=settings.match_classes, name=name
@@ -150,13 +157,13 @@ def _from_splits(
         )
     tolerance = Tolerance(settings.max_broken)
     size, pixels = preprocessing.input_size, pixels or pixels_of(preprocessing)
-    reader = RowReader(name, columns, size, pixels, task, classes, tolerance)
+    geometry = geometry_of(pixels, preprocessing, name) if isinstance(task, PlacedTask) else None
+    reader = RowReader(name, columns, size, pixels, task, classes, tolerance, geometry)
     whole = _split(reader, splits[train], train)
     held_out = _split(reader, splits[validation], validation) if validation else None
     final = _split(reader, splits[test], test) if test else None
-    parts = _parts(whole, held_out, settings.calibration_images, seed)
-
-    plain = functools.partial(finish, collate=task.collate, mean=preprocessing.mean, std=preprocessing.std)
+    parts = _parts(whole, held_out, settings.calibration_images, seed, any_images=task.from_teacher)
+    plain = _finishing(task, preprocessing)
     mirror = settings.augmentation == "crop-flip" or (settings.augmentation == "auto" and parts.in_colour())
     augmented = functools.partial(plain, shift=settings.augmentation != "none", mirror=mirror)
     return Data(
@@ -165,10 +172,18 @@ def _from_splits(
         calibration=loader_of(parts.calibration, plain, settings),
         labels=list(classes.names) if classes.names and whole.labelled else None,
         name=name,
-        test=loader_of(final, plain, settings) if final is not None and final.labelled else None,
+        test=loader_of(final, plain, settings) if final is not None and (final.labelled or task.from_teacher) else None,
         task=task,
         sources=[source for source in (whole, held_out, final, parts.calibration) if source is not None],
     )
+
+
+def _finishing(task: Task, preprocessing: Preprocessing) -> Any:
+    """What makes batches ready for the model."""
+    statistics: dict[str, Any] = {"mean": preprocessing.mean, "std": preprocessing.std}
+    if isinstance(task, PlacedTask):
+        return functools.partial(finish_placed, task=task, **statistics)
+    return functools.partial(finish, collate=task.collate, **statistics)
 
 
 def _split(reader: RowReader, rows: Any, split: str) -> Images | Stream:
@@ -180,7 +195,7 @@ def _split(reader: RowReader, rows: Any, split: str) -> Images | Stream:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a training split is used for; validation images have targets."""
+    """What a training split is used for; validation images have targets, if the task is measured by them."""
 
     train: Images | Stream | Part
     validation: Images | Stream | Part | None
@@ -200,7 +215,9 @@ def _divided(images: int, hold_out: bool, calibration_images: int, seed: int) ->
     return order[spared:].tolist(), order[:spared].tolist(), chosen.tolist()
 
 
-def _parts(whole: Images | Stream, held_out: Images | Stream | None, calibration_images: int, seed: int) -> _Parts:
+def _parts(
+    whole: Images | Stream, held_out: Images | Stream | None, calibration_images: int, seed: int, any_images: bool
+) -> _Parts:
     """Divides the training images.
 
     Args:
@@ -208,12 +225,15 @@ def _parts(whole: Images | Stream, held_out: Images | Stream | None, calibration
         held_out: The validation split; without one, a tenth of the training images is held out if they have targets.
         calibration_images: At most so many are kept for calibration.
         seed: Chooses them.
+        any_images: Whether images without targets are held out too.
     """
-    validation = held_out if held_out is not None and held_out.labelled else None
+    validation = held_out if held_out is not None and (held_out.labelled or any_images) else None
     if isinstance(whole, Stream):
         shuffled = whole.shuffled(seed)
         return _Parts(shuffled, validation, shuffled.first(calibration_images))
-    train, spared, chosen = _divided(len(whole), held_out is None and whole.labelled, calibration_images, seed)
+    train, spared, chosen = _divided(
+        len(whole), held_out is None and (whole.labelled or any_images), calibration_images, seed
+    )
     return _Parts(Part(whole, train, refill=True), Part(whole, spared) if spared else validation, Part(whole, chosen))
 
 
@@ -232,6 +252,10 @@ def _from_hands(
     if train is None:
         raise DataError(f"which of {', '.join(given)} to train on? Name it 'train'")
     used = {name: given[name] for name in (train, validation, test) if name is not None}
+    if isinstance(task, PlacedTask) and not (settings.labels and has_targets(given[train], seed)):
+        task = unlabelled(task)
+    if not task.uses_targets:
+        settings = settings.model_copy(update={"labels": False})
     named = {name: named_classes(source, task) if settings.labels else None for name, source in used.items()}
     first = next((found for found in named.values() if found is not None), None)
     classes = handed_classes(first, model, new_head)
@@ -249,7 +273,7 @@ def _from_hands(
         warn_if_raw(calibration.dataset[:][0], preprocessing, whole.numbering.where)
         training = whole.loader(whole_batches=accelerator().num_processes == 1)
     else:
-        hold_out = validation is None and whole.labelled
+        hold_out = validation is None and (whole.labelled or task.from_teacher)
         own, spared, chosen = _divided(len(whole.whole), hold_out, settings.calibration_images, seed)
         training = loader_of(Subset(whole.whole, own), whole.collate(augment=True), settings, shuffle=True)
         calibration = loader_of(Subset(whole.whole, chosen), whole.collate(), settings)
@@ -281,6 +305,7 @@ def _calibration(loader: DataLoader, settings: DataSettings, seed: int, task: Ta
             "the DataLoader has no batches: it is empty, or it drops a last batch that is all there is; "
             "lower its batch_size"
         )
-    images = TensorDataset(*(torch.cat(column)[: settings.calibration_images] for column in zip(*batches, strict=True)))
+    columns = [column for column in zip(*batches, strict=True) if isinstance(column[0], torch.Tensor)]
+    images = TensorDataset(*(torch.cat(column)[: settings.calibration_images] for column in columns))
     collate = functools.partial(as_batch, collate=task.collate)
     return DataLoader(images, batch_size=settings.batch_size, collate_fn=collate)

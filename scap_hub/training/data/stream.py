@@ -129,16 +129,16 @@ class Stream(IterableDataset):
         self.unreadable[slot] = 0
         names: list[str] = []
         for count, (row, after) in enumerate(itertools.chain.from_iterable(self._blocks(share, place))):
-            image = self.reader.readable(row)
-            if isinstance(image, str):
-                names.append(f"{self.reader.named(row, count)} ({image})")
+            sample = self.reader.readable(row, self.numbering)
+            if isinstance(sample, str):
+                names.append(f"{self.reader.named(row, count)} ({sample})")
                 self.unreadable[slot] = len(names)
                 if self.skipped > self.allowed:
                     raise TooManyUnreadable.of(self.where, names, self.allowed)
-            elif self.target is None:
-                yield (image,), after
+            elif self.target is None or len(sample) > 1:
+                yield sample, after
             else:
-                yield (image, self.numbering.one(row[self.target])), after
+                yield (*sample, self.numbering.one(row[self.target])), after
 
     def _blocks(self, share: Share, place: Place) -> Iterator[Iterator[tuple[Row, Place]]]:
         """Blocks of rows from a place on, with the place after each row; a block that is begun is read again."""

@@ -32,6 +32,15 @@ def nearest(name: str) -> list[str]:
     return list(dict.fromkeys(difflib.get_close_matches(split_model_name_tag(name)[0], known, n=3)))
 
 
+CLASSES, FEATURES = "image-classification", "image-feature-extraction"
+"""The tasks of models with and without a classifier."""
+
+
+def task_of(module: Any) -> str:
+    """What a model is for."""
+    return CLASSES if _num_classes(module) else FEATURES
+
+
 def from_name(zoo: Zoo, name: str, wanted: Wanted) -> LoadedModel:
     """Builds a model of timm's registry, with its tag's weights.
 
@@ -52,7 +61,7 @@ def from_name(zoo: Zoo, name: str, wanted: Wanted) -> LoadedModel:
         name,
         pretrained=wanted.pretrained,
         pretrained_cfg_overlay=overlay,
-        num_classes=wanted.num_classes,
+        num_classes=0 if wanted.task == FEATURES else wanted.num_classes,
         **_input_arguments(cfg.to_dict(), wanted.input_size),
     )
     module.pretrained_cfg.pop("file", None)
@@ -77,7 +86,7 @@ def from_folder(zoo: Zoo, folder: Path, config: dict[str, Any], source: str, wan
     module = _create(
         f"local-dir:{folder}",
         pretrained=wanted.pretrained,
-        num_classes=wanted.num_classes,
+        num_classes=0 if wanted.task == FEATURES else wanted.num_classes,
         **_input_arguments(config.get("pretrained_cfg", config), wanted.input_size),
     )
     return from_module(zoo, module, source, wanted.input_size)

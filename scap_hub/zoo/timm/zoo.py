@@ -88,6 +88,12 @@ class TimmZoo(Zoo):
             raise ModelError("timm does not tell what it was pruned from; scap_hub.load does")
         return build.rebuild(config)
 
+    def task(self, module: nn.Module) -> str | None:
+        """Classification, unless it has no classifier."""
+        from scap_hub.zoo.timm import build
+
+        return build.task_of(module)
+
     def write_config(
         self,
         config: dict[str, Any],

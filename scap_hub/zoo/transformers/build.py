@@ -10,12 +10,13 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from scap_hub.errors import ModelError
 from scap_hub.text import one_line
 from scap_hub.zoo.base import LoadedModel, Preprocessing, Wanted, Zoo, default_preprocessing
 from scap_hub.zoo.transformers.processor import observed_preprocessing
+from scap_hub.zoo.transformers.tasks import WITH_CLASSES, model_class, task_of
 
 _INTERPOLATION = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as image processors store them
 
@@ -24,24 +25,23 @@ _FETCHES = re.compile(r"_.*|.*_implementation|auto_map|quantization_config|use_k
 
 
 def from_folder(zoo: Zoo, folder: Path, source: str, wanted: Wanted) -> LoadedModel:
-    """Builds an image classifier from a folder with a transformers config.json; remote code is refused.
+    """Builds a model from a folder with a transformers config.json; remote code is refused.
 
-    Classification only: a model for another task loads through another auto class.
+    It is of the class that `model_class` says.
 
     Raises:
-        ModelError: Not an image classifier that the installed transformers knows, or weights that do not fit.
+        ModelError: Not a model that the installed transformers knows, or weights that do not fit.
     """
     local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(folder, **local)
         if wanted.num_classes not in (None, config.num_labels):
             config.num_labels = wanted.num_classes  # renames the labels too
+        kind = model_class(config, wanted)
         if wanted.pretrained:
-            module = AutoModelForImageClassification.from_pretrained(
-                folder, config=config, ignore_mismatched_sizes=True, **local
-            )
+            module = kind.from_pretrained(folder, config=config, ignore_mismatched_sizes=True, **local)
         else:
-            module = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+            module = kind._from_config(config)
     except Exception as error:
         raise ModelError(f"transformers cannot load {source!r}: {one_line(error)}") from error
     return from_module(zoo, module, source, wanted.input_size, image_processor(str(folder)))
@@ -79,15 +79,16 @@ def from_module(
     if input_size:
         preprocessing = replace(preprocessing, input_size=input_size)
         processor = processor and _resized(processor, preprocessing)
-    labels = [config.id2label[index] for index in range(config.num_labels)]
+    num_classes = config.num_labels if task_of(type(module)) in (None, *WITH_CLASSES) else 0
+    labels = [config.id2label[index] for index in range(num_classes)]
     return LoadedModel(
         module=module.eval(),
         zoo=zoo,
         name=type(module).__name__,
         source=source,
         preprocessing=preprocessing,
-        num_classes=config.num_labels,
-        labels=None if labels[:1] == ["LABEL_0"] else labels,
+        num_classes=num_classes,
+        labels=None if labels[:1] in ([], ["LABEL_0"]) else labels,
         config=_config(module),
         image_processor=processor,
     )

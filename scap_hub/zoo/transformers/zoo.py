@@ -64,6 +64,12 @@ class TransformersZoo(Zoo):
 
         return build.rebuild(config)
 
+    def task(self, module: nn.Module) -> str | None:
+        """By transformers' own lists."""
+        from scap_hub.zoo.transformers.tasks import task_of
+
+        return task_of(type(module))
+
     def pixels(self, loaded: LoadedModel) -> Pixels | None:
         """Those of the image processor."""
         from scap_hub.zoo.transformers.processor import processor_pixels
