@@ -56,7 +56,8 @@ def test_every_kind_of_model_goes_through_and_comes_back(name, tmp_path):
     assert torch.equal(one, two)
     code = [] if name == "module" else ["modeling_scap.py"]
     assert {path.name for path in (tmp_path / "out").iterdir()} - {"channels.png"} == {
-        "model.safetensors", "config.json", "pruning_plan.json", "recipe.yaml", "report.json", "README.md", *code,
+        "model.safetensors", "config.json", "pruning_plan.json", "recipe.yaml", "report.json", "report.html",
+        "README.md", *code,
     }  # fmt: skip
     assert not list(tmp_path.glob(".*")), "nothing is left beside the output"
 

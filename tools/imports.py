@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tasks",),
     ("recipe",),
     ("training",),
+    ("page",),
     ("hub",),
     ("run",),
     ("__init__",),

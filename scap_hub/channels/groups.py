@@ -175,9 +175,9 @@ class ChannelGroups(Sequence[ChannelGroup]):
         """Elements of the parameters that are left, if these channels stay."""
         return self.whole.partition.params(stays)
 
-    def layer_macs(self) -> dict[str, int]:
-        """Multiply-accumulates of one forward pass by module path; "" has those of no layer."""
-        return self.whole.partition.layer_macs()
+    def layer_macs(self, stays: np.ndarray | None = None) -> dict[str, int]:
+        """Multiply-accumulates of one forward pass by module path, if these channels stay; "" has those of no layer."""
+        return self.whole.partition.layer_macs(stays)
 
     def cut(self, keep: Mapping[str, Sequence[int]]) -> PruningPlan:
         """The plan that keeps these channels of the named groups, all of the others: see `PruningPlan.from_keep`."""

@@ -35,7 +35,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (
-    runs.prune, runs.compare, models.inspect, verify, models.bench, folders.push, folders.export, runs.demo,
+    runs.prune, runs.compare, models.inspect, verify, models.bench, folders.report, folders.push, folders.export,
+    runs.demo,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(recipes, name="recipe")

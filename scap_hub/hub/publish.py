@@ -25,13 +25,14 @@ from huggingface_hub.utils import validate_repo_id
 from scap_hub.errors import CheckpointError, PublishError
 from scap_hub.hub.card import HERE, PICTURE, merged_card
 from scap_hub.hub.checkpoint import CONFIG, IMAGE_PROCESSOR, INDEX, PLAN, RECIPE, WEIGHTS, weight_files
+from scap_hub.page import PAGE, REPORT, to_publish
 from scap_hub.text import one_line
 from scap_hub.zoo import modeling_scap
 from scap_hub.zoo.base import CODE
 
 CARD = "README.md"
 # Only these are published beside the weights, whatever else lies in the folder. None of them is a pickle file.
-FILES = (CONFIG, PLAN, RECIPE, IMAGE_PROCESSOR, CODE, CARD, PICTURE, "report.json", "report.html")
+FILES = (CONFIG, PLAN, RECIPE, IMAGE_PROCESSOR, CODE, CARD, PICTURE, REPORT, PAGE)
 _WEIGHT_NAMES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _WAITS = (1.0, 2.0, 4.0)
 _TRANSIENT = (429, 500, 502, 503, 504)
@@ -151,6 +152,7 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
         own = {auto: reference.rpartition("--")[2] for auto, reference in config["auto_map"].items()}
         if own != config["auto_map"]:  # transformers, when it saves again, points at the repository it came from
             files[CONFIG] = (json.dumps(config | {"auto_map": own}, indent=2) + "\n").encode()
+    files |= to_publish(folder)
     files.setdefault(CARD, f"# {folder.name}\n".encode())
     return files
 

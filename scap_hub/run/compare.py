@@ -189,7 +189,7 @@ def _measured(job: _Job) -> Cell:
 
 def _ours(job: _Job) -> Cell:
     before = Measures(job.dense["macs"], job.dense["params"], 0, job.dense["test"])
-    result = prune_loaded(job.loaded, job.data, job.recipe, before, scores=job.scores)
+    result = prune_loaded(job.loaded, job.data, job.recipe, before, scores=job.scores, detailed=False)
     return _cell(job, result.model, result.report.history, result.report.after)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from scap_hub.criteria.diagnostics import Diagnosis
+from scap_hub.run.by_class import ByClass
+from scap_hub.run.details import Details
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Metric
 from scap_hub.training.data import Data
+from scap_hub.training.distributed import accelerator
 from scap_hub.training.evaluate import count, evaluate
 
 
@@ -24,6 +27,7 @@ class Measures:
         top1: The task's metric (accuracy, 0 to 1), on the test split, or the validation split where there is none; None
             without labels.
         latency_ms: Median milliseconds of one forward pass at `evaluate.batch_size`; None if not asked for.
+        by_class: Right answers and images of each class, on the images of `top1`; None where there are no classes.
     """
 
     macs: int
@@ -31,6 +35,7 @@ class Measures:
     bytes: int
     top1: float | None
     latency_ms: float | None = None
+    by_class: list[tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,8 @@ class Report:
         metric: What `Measures.top1` is.
         skipped: How many images could not be read and were left out, by split.
         tuned: How the dense model was trained before it was pruned; None where it was not.
+        about: Of the run: model, library, data, target, criterion, and the versions of what it ran with.
+        details: What the page shows beside; None where it was not asked for.
     """
 
     before: Measures
@@ -123,6 +130,8 @@ class Report:
     metric: Metric = IMAGE_CLASSIFICATION.metric
     skipped: dict[str, int] = field(default_factory=dict)
     tuned: Tuned | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+    details: Details | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON-able values."""
@@ -175,16 +184,22 @@ class Report:
         return rows
 
 
-def measure(model: nn.Module, input_size: tuple[int, int, int], data: Data) -> Measures:
+def measure(model: nn.Module, input_size: tuple[int, int, int], data: Data, classes: int = 0) -> Measures:
     """Measures one model, but for its latency, which means something beside another's only.
 
     Args:
         model: In eval mode.
         input_size: (channels, height, width) in pixels.
         data: Its test images are used, or its validation images where there are none.
+        classes: Width of its classifier; 0 counts nothing by class.
     """
     costs, loader, task = count(model, input_size), data.measured_on, data.task
-    return Measures(**costs, top1=None if loader is None else evaluate(model, loader, task=task)[task.metric.key])
+    measures = Measures(**costs, top1=None, by_class=None)
+    if loader is None:
+        return measures
+    meter = ByClass(task, classes, accelerator().device)
+    top1 = evaluate(model, loader, task=task, meter=meter)[task.metric.key]
+    return replace(measures, top1=top1, by_class=meter.counts())
 
 
 def _change(before: int, after: int) -> str:

@@ -15,10 +15,11 @@ from scap_hub.hub.checkpoint import save_checkpoint
 from scap_hub.hub.picture import channels_picture
 from scap_hub.hub.publish import push_to_hub
 from scap_hub.hub.uniform import plain_config
+from scap_hub.page import PAGE, REPORT, render
 from scap_hub.placement import placement
 from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
-from scap_hub.run.report import Report
+from scap_hub.run.report import Measures, Report
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Task
 from scap_hub.timing.clock import device_name
 from scap_hub.zoo import LoadedModel
@@ -45,7 +46,7 @@ class Result:
     task: Task = IMAGE_CLASSIFICATION
 
     def save_pretrained(self, folder: str | Path, allow_nan: bool = False) -> Path:
-        """Writes model.safetensors, config.json, pruning_plan.json, recipe.yaml, report.json, README.md and code.
+        """Writes model.safetensors, config.json, pruning_plan.json, recipe.yaml, reports, README.md and code.
 
         Args:
             folder: Absent or empty.
@@ -61,9 +62,10 @@ class Result:
         """
         recipe = self.recipe.to_yaml()
         plain = plain_config(self.loaded, self.model) if self.recipe.publish.layout == "uniform" else None
-        files: dict[str, str | bytes] = {"report.json": self.report_json()}
+        files: dict[str, str | bytes] = {REPORT: self.report_json()}
         if picture := channels_picture(self.plan):
             files[PICTURE] = picture
+        files[PAGE] = render(json.loads(files[REPORT]), recipe)
         files["README.md"] = model_card(
             self.loaded, self.plan, self._measured(), recipe, picture=PICTURE in files, plain=plain is not None
         )
@@ -101,8 +103,8 @@ class Result:
         dataset = self.recipe.data.dataset
         on_hub = dataset is not None and not Path(dataset).exists() and dataset.count("/") == 1
         return Measured(
-            dense=asdict(self.report.before),
-            pruned=asdict(self.report.after),
+            dense=_figures(self.report.before),
+            pruned=_figures(self.report.after),
             # A path says nothing to others, and they need not know it.
             dataset=dataset if dataset is None or on_hub else Path(dataset).name,
             dataset_id=dataset if on_hub else None,
@@ -113,3 +115,8 @@ class Result:
             missed=self.report.missed,
             tuned=None if self.report.tuned is None else str(self.report.tuned),
         )
+
+
+def _figures(measures: Measures) -> dict[str, float | None]:
+    """What stands on the card; classes do not."""
+    return {name: value for name, value in asdict(measures).items() if name != "by_class"}

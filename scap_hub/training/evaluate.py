@@ -15,13 +15,17 @@ from scap_hub.graph.record import evaluating
 from scap_hub.placement import placement
 from scap_hub.private import FakeTensorMode
 from scap_hub.progress import track
-from scap_hub.tasks import IMAGE_CLASSIFICATION, Task
+from scap_hub.tasks import IMAGE_CLASSIFICATION, Meter, Task
 from scap_hub.training.distributed import accelerator, shard
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader, precision: str = "no", task: Task = IMAGE_CLASSIFICATION
+    model: nn.Module,
+    loader: DataLoader,
+    precision: str = "no",
+    task: Task = IMAGE_CLASSIFICATION,
+    meter: Meter | None = None,
 ) -> dict[str, float]:
     """Measures a model on labelled images; the same on every rank, whatever the number of ranks.
 
@@ -30,6 +34,7 @@ def evaluate(
         loader: Batches of (images, targets).
         precision: "bf16" or "fp16" for autocast, or "no".
         task: What the model is for.
+        meter: What measures; the task's own if left out.
 
     Returns:
         The task's metric under its key (top1: share of images classified correctly, 0..1).
@@ -42,7 +47,7 @@ def evaluate(
     """
     device = accelerator().device
     model.to(device)
-    meter = task.meter(device)
+    meter = meter or task.meter(device)
     with evaluating(model):
         for batch in track(shard(loader), "evaluating", delay=1):
             if len(batch) < 2:
