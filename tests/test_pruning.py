@@ -183,7 +183,8 @@ def test_the_report_tells_what_rounding_costs(round_to, target, price):
     ).report  # fmt: skip
     (selection,) = report.selections
     assert 0 < selection.importance < 1 and price[0] <= selection.rounding_price <= price[1]
-    assert report.rows()[-1][3] == f"rounding cost {100 * selection.rounding_price:.2f} points"
+    lost = f"{100 * (1 - selection.importance):.2g} %"
+    assert report.rows()[-1] == ("predicted loss", "", lost, "of all importance was in what went")
     assert report.to_dict()["selections"][0]["latency"] is None
 
 

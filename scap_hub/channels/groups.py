@@ -14,6 +14,7 @@ from scap_hub.channels.partition import Balance, Partition
 from scap_hub.channels.taps import Tap
 from scap_hub.errors import PlanError
 from scap_hub.plan import PruningPlan
+from scap_hub.tables import html_table
 from scap_hub.text import did_you_mean
 
 T = TypeVar("T")
@@ -148,6 +149,10 @@ class ChannelGroups(Sequence[ChannelGroup]):
     def __repr__(self) -> str:
         free = sum(group.prunable for group in self)
         return f"<ChannelGroups: {len(self)} groups, {free} prunable, {sum(group.size for group in self)} channels>"
+
+    def _repr_html_(self) -> str:
+        rows = [(group.name, group.size, group.pinned_because or "") for group in self]
+        return html_table(repr(self).strip("<>"), ("group", "channels", "whole, because it"), rows)
 
     @property
     def by_name(self) -> dict[str, ChannelGroup]:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scap_hub.cli.signals import Stopped, stopping
-from scap_hub.progress import set_quiet
+from scap_hub.progress import clear_bars, set_quiet
 
 
 def show_report(report: Any) -> None:
@@ -58,6 +58,7 @@ def say(text: str, quiet: bool) -> None:
 
 def fail(message: str, code: int) -> None:
     """Ends the process with a line on standard error, from one process alone, and an exit code."""
+    clear_bars()
     if _tells():
         print(f"scap-hub: {message}", file=sys.stderr)
     sys.exit(code)
@@ -83,6 +84,7 @@ def output(quiet: bool) -> Iterator[None]:
         by = f" by {reason}" if isinstance(reason, Stopped) else ""
         fail(f"interrupted{by}; with the same --out, the same command goes on where it was", 128 + number)
     finally:
+        clear_bars()
         set_quiet(False)
         logging.disable(logging.NOTSET)
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from scap_hub.criteria.diagnostics import Diagnosis
 from scap_hub.run.by_class import ByClass
 from scap_hub.run.details import Details
+from scap_hub.tables import html_table, text_table
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Metric
 from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator
 from scap_hub.training.evaluate import count, evaluate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Tuned:
         return f"for {self.epochs} epoch{'s' if self.epochs > 1 else ''}{head}"
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """Dense and pruned model side by side.
 
@@ -132,6 +136,26 @@ class Report:
     tuned: Tuned | None = None
     about: dict[str, Any] = field(default_factory=dict)
     details: Details | None = None
+
+    def __repr__(self) -> str:
+        return text_table([("", "dense", "pruned", "change"), *self.rows()])
+
+    def _repr_html_(self) -> str:
+        return html_table(str(self.about.get("model", "report")), ("", "dense", "pruned", "change"), self.rows())
+
+    def plot(self, kind: str = "channels") -> Figure:
+        """A picture with matplotlib (extra `plot`), which notebooks show.
+
+        Args:
+            kind: "channels" (what is left of each group), "training" (metric and losses by epoch), "targets" (the
+                predicted loss at other targets) or "classes" (accuracy by class).
+
+        Raises:
+            ScapHubError: matplotlib is not installed, the kind is unknown, or the run has nothing to show of it.
+        """
+        from scap_hub.run.plots import plot
+
+        return plot(self, kind)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON-able values."""
@@ -177,10 +201,10 @@ class Report:
         ]
         if self.selections:
             last = self.selections[-1]
-            price = f"rounding cost {100 * last.rounding_price:.2f} points"
             if self.missed is not None:
                 rows.append(("budget missed", "", "", self.missed))
-            rows.append(("importance", "100 %", f"{100 * last.importance:.2f} %", price))
+            lost = f"{100 * (1 - last.importance):.2g} %"
+            rows.append(("predicted loss", "", lost, "of all importance was in what went"))
         return rows
 
 

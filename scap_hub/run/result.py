@@ -25,7 +25,7 @@ from scap_hub.timing.clock import device_name
 from scap_hub.zoo import LoadedModel
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """A finished run.
 
@@ -44,6 +44,12 @@ class Result:
     recipe: Recipe
     loaded: LoadedModel
     task: Task = IMAGE_CLASSIFICATION
+
+    def __repr__(self) -> str:
+        return f"<Result: {self.loaded.name}, pruned to {self.recipe.target.target}>\n{self.report!r}"
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
     def save_pretrained(self, folder: str | Path, allow_nan: bool = False) -> Path:
         """Writes model.safetensors, config.json, pruning_plan.json, recipe.yaml, reports, README.md and code.
