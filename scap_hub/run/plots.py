@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import Any
 
 from scap_hub.errors import ScapHubError
 from scap_hub.text import did_you_mean
@@ -13,9 +13,6 @@ try:
     from matplotlib.figure import Figure
 except ModuleNotFoundError:
     raise ScapHubError("pictures need matplotlib: pip install 'scap-hub[plot]'") from None
-
-if TYPE_CHECKING:
-    from scap_hub.run.report import Report
 
 _STAYS, _GOES, _OTHER = "#2563b8", "#d3d9e1", "#b3621a"
 
@@ -29,8 +26,8 @@ class Picture(Figure):
         return png.getvalue()
 
 
-def plot(report: Report, kind: str) -> Figure:
-    """See `Report.plot`."""
+def plot(report: Any, kind: str) -> Figure:
+    """See `Report.plot`; that module imports this one, so the report's type has no name here."""
     kinds = {"channels": _channels, "training": _training, "targets": _targets, "classes": _classes}
     if kind not in kinds:
         raise ScapHubError(f"no picture {kind!r}{did_you_mean(kind, kinds)}; take one of {', '.join(kinds)}")
@@ -41,7 +38,7 @@ def plot(report: Report, kind: str) -> Figure:
     return figure
 
 
-def _channels(report: Report, axes: Axes) -> None:
+def _channels(report: Any, axes: Axes) -> None:
     places = range(len(report.groups))
     axes.bar(places, [group.size for group in report.groups.values()], color=_GOES, label="removed")
     axes.bar(places, [len(group.kept) for group in report.groups.values()], color=_STAYS, label="kept")
@@ -51,7 +48,7 @@ def _channels(report: Report, axes: Axes) -> None:
     axes.legend(frameon=False)
 
 
-def _training(report: Report, axes: Axes) -> None:
+def _training(report: Any, axes: Axes) -> None:
     if len(report.history) < 2:
         raise ScapHubError("nothing was trained in this run, so there are no curves")
     for key, colour in (("loss", _STAYS), ("validation_loss", _OTHER)):
@@ -67,7 +64,7 @@ def _training(report: Report, axes: Axes) -> None:
     axes.legend(frameon=False)
 
 
-def _targets(report: Report, axes: Axes) -> None:
+def _targets(report: Any, axes: Axes) -> None:
     if report.details is None:
         raise ScapHubError("this report has no other targets; run prune to get them")
     choices = report.details.choices
@@ -77,7 +74,7 @@ def _targets(report: Report, axes: Axes) -> None:
     axes.set_ylabel("predicted loss, %")
 
 
-def _classes(report: Report, axes: Axes) -> None:
+def _classes(report: Any, axes: Axes) -> None:
     before, after = report.before.by_class, report.after.by_class
     if not before or not after:
         raise ScapHubError("nothing was measured by class in this run")
