@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from scap_hub.run.bench import bench
     from scap_hub.run.compare import compare
     from scap_hub.run.comparison import Comparison
+    from scap_hub.run.family import Family, prune_family
     from scap_hub.run.forecast import Forecast, forecast
     from scap_hub.run.pruning import prune
     from scap_hub.run.report import Report
@@ -38,6 +39,7 @@ _HOMES = {
     "ChannelGroups": "channels",
     "Comparison": "run.comparison",
     "Criterion": "criteria",
+    "Family": "run.family",
     "Forecast": "run.forecast",
     "PruningPlan": "plan",
     "Recipe": "recipe",
@@ -55,6 +57,7 @@ _HOMES = {
     "latency_table": "timing.table",
     "load": "hub.checkpoint",
     "prune": "run.pruning",
+    "prune_family": "run.family",
     "refine": "run.steps",
     "repair": "compensation",
     "score": "criteria",
@@ -68,6 +71,7 @@ __all__ = [
     "ChannelGroups",
     "Comparison",
     "Criterion",
+    "Family",
     "Forecast",
     "PruningPlan",
     "Recipe",
@@ -85,6 +89,7 @@ __all__ = [
     "latency_table",
     "load",
     "prune",
+    "prune_family",
     "refine",
     "repair",
     "score",

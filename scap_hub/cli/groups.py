@@ -41,7 +41,8 @@ def _lines(rows: Sequence[Mapping[str, Any]], blocks: bool, width: int, columns:
             note = f"whole: it {row['pinned_because']}" if row["pinned_because"] else "; ".join(row["constraint"])
             yield from textwrap.wrap(note, columns, initial_indent=indent + "    ", subsequent_indent=indent + "    ")
     free = sum(row["prunable"] for row in rows)
-    yield f"{len(rows)} groups, {free} can be pruned; --wide and --json tell which layers compute each"
+    last = f"{len(rows)} groups, {free} can be pruned; --wide and --json tell which layers compute each"
+    yield from textwrap.wrap(last, columns)
 
 
 def _block(name: str) -> str:

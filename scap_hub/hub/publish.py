@@ -25,14 +25,14 @@ from huggingface_hub.utils import validate_repo_id
 from scap_hub.errors import CheckpointError, PublishError
 from scap_hub.hub.card import HERE, PICTURE, merged_card
 from scap_hub.hub.checkpoint import CONFIG, IMAGE_PROCESSOR, INDEX, PLAN, RECIPE, WEIGHTS, weight_files
-from scap_hub.page import PAGE, REPORT, to_publish
+from scap_hub.page import FAMILY, FAMILY_PICTURE, PAGE, REPORT, to_publish
 from scap_hub.text import one_line
 from scap_hub.zoo import modeling_scap
 from scap_hub.zoo.base import CODE
 
 CARD = "README.md"
 # Only these are published beside the weights, whatever else lies in the folder. None of them is a pickle file.
-FILES = (CONFIG, PLAN, RECIPE, IMAGE_PROCESSOR, CODE, CARD, PICTURE, REPORT, PAGE)
+FILES = (CONFIG, PLAN, RECIPE, IMAGE_PROCESSOR, CODE, CARD, PICTURE, REPORT, PAGE, FAMILY, FAMILY_PICTURE)
 _WEIGHT_NAMES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _WAITS = (1.0, 2.0, 4.0)
 _TRANSIENT = (429, 500, 502, 503, 504)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from scap_hub.page.view import lacking, settings_in
 from scap_hub.text import one_line
 
 PAGE, REPORT = "report.html", "report.json"
-_RECIPE, _COMPARISON, _FAMILY = "recipe.yaml", "comparison.json", "family.json"
+FAMILY, FAMILY_PICTURE = "family.json", "family.svg"
+_RECIPE, _COMPARISON = "recipe.yaml", "comparison.json"
 
 
 def write_page(folder: str | Path) -> tuple[Path, str | None]:
@@ -56,11 +58,16 @@ def page_of(folder: Path, report: dict[str, Any]) -> str:
     from jinja2 import TemplateError
 
     try:
-        return render(report, recipe, _document(folder, _COMPARISON), _document(folder, _FAMILY))
+        return render(report, recipe, _document(folder, _COMPARISON), _document(folder, FAMILY))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
         raise CheckpointError(
             f"a file in {str(folder)!r} is not as scap_hub writes it ({one_line(error)}): save the model again"
         ) from error
+
+
+def family_json(family: Mapping[str, Any]) -> str:
+    """The document that the folders of a family hold."""
+    return json.dumps(family, indent=1) + "\n"
 
 
 def to_publish(folder: Path) -> dict[str, bytes]:

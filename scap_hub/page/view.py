@@ -362,12 +362,14 @@ def family_chart(members: Sequence[Mapping[str, Any]], metric: str) -> Markup | 
     members = sorted(members, key=lambda member: member["macs"])
     xs, ys = [member["macs"] / 1e6 for member in members], [member["top1"] for member in members]
     frame = charts.Frame([0, *xs], ys, percent=True)
-    names = Markup("").join(
-        Markup('<text class="name" x="{}" y="{}" text-anchor="{}">{}</text>').format(
-            round(x, 1), round(y + (-9 if y > 40 else 18), 1), "end" if x > 380 else "start", member["name"]
-        )
-        for member in members
-        for x, y in [frame.at(member["macs"] / 1e6, member["top1"])]
-    )
+    points = [frame.at(*point) for point in zip(xs, ys, strict=True)]
+    names = "".join(_beside(x, y, str(member["name"])) for member, (x, y) in zip(members, points, strict=True))
     label = f"{metric} over MACs of {len(members)} sizes, " + ", ".join(str(member["name"]) for member in members)
-    return frame.svg(frame.line(xs, ys, "stays") + str(names), "million MACs", label)
+    return frame.svg(frame.line(xs, ys, "stays") + names, "million MACs", label)
+
+
+def _beside(x: float, y: float, name: str) -> str:
+    """A name above to the left of a point, where a rising curve is not; below to the right where there is no room."""
+    room = x - 8 - 9 * len(name) > 58
+    place = (x - 8, y - 8, "end") if room else (x + 10, y + 18, "start")
+    return Markup('<text class="name" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(*place, name)

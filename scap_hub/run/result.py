@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from scap_hub.hub.checkpoint import save_checkpoint
 from scap_hub.hub.picture import channels_picture
 from scap_hub.hub.publish import push_to_hub
 from scap_hub.hub.uniform import plain_config
-from scap_hub.page import PAGE, REPORT, render
+from scap_hub.page import FAMILY, FAMILY_PICTURE, PAGE, REPORT, family_json, family_picture, render
 from scap_hub.placement import placement
 from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
@@ -36,6 +37,7 @@ class Result:
         recipe: What was done; running it again repeats the run.
         loaded: The dense model and where it came from.
         task: What the model is for.
+        family: The sizes that it is one of, see `Family.to_dict`; None for one alone.
     """
 
     model: nn.Module
@@ -44,6 +46,7 @@ class Result:
     recipe: Recipe
     loaded: LoadedModel
     task: Task = IMAGE_CLASSIFICATION
+    family: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         return f"<Result: {self.loaded.name}, pruned to {self.recipe.target.target}>\n{self.report!r}"
@@ -71,9 +74,19 @@ class Result:
         files: dict[str, str | bytes] = {REPORT: self.report_json()}
         if picture := channels_picture(self.plan):
             files[PICTURE] = picture
-        files[PAGE] = render(json.loads(files[REPORT]), recipe)
+        files[PAGE] = render(json.loads(files[REPORT]), recipe, family=self.family)
+        if self.family is not None:
+            files[FAMILY] = family_json(self.family)
+            if drawn := family_picture(self.family, self.report.metric.name):
+                files[FAMILY_PICTURE] = drawn
         files["README.md"] = model_card(
-            self.loaded, self.plan, self._measured(), recipe, picture=PICTURE in files, plain=plain is not None
+            self.loaded,
+            self.plan,
+            self._measured(),
+            recipe,
+            picture=PICTURE in files,
+            plain=plain is not None,
+            family=FAMILY_PICTURE in files,
         )
         return save_checkpoint(folder, self.model, self.loaded, self.plan, recipe, files, plain, allow_nan)
 
