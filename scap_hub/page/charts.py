@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 _BARS = 40
 _WIDTH, _HEIGHT = 480, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 26, 12, 50
+_LEFT, _RIGHT, _TOP, _BOTTOM = 68, 26, 12, 50
 
 
 def importances(scores: Sequence[float], kept: Collection[int]) -> Markup:
