@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from scap_hub.errors import CheckpointError, ModelError, ScapHubError, VerificationError
 from scap_hub.files import replacing
 from scap_hub.hub.checkpoint import input_size, load
+from scap_hub.hub.onnx_metadata import describe
 from scap_hub.text import one_line
 from scap_hub.zoo.base import logits
 
@@ -101,7 +102,7 @@ def _torch_export(net: nn.Module, images: Tensor, path: Path) -> Callable[[Tenso
     return torch.export.load(path).module()
 
 
-def _onnx(net: nn.Module, images: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+def _onnx(net: _Logits, images: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     program = _program(net, images)
@@ -112,5 +113,6 @@ def _onnx(net: nn.Module, images: Tensor, path: Path) -> Callable[[Tensor], Tens
         )  # fmt: skip
     except Exception as error:
         raise ModelError(f"torch.onnx cannot export {type(net.model).__name__}: {one_line(error)}") from error
+    describe(path, net.model)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda batch: torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])

@@ -28,7 +28,7 @@ from scap_hub.hub.checkpoint import CONFIG, IMAGE_PROCESSOR, INDEX, PLAN, RECIPE
 from scap_hub.page import FAMILY, FAMILY_PICTURE, PAGE, REPORT, to_publish
 from scap_hub.text import one_line
 from scap_hub.zoo import modeling_scap
-from scap_hub.zoo.base import CODE
+from scap_hub.zoo.base import CODE, LOCAL, ON_HUB
 
 CARD = "README.md"
 # Only these are published beside the weights, whatever else lies in the folder. None of them is a pickle file.
@@ -126,7 +126,7 @@ class _Push:
 
     def _card(self, ours: Path | bytes, head: str | None) -> bytes:
         text = ours.decode() if isinstance(ours, bytes) else ours.read_text(encoding="utf-8")
-        text = text.replace(HERE, self.repo_id)
+        text = text.replace(LOCAL + HERE, ON_HUB + self.repo_id).replace(HERE, self.repo_id)
         try:
             theirs = self.api.hf_hub_download(self.repo_id, CARD, revision=head)
         except EntryNotFoundError:

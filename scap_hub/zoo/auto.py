@@ -16,6 +16,6 @@ def auto_map(model_class: str) -> dict[str, str]:
 
 
 def auto_door(place: str) -> Door:
-    """The call that loads a model published at a Hub id."""
+    """The call that loads a model from a folder or a Hub id."""
     call = f'model = {AUTO_CLASS}.from_pretrained("{place}"{{}})'
     return Door(f"from transformers import {AUTO_CLASS}", call.format(""), call.format(", trust_remote_code=True"))

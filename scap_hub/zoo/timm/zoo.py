@@ -11,7 +11,7 @@ from torch import nn
 
 from scap_hub.errors import CheckpointError, ModelError
 from scap_hub.zoo.auto import auto_door, auto_map
-from scap_hub.zoo.base import FORMAT, Door, LoadedModel, Uniform, Wanted, Zoo
+from scap_hub.zoo.base import FORMAT, LOCAL, Door, LoadedModel, Uniform, Wanted, Zoo
 from scap_hub.zoo.described import Shape, Widths
 from scap_hub.zoo.timm.uniform import width_arguments
 from scap_hub.zoo.timm.widths import TimmFeatures, timm_features, timm_widths
@@ -136,7 +136,7 @@ class TimmZoo(Zoo):
 
     def doors(self, place: str) -> list[Door]:
         """Timm's own, and its wrapper in transformers."""
-        own = Door("import timm", f'model = timm.create_model("hf-hub:{place}", pretrained=True)')
+        own = Door("import timm", f'model = timm.create_model("{LOCAL}{place}", pretrained=True)')
         return [own, auto_door(place)]
 
     def features(self, model: nn.Module, inputs: tuple[Any, ...]) -> TimmFeatures:
