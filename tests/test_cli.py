@@ -14,6 +14,7 @@ import torch
 import scap_hub
 from scap_hub import cli
 from scap_hub.channels import oracle
+from scap_hub.cli.groups import print_groups
 from scap_hub.errors import UnverifiableError, VerificationError
 from scap_hub.recipe import Recipe, recipe_schema, shipped_recipes
 from scap_hub.run.bench import Speed
@@ -342,6 +343,18 @@ def test_inspect_fits_into_80_columns_and_cuts_no_name(run, monkeypatch):
     dearest = [line.split()[0] for line in run("inspect", "test_vit", "--untrained", "--sort", "macs")[1].splitlines()]
     assert dearest[1] == max(groups, key=lambda group: group["macs"])["name"]
     assert "producers" in run("inspect", "test_vit", "--untrained", "--wide")[1]
+
+
+def test_a_name_that_does_not_fit_goes_on_in_the_next_line(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    name = "model.encoder.layers.0.attention.attention.projection_of_the_query_and_the_key.weights"
+    rows = [{"name": name, "size": 64, "macs": share, "pinned_because": None, "constraint": [], "prunable": True}
+            for share in (0.4, 0.6)]  # fmt: skip
+    print_groups(rows, blocks=True)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 60
+    assert "    model.encoder.layers.0.\n".strip() in shown, "it is cut behind a dot"
+    assert name in re.sub(r"\s+", "", shown)
 
 
 def test_errors_are_json_where_json_is_asked_for(run):
