@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from scap_hub.run.compare import compare
     from scap_hub.run.comparison import Comparison
     from scap_hub.run.export import export
+    from scap_hub.run.family import Family, prune_family
     from scap_hub.run.forecast import Forecast, forecast
     from scap_hub.run.pruning import prune
     from scap_hub.run.report import Report
@@ -39,6 +40,7 @@ _HOMES = {
     "ChannelGroups": "channels",
     "Comparison": "run.comparison",
     "Criterion": "criteria",
+    "Family": "run.family",
     "Forecast": "run.forecast",
     "PruningPlan": "plan",
     "Recipe": "recipe",
@@ -57,6 +59,7 @@ _HOMES = {
     "latency_table": "timing.table",
     "load": "hub.checkpoint",
     "prune": "run.pruning",
+    "prune_family": "run.family",
     "refine": "run.steps",
     "repair": "compensation",
     "score": "criteria",
@@ -70,6 +73,7 @@ __all__ = [
     "ChannelGroups",
     "Comparison",
     "Criterion",
+    "Family",
     "Forecast",
     "PruningPlan",
     "Recipe",
@@ -88,6 +92,7 @@ __all__ = [
     "latency_table",
     "load",
     "prune",
+    "prune_family",
     "refine",
     "repair",
     "score",

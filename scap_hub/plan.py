@@ -23,6 +23,7 @@ from pydantic import (
 
 from scap_hub.documents import parse_json
 from scap_hub.errors import PlanError
+from scap_hub.tables import html_table
 
 VERSION: Literal[2] = 2
 _LIBRARIES = ("torch", "timm", "transformers")
@@ -112,6 +113,19 @@ class PruningPlan(_Strict):
     tensors: dict[str, TensorCut]
     attributes: dict[str, dict[str, PositiveInt | list[PositiveInt]]] = Field(default_factory=dict)
     calls: dict[str, tuple[CallNumber, ...]] = Field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        before, after = sum(cut.size for cut in self.groups.values()), sum(len(self.kept(name)) for name in self.groups)
+        return (
+            f"<PruningPlan: {len(self.groups)} groups keep {after:,} of {before:,} channels, "
+            f"{len(self.tensors)} tensors shrink>"
+        )
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        rows = [(name, cut.size, len(self.kept(name))) for name, cut in self.groups.items()]
+        return html_table(repr(self).strip("<>"), ("group", "before", "after"), rows)
 
     @model_validator(mode="after")
     def _consistent(self) -> PruningPlan:

@@ -110,6 +110,7 @@ class Hub:
         self.blobs: dict[str, bytes] = {}
         self.log: list[dict] = []
         self.failures: list[dict] = []
+        self.collections: dict[str, dict] = {}
         self.endpoint = self.storage = ""
         self.count = 0
 
@@ -234,6 +235,8 @@ class Api(Handler):
                 repo = self.repo(body.get("type", "model") + "s", self.full_name(body), write=True)
                 del self.hub.repos[repo.kind, repo.id]
                 self.answer({})
+            case ["api", "collections", *rest]:
+                self.collection("/".join(rest[:2]))
             case ["api", ("models" | "datasets") as kind, owner, name, *rest]:
                 self.api(kind, f"{owner}/{name}", rest)
             case ["datasets", owner, name, *rest]:
@@ -291,6 +294,25 @@ class Api(Handler):
         repo.branches["main"] = self.hub.commit("initial commit", {".gitattributes": File(b"", lfs=False)}, None)
         self.hub.repos[kind, name] = repo
         self.answer(url)
+
+    def collection(self, slug: str) -> None:
+        """Makes one, shows one, or adds to one."""
+        body, known = self.json(), self.hub.collections
+        if not slug:
+            self.may_write(self.user(required=True), body["namespace"])
+            slug = f"{body['namespace']}/{body['title']}-0123"
+            if slug in known:
+                return self.answer({"error": "exists", "slug": slug}, 409)
+            known[slug] = {
+                "slug": slug, "title": body["title"], "owner": {"name": body["namespace"]}, "items": [], "position": 0,
+                "lastUpdated": "2026-01-01T00:00:00.000Z", "private": body["private"], "theme": "blue", "upvotes": 0,
+            }  # fmt: skip
+        elif self.command == "POST":
+            self.may_write(self.user(required=True), slug.partition("/")[0])
+            if any(item["id"] == body["item"]["id"] for item in known[slug]["items"]):
+                return self.answer({"error": "exists"}, 409)
+            known[slug]["items"].append({"_id": "0", "position": 0, **body["item"]})
+        self.answer(known[slug])
 
     def validate_yaml(self) -> None:
         found = re.match(r"---\n(.*?)\n---", self.json()["content"], re.DOTALL)

@@ -382,3 +382,18 @@ def test_card(resnet, base_model):
     for name, cut in plan.groups.items():
         assert f"| `{name}` | {cut.size} | {len(plan.kept(name))} |" in text
     assert "$" not in text
+
+
+@pytest.mark.parametrize("made", ["test_resnet", "transformers"])
+def test_the_snippets_of_a_card_work_on_the_folder_as_it_lies(made, tmp_path):
+    small, loaded, plan = pruned(made, num_classes=4) if made == "test_resnet" else pruned(tiny_resnet())
+    card = model_card(loaded, plan, Measured())
+    folder = save_checkpoint(tmp_path / "saved" / "out", small, loaded, plan, extra_files={"README.md": card})
+    text = (folder / "README.md").read_text().replace("path/to/this/folder", str(folder))
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) >= 2 and (made != "test_resnet" or any("local-dir:" in snippet for snippet in snippets))
+    for snippet in snippets:
+        if "trust_remote_code" not in snippet:  # the doors without scap_hub are opened in tests/test_doors.py
+            found = {}
+            exec(snippet, found)
+            assert torch.equal(run(found["model"].eval()), run(small)), snippet

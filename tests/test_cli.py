@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 import scap_hub
 from scap_hub import cli
 from scap_hub.channels import oracle
+from scap_hub.cli.groups import print_groups
 from scap_hub.errors import UnverifiableError, VerificationError
 from scap_hub.recipe import Recipe, recipe_schema, shipped_recipes
 from scap_hub.run.bench import Speed
@@ -50,6 +52,8 @@ def test_prune_prints_json_and_keeps_quiet(run):
     report = json.loads(out)
     assert (code, error) == (0, "")
     assert report["after"]["macs"] <= 0.6 * report["before"]["macs"]
+    about = {"model": "test_resnet", "target": "macs=0.6", "data": "digits", "criterion": "l1", "folder": None}
+    assert about.items() <= report.items() and report["versions"]["torch"] == torch.__version__.partition("+")[0]
     code, out, error = run(*TINY, "--set", "finetune_epochs=0", "--quiet")
     assert (code, out, error) == (0, "", "")
 
@@ -324,3 +328,49 @@ def test_every_verb_has_an_example(run, verb):
 
 def test_help_tells_the_exit_codes(run):
     assert run("--help")[1] == run()[1] and "Exit code 0" in run()[1]
+
+
+def test_inspect_fits_into_80_columns_and_cuts_no_name(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    groups = json.loads(run("inspect", "test_vit", "--untrained", "--json")[1])
+    for columns in (80, 50):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        shown = run("inspect", "test_vit", "--untrained")[1]
+        assert max(map(len, shown.splitlines())) <= columns
+        joined = re.sub(r"\s+", "", shown)
+        assert all(group["name"] in joined and str(group["size"]) in joined for group in groups)
+        assert "whole:itisanoutputofthemodel" in joined
+    dearest = [line.split()[0] for line in run("inspect", "test_vit", "--untrained", "--sort", "macs")[1].splitlines()]
+    assert dearest[1] == max(groups, key=lambda group: group["macs"])["name"]
+    assert "producers" in run("inspect", "test_vit", "--untrained", "--wide")[1]
+
+
+def test_a_name_that_does_not_fit_goes_on_in_the_next_line(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    name = "model.encoder.layers.0.attention.attention.projection_of_the_query_and_the_key.weights"
+    rows = [{"name": name, "size": 64, "macs": share, "pinned_because": None, "constraint": [], "prunable": True}
+            for share in (0.4, 0.6)]  # fmt: skip
+    print_groups(rows, blocks=True)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 60
+    assert "    model.encoder.layers.0.\n".strip() in shown, "it is cut behind a dot"
+    assert name in re.sub(r"\s+", "", shown)
+
+
+def test_errors_are_json_where_json_is_asked_for(run):
+    code, out, error = run("inspect", "resnet81", "--untrained", "--json")
+    assert code == 2 and json.loads(out) == {"error": error.removeprefix("scap-hub: ").strip(), "exit_code": 2}
+
+
+def test_every_command_can_print_json_and_be_quiet():
+    import typer
+
+    from scap_hub.cli.app import app
+
+    def leaves(command):
+        children = getattr(command, "commands", None)
+        return [leaf for child in children.values() for leaf in leaves(child)] if children else [command]
+
+    for command in leaves(typer.main.get_command(app)):
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert {"--json", "--quiet"} <= options, command.name

@@ -1,5 +1,7 @@
 """Exported files compute what the pruned model computes, for any batch size."""
 
+import json
+
 import pytest
 import torch
 
@@ -49,6 +51,19 @@ def test_onnx(folder):
         (logits,) = session.run(None, {"pixel_values": images.numpy()})
         assert_agree(torch.from_numpy(logits), answers(folder, images))
     assert not list(folder.rglob(".*"))
+
+
+def test_an_onnx_file_says_how_it_is_fed_and_what_it_answers(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    names = ["a", "b", "<c>", "d"]
+    folder = save_checkpoint(tmp_path / "out", *pruned("test_resnet", num_classes=4, labels=names))
+    file = onnx.load(export(folder, "onnx"))
+    notes = {note.key: json.loads(note.value) for note in file.metadata_props}
+    assert notes["class_names"] == names and notes["input_size"] == list(SIZE)
+    assert len(notes["mean"]) == len(notes["std"]) == 3 and "crop_pct" in notes
+    for value in (*file.graph.input, *file.graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
 @pytest.mark.parametrize("largest", [0.01, 100.0])

@@ -80,6 +80,7 @@ again = scap_hub.load("out", model=net)
 x = torch.randn(2, 1, 8, 8)
 assert torch.equal(again(x), result.model(x))
 assert Path("out/README.md").read_text().startswith("---")
+assert "report.css" not in Path("out/report.html").read_text() and "<style>:root" in Path("out/report.html").read_text()
 print("well")
 """
 

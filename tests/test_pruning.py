@@ -57,7 +57,8 @@ def test_every_kind_of_model_goes_through_and_comes_back(name, tmp_path):
     assert torch.equal(one, two)
     code = [] if name == "module" else ["modeling_scap.py"]
     assert {path.name for path in (tmp_path / "out").iterdir()} - {"channels.png"} == {
-        "model.safetensors", "config.json", "pruning_plan.json", "recipe.yaml", "report.json", "README.md", *code,
+        "model.safetensors", "config.json", "pruning_plan.json", "recipe.yaml", "report.json", "report.html",
+        "README.md", *code,
     }  # fmt: skip
     assert not list(tmp_path.glob(".*")), "nothing is left beside the output"
 
@@ -183,7 +184,8 @@ def test_the_report_tells_what_rounding_costs(round_to, target, price):
     ).report  # fmt: skip
     (selection,) = report.selections
     assert 0 < selection.importance < 1 and price[0] <= selection.rounding_price <= price[1]
-    assert report.rows()[-1][3] == f"rounding cost {100 * selection.rounding_price:.2f} points"
+    lost = f"{100 * (1 - selection.importance):.2g} %"
+    assert report.rows()[-1] == ("predicted loss", "", lost, "of all importance was in what went")
     assert report.to_dict()["selections"][0]["latency"] is None
 
 

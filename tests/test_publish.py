@@ -336,7 +336,7 @@ def test_a_result_publishes_itself(api, repo, resnet, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     result.push_to_hub(repo, token="hf_write")
-    assert names(api, repo) - {"channels.png"} == SAVED | {"report.json"}
+    assert names(api, repo) - {"channels.png"} == SAVED | {"report.json", "report.html"}
     assert not list((tmp_path / "temporary").iterdir())
     card = ModelCard(readme(api, repo, tmp_path))
     assert card.data.datasets == ["me/flowers"]

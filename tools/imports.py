@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "documents", "text", "markdown", "files", "placement", "progress", "private", "scores"),
+    ("errors", "documents", "text", "markdown", "files", "placement", "progress", "private", "scores", "tables"),
     ("graph",),
     ("plan", "surgery"),
     ("zoo",),
@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tasks",),
     ("recipe",),
     ("training",),
+    ("page",),
     ("hub",),
     ("deploy",),
     ("run",),

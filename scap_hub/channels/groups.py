@@ -14,6 +14,7 @@ from scap_hub.channels.partition import Balance, Partition
 from scap_hub.channels.taps import Tap
 from scap_hub.errors import PlanError
 from scap_hub.plan import PruningPlan
+from scap_hub.tables import html_table
 from scap_hub.text import did_you_mean
 
 T = TypeVar("T")
@@ -149,6 +150,10 @@ class ChannelGroups(Sequence[ChannelGroup]):
         free = sum(group.prunable for group in self)
         return f"<ChannelGroups: {len(self)} groups, {free} prunable, {sum(group.size for group in self)} channels>"
 
+    def _repr_html_(self) -> str:
+        rows = [(group.name, group.size, group.pinned_because or "") for group in self]
+        return html_table(repr(self).strip("<>"), ("group", "channels", "whole, because it"), rows)
+
     @property
     def by_name(self) -> dict[str, ChannelGroup]:
         """The groups by name."""
@@ -175,9 +180,9 @@ class ChannelGroups(Sequence[ChannelGroup]):
         """Elements of the parameters that are left, if these channels stay."""
         return self.whole.partition.params(stays)
 
-    def layer_macs(self) -> dict[str, int]:
-        """Multiply-accumulates of one forward pass by module path; "" has those of no layer."""
-        return self.whole.partition.layer_macs()
+    def layer_macs(self, stays: np.ndarray | None = None) -> dict[str, int]:
+        """Multiply-accumulates of one forward pass by module path, if these channels stay; "" has those of no layer."""
+        return self.whole.partition.layer_macs(stays)
 
     def cut(self, keep: Mapping[str, Sequence[int]]) -> PruningPlan:
         """The plan that keeps these channels of the named groups, all of the others: see `PruningPlan.from_keep`."""

@@ -129,12 +129,17 @@ class Partition:
         """Multiply-accumulates of one forward pass at the captured batch size, if these channels stay."""
         return sum(cost.times * count_staying(cost.labels, stays) for cost in self.costs)
 
-    def layer_macs(self) -> dict[str, int]:
-        """Multiply-accumulates of one forward pass by the module path of the layer; "" has those of no layer."""
+    def layer_macs(self, stays: np.ndarray | None = None) -> dict[str, int]:
+        """Multiply-accumulates of one forward pass by the module path of the layer; "" has those of no layer.
+
+        Args:
+            stays: (count,) which channels stay; all of them if left out.
+        """
+        stays = self.everything() if stays is None else stays
         macs: dict[str, int] = {}
         for cost in self.costs:
             path = (cost.weight or "").rpartition(".")[0]
-            macs[path] = macs.get(path, 0) + cost.times * count_staying(cost.labels, self.everything())
+            macs[path] = macs.get(path, 0) + cost.times * count_staying(cost.labels, stays)
         return macs
 
     def params(self, stays: np.ndarray) -> int:

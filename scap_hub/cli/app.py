@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from scap_hub.cli import folders, models, runs
+from scap_hub.cli.family import family
 from scap_hub.cli.output import end_if_told_or_lost, fail
 from scap_hub.cli.recipes import recipes
 from scap_hub.cli.verify import verify
@@ -35,7 +36,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (
-    runs.prune, runs.compare, models.inspect, verify, models.bench, folders.push, folders.export, runs.demo,
+    runs.prune, family, runs.compare, models.inspect, verify, models.bench, folders.report, folders.push,
+    folders.export, runs.demo,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(recipes, name="recipe")

@@ -1,4 +1,4 @@
-"""Commands for what a run has saved: push, export."""
+"""Commands for what a run has saved: report, push, export."""
 
 from __future__ import annotations
 
@@ -10,6 +10,26 @@ import typer
 
 from scap_hub.cli.options import AsJson, Quiet
 from scap_hub.cli.output import output, print_table, say
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder that prune saved.")],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write report.html anew from the other files of a folder, such as a comparison.json that was added.
+
+    Example: scap-hub report resnet50-half
+    """
+    with output(quiet):
+        from scap_hub.page import write_page
+
+        path, lacks = write_page(folder)
+    if as_json:
+        print(json.dumps({"file": str(path), "lacks": lacks}))
+    say(str(path), quiet or as_json)
+    if lacks:
+        say(f"{folder} is from an earlier version: {lacks}", quiet or as_json)
 
 
 def push(

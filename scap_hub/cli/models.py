@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from scap_hub.cli.groups import print_groups
 from scap_hub.cli.options import AsJson, Checkpoint, Model, Quiet, Size
 from scap_hub.cli.output import output, print_table
 from scap_hub.progress import announce
@@ -18,26 +20,39 @@ if TYPE_CHECKING:
     from scap_hub.zoo import LoadedModel
 
 
+class Sort(str, Enum):
+    """Orders of groups."""
+
+    order = "order"
+    macs = "macs"
+
+
 def inspect(
     model: Model,
     untrained: Annotated[bool, typer.Option("--untrained", help="Random weights: nothing is downloaded.")] = False,
     size: Size = None,
     checkpoint: Checkpoint = None,
+    sort: Annotated[Sort, typer.Option(help="Blocks in network order, or the dearest groups first.")] = Sort.order,
+    wide: Annotated[bool, typer.Option("--wide", help="All columns, however wide the terminal is.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """List a model's channel groups: size, share of the MACs, constraint, and why some cannot be pruned.
 
-    Example: scap-hub inspect resnet18 --untrained
+    Example: scap-hub inspect resnet18 --untrained --sort macs
     """
     with output(quiet or as_json):
         groups = groups_of(model, untrained, size, checkpoint)[1]
     rows = [_described(group, share) for group, share in zip(groups, _mac_shares(groups), strict=True)]
+    if sort is Sort.macs:
+        rows.sort(key=lambda row: -row["macs"])
     if as_json:
         print(json.dumps(rows))
-    elif not quiet:
+    elif not quiet and wide:
         head = ["group", "size", "producers", "MACs", "constraint", "pinned because it"]
-        print_table(head, [_cells(row) for row in rows])
+        print_table(head, [_cells(row) for row in rows], fitted=False)
+    elif not quiet:
+        print_groups(rows, blocks=sort is Sort.order)
 
 
 def _described(group: ChannelGroup, mac_share: float) -> dict[str, Any]:

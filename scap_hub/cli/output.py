@@ -14,10 +14,11 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from scap_hub.cli.signals import Stopped, stopping
-from scap_hub.progress import set_quiet
+from scap_hub.progress import clear_bars, set_quiet
 
 
 def show_report(report: Any) -> None:
@@ -25,12 +26,14 @@ def show_report(report: Any) -> None:
     print_table(["", "dense", "pruned", "change"], report.rows())
 
 
-def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table with a head."""
-    table = Table(*head)
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], fitted: bool = True) -> None:
+    """Prints a table with a head; fitted to the terminal, or as wide as it needs to be."""
+    table = Table()
+    for name in head:
+        table.add_column(name, overflow="fold")  # a name that is cut is of no use
     for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+        table.add_row(*map(escape, row))
+    Console(width=None if fitted else 100_000).print(table)
 
 
 def print_report(report: Any, document: dict[str, Any], quiet: bool, as_json: bool) -> None:
@@ -57,9 +60,15 @@ def say(text: str, quiet: bool) -> None:
 
 
 def fail(message: str, code: int) -> None:
-    """Ends the process with a line on standard error, from one process alone, and an exit code."""
+    """Ends the process with a line on standard error, from one process alone, and an exit code.
+
+    Where JSON was asked for, it is on standard output too.
+    """
+    clear_bars()
     if _tells():
         print(f"scap-hub: {message}", file=sys.stderr)
+        if "--json" in sys.argv:
+            print(json.dumps({"error": message, "exit_code": code}))
     sys.exit(code)
 
 
@@ -83,6 +92,7 @@ def output(quiet: bool) -> Iterator[None]:
         by = f" by {reason}" if isinstance(reason, Stopped) else ""
         fail(f"interrupted{by}; with the same --out, the same command goes on where it was", 128 + number)
     finally:
+        clear_bars()
         set_quiet(False)
         logging.disable(logging.NOTSET)
 

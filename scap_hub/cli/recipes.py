@@ -46,11 +46,12 @@ def show_recipe(recipe: RecipeSource, settings: Settings = None, quiet: Quiet = 
 
 
 @recipes.command("schema")
-def show_schema() -> None:
+def show_schema(quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Print the JSON schema of recipes, with which editors complete and check the YAML.
 
     Example: scap-hub recipe schema > recipe.schema.json
     """
     from scap_hub.recipe import recipe_schema
 
-    print(json.dumps(recipe_schema(), indent=1))
+    if as_json or not quiet:
+        print(json.dumps(recipe_schema(), indent=None if as_json else 1))

@@ -89,11 +89,19 @@ def prune(
 
 
 def _print_result(result: Result, out: Path | None, quiet: bool, as_json: bool) -> None:
-    print_report(result.report, result.report.to_dict(), quiet, as_json)
+    print_report(result.report, _document(result, out), quiet, as_json)
     if out is not None:
         say(f"saved in {out}", quiet or as_json)
     if result.recipe.publish.layout == "pruned":
         _say_if_uniform(result, quiet or as_json)
+
+
+def _document(result: Result, out: Path | None) -> dict[str, Any]:
+    """What a script reads of a run; what only the page needs is in the folder's report.json."""
+    found = result.report.to_dict()
+    about = found.pop("about")
+    del found["details"]
+    return {**about, "folder": None if out is None else str(out), **found}
 
 
 def _say_if_uniform(result: Result, quiet: bool) -> None:
@@ -158,6 +166,6 @@ def demo(out: Out = Path("out/demo"), quiet: Quiet = False, as_json: AsJson = Fa
         from scap_hub.run.demo import run
 
         result, difference = run(out)
-    print_report(result.report, {**result.report.to_dict(), "reload_difference": difference}, quiet, as_json)
+    print_report(result.report, {**_document(result, out), "reload_difference": difference}, quiet, as_json)
     say(f"reloaded in a fresh process: largest difference of the logits {difference:g}", quiet or as_json)
     say(f"saved in {out}", quiet or as_json)

@@ -13,6 +13,7 @@ from scap_hub.deploy.agreement import check_agreement
 from scap_hub.deploy.capture import captured
 from scap_hub.deploy.delegated import write_executorch, write_openvino
 from scap_hub.deploy.onnx_file import write_onnx
+from scap_hub.deploy.onnx_metadata import describe
 from scap_hub.deploy.runtimes import ExecuTorch, OnnxRuntime, OpenVino, Runtime, TorchExport
 from scap_hub.deploy.source import Source
 from scap_hub.errors import ModelError, ScapHubError
@@ -40,6 +41,7 @@ class Format:
 
 def _write_onnx(source: Source, path: Path) -> None:
     write_onnx(source.net, source.images, path)
+    describe(path, source.net.model)
 
 
 def _write_torch_export(source: Source, path: Path) -> None:

@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from scap_hub.markdown import code, escaped, fenced, metadata
+from scap_hub.page import FAMILY_PICTURE
 from scap_hub.plan import PruningPlan
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Task
 from scap_hub.zoo.base import CODE, LoadedModel
@@ -22,6 +23,7 @@ HERE = "path/to/this/folder"
 """Stands for the repository until the card is published."""
 PICTURE = "channels.png"
 _CHANNELS = f"![channels before and after]({PICTURE})"
+_FAMILY = f"\n\n![the sizes of this model: quality against multiply-accumulates]({FAMILY_PICTURE})"
 BEGIN = "<!-- scap_hub: begin; the next push rewrites this block, write before or after it -->"
 END = "<!-- scap_hub: end -->"
 
@@ -72,6 +74,7 @@ def model_card(
     recipe_yaml: str | None = None,
     picture: bool = False,
     plain: bool = False,
+    family: bool = False,
 ) -> str:
     """Writes the card's text.
 
@@ -82,6 +85,7 @@ def model_card(
         recipe_yaml: The recipe of the run.
         picture: Whether the folder holds a picture of the cut, `PICTURE`.
         plain: Whether the folder loads without any code of ours.
+        family: Whether it holds a picture of the sizes that the model is one of, `FAMILY_PICTURE`.
     """
     title = f"{loaded.name}, pruned"
     data = ModelCardData(
@@ -104,7 +108,7 @@ def model_card(
         end=END,
         title=escaped(title),
         origin=f"{code(loaded.name)} with {loaded.num_classes} classes{origin}{before}",
-        measurements=_measurements(measured),
+        measurements=_measurements(measured) + (_FAMILY if family else ""),
         removed="\n\n".join(filter(None, [_CHANNELS if picture else "", _removed(plan), _verified(measured)])),
         doors=_doors(loaded, plain),
         input_size=" x ".join(map(str, preprocessing.input_size)),

@@ -25,9 +25,10 @@ from huggingface_hub.utils import validate_repo_id
 from scap_hub.errors import CheckpointError, PublishError
 from scap_hub.hub.card import HERE, PICTURE, merged_card
 from scap_hub.hub.checkpoint import CONFIG, IMAGE_PROCESSOR, INDEX, PLAN, RECIPE, WEIGHTS, weight_files
+from scap_hub.page import FAMILY, FAMILY_PICTURE, PAGE, REPORT, to_publish
 from scap_hub.text import one_line
 from scap_hub.zoo import modeling_scap
-from scap_hub.zoo.base import CODE
+from scap_hub.zoo.base import CODE, LOCAL, ON_HUB
 
 CARD = "README.md"
 DEPLOYED = (
@@ -37,7 +38,9 @@ DEPLOYED = (
 )
 """What `scap_hub.export` writes for those who have no scap_hub."""
 # Only these are published beside the weights, whatever else lies in the folder. None of them is a pickle file.
-FILES = (CONFIG, PLAN, RECIPE, IMAGE_PROCESSOR, CODE, CARD, PICTURE, "report.json", "report.html", *DEPLOYED)
+FILES = (
+    *(CONFIG, PLAN, RECIPE, IMAGE_PROCESSOR, CODE, CARD, PICTURE, REPORT, PAGE, FAMILY, FAMILY_PICTURE), *DEPLOYED,
+)  # fmt: skip
 _WEIGHT_NAMES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _WAITS = (1.0, 2.0, 4.0)
 _TRANSIENT = (429, 500, 502, 503, 504)
@@ -131,7 +134,7 @@ class _Push:
 
     def _card(self, ours: Path | bytes, head: str | None) -> bytes:
         text = ours.decode() if isinstance(ours, bytes) else ours.read_text(encoding="utf-8")
-        text = text.replace(HERE, self.repo_id)
+        text = text.replace(LOCAL + HERE, ON_HUB + self.repo_id).replace(HERE, self.repo_id)
         try:
             theirs = self.api.hf_hub_download(self.repo_id, CARD, revision=head)
         except EntryNotFoundError:
@@ -157,6 +160,7 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
         own = {auto: reference.rpartition("--")[2] for auto, reference in config["auto_map"].items()}
         if own != config["auto_map"]:  # transformers, when it saves again, points at the repository it came from
             files[CONFIG] = (json.dumps(config | {"auto_map": own}, indent=2) + "\n").encode()
+    files |= to_publish(folder)
     files.setdefault(CARD, f"# {folder.name}\n".encode())
     return files
 

@@ -284,5 +284,7 @@ class PublishSettings(Block):
     """Hub repository to push to; nothing is pushed if left out."""
     private: bool = False
     """Whether a new repository is private."""
+    thumbnails: bool = False
+    """Whether the published report shows calibration images that changed their answer; the one on disk does."""
     layout: Literal["pruned", "uniform"] = "pruned"
     """"uniform" writes a plain config, where the zoo's own constructor arguments can express the widths."""

@@ -225,11 +225,11 @@ def _baseline(job: _Job) -> Cell:
         small, history = baselines.tuned_the_same(copy.deepcopy(job.smaller), loaded, data, recipe, job.tuning)
     else:
         small, history = baselines.from_scratch(job.name, loaded, data, recipe, _before(job), job.scores)
-    return _cell(job, small, history, measure(small, loaded.preprocessing.input_size, data))
+    return _cell(job, small, history, measure(small, loaded.preprocessing.input_size, data, teacher=loaded.module))
 
 
 def _ours(job: _Job) -> Cell:
-    result = prune_loaded(job.loaded, job.data, job.recipe, _before(job), scores=job.scores)
+    result = prune_loaded(job.loaded, job.data, job.recipe, _before(job), scores=job.scores, detailed=False)
     return _cell(job, result.model, result.report.history, result.report.after)
 
 
@@ -250,7 +250,7 @@ def _peer(job: _Job) -> Cell:
             recalibrate(small, shard_calibration(job.data, recipe.data.batch_size))
         if recipe.finetune.epochs:
             history += finetune(small, job.data, recipe.finetune, loaded.module, seed=recipe.seed)
-    return _cell(job, small, history, measure(small, loaded.preprocessing.input_size, job.data, loaded.module))
+    return _cell(job, small, history, measure(small, loaded.preprocessing.input_size, job.data, teacher=loaded.module))
 
 
 def _cell(job: _Job, model: nn.Module, history: list[dict[str, float]], after: Measures) -> Cell:

@@ -13,6 +13,7 @@ import torch
 from scap_hub.criteria.base import Criterion
 from scap_hub.recipe import Recipe
 from scap_hub.run import fingerprints
+from scap_hub.timing.clock import device_name
 from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator
 from scap_hub.zoo import LoadedModel
@@ -49,6 +50,23 @@ def identity(loaded: LoadedModel, data: Data, recipe: Recipe, criterion: Criteri
     loaders = {f"the {name} set": getattr(data, name) for name in ("train", "validation", "test")}
     hashes |= fingerprints.of_images(loaders)
     return _plain(found) | {name: _HASH + text for name, text in hashes.items()}
+
+
+def about_run(loaded: LoadedModel, data: Data, recipe: Recipe) -> dict[str, Any]:
+    """What a run was of, for its report; a path to data says nothing to others, so its last part stands for it."""
+    dataset = recipe.data.dataset
+    return {
+        "model": loaded.name,
+        "library": loaded.zoo.name,
+        "base_model": loaded.base_model,
+        "task": data.task.name,
+        "data": Path(dataset).name if dataset is not None and Path(dataset).exists() else dataset or data.name,
+        "target": str(recipe.target.target),
+        "criterion": recipe.criterion.name,
+        "input_size": list(loaded.preprocessing.input_size),
+        "device": device_name(accelerator().device),
+        "versions": {name: version(name) for name in ("scap_hub", *_LIBRARIES)},
+    }
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -20,16 +20,18 @@ from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
 from scap_hub.run.deploying import deployed
+from scap_hub.run.details import Details, details_of
 from scap_hub.run.forecast import tell_if_long
-from scap_hub.run.identity import identity
+from scap_hub.run.identity import about_run, identity
 from scap_hub.run.inputs import example, load_dense, recipe_of, shard_calibration
 from scap_hub.run.kept import Kept, bytes_kept
 from scap_hub.run.repairing import repaired
-from scap_hub.run.report import GroupReport, Measures, Report, Selection, Tuned, measure
+from scap_hub.run.report import Measures, Selection, Tuned, measure
 from scap_hub.run.result import Result
 from scap_hub.run.score_cache import kept_scores
 from scap_hub.run.selecting import select_step
 from scap_hub.run.stages import Stages
+from scap_hub.run.step import Step, joined, report_of, still_guilty
 from scap_hub.run.steps import refine
 from scap_hub.run.tuning import tune_dense, warn_if_guessing
 from scap_hub.run.unfinished import Unfinished, kept_beside
@@ -124,6 +126,7 @@ def prune_loaded(
     scores: Path | None = None,
     stages: Stages | None = None,
     callbacks: Sequence[Callback] = (),
+    detailed: bool = True,
 ) -> Result:
     """`prune` from where model and data are there to where the result is measured; nothing is saved.
 
@@ -137,6 +140,7 @@ def prune_loaded(
         scores: Where scores are kept; see `kept_scores`.
         stages: Where the seconds are counted.
         callbacks: As for `prune`.
+        detailed: Whether the report has what the page shows beside measurements.
     """
     stages, kept = stages or Stages(recipe.seed), Kept(work)
     criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
@@ -145,7 +149,7 @@ def prune_loaded(
         calibration = shard_calibration(data, recipe.data.batch_size)
     if before is None:
         with stages("measure dense"):
-            before = kept.value("dense", Measures, lambda: measure(given, size, data, teacher=given))
+            before = kept.value("dense", Measures, lambda: measure(given, size, data, loaded.num_classes, given))
         warn_if_guessing(before, loaded, data, tuned)
 
     dense = raised(given)
@@ -153,44 +157,27 @@ def prune_loaded(
         replace(loaded, module=dense), data, recipe, criterion, calibration, kept, scores, stages, callbacks
     )
     small: nn.Module = dense
-    steps: list[_Step] = []
+    steps: list[Step] = []
     while len(steps) < recipe.schedule.steps:
         small, step = pipeline.step(small, steps)
         steps.append(step)
 
     lower_precision(small, half_precisions(given))
     with stages("measure pruned"):
-        after = kept.value("pruned", Measures, lambda: measure(small, size, data, teacher=given))
+        after = kept.value("pruned", Measures, lambda: measure(small, size, data, loaded.num_classes, given))
     if recipe.evaluate.latency:
         with stages("measure latency"):
             # In turns, so that whatever else the machine does slows both alike.
             images = example(small, loaded, recipe.evaluate.batch_size)
             times = kept.value("latency", list[float], lambda: milliseconds([(given, images), (small, images)]))
             before, after = replace(before, latency_ms=times[0]), replace(after, latency_ms=times[1])
-    plan = _joined(steps[0].groups, [step.plan for step in steps])
-    report = _report(before, after, plan, steps, stages, data)
-    report.tuned = tuned
+    plan = joined(steps[0].groups, [step.plan for step in steps])
+    report = report_of(before, after, plan, steps, stages, data)
+    report.tuned, report.about = tuned, about_run(loaded, data, recipe)
+    report.details = pipeline.details(small, steps[0], plan) if detailed else None
     # So that another round can follow on this one.
     remember(replace(loaded, module=small, earlier=loaded.earlier.then(plan) if loaded.earlier else plan))
     return Result(small, plan, report, recipe, loaded, data.task)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What one step of the schedule found and did; the channels are those of the model that the step started from."""
-
-    groups: ChannelGroups
-    scores: Scores
-    diagnoses: dict[str, Diagnosis]
-    plan: PruningPlan
-    selection: Selection
-    verdicts: list[Verified]
-    history: list[dict[str, float]]
-
-    @property
-    def pinned(self) -> dict[str, str]:
-        """Groups that cannot be pruned, with the reason."""
-        return {group.name: group.pinned_because for group in self.groups if group.pinned_because}
 
 
 _ROUNDS = 4
@@ -228,13 +215,13 @@ class _Pipeline:
     stages: Stages
     callbacks: Sequence[Callback]
 
-    def step(self, model: nn.Module, earlier: Sequence[_Step]) -> tuple[nn.Module, _Step]:
+    def step(self, model: nn.Module, earlier: Sequence[Step]) -> tuple[nn.Module, Step]:
         """Makes a model one step smaller than the earlier ones; without any it is the dense one."""
         recipe, stages, calibration = self.recipe, self.stages, self.calibration
         number = len(earlier)
         with stages("channel groups"):
             groups = candidates(model, example(model, self.loaded), recipe.protect)
-            groups = groups.pinned(_still_guilty(groups, earlier))
+            groups = groups.pinned(still_guilty(groups, earlier))
         with stages("scores"):
             scores = kept_scores(self.cache, model, calibration, self.criterion, groups)
         diagnoses: dict[str, Diagnosis] = {}
@@ -267,9 +254,15 @@ class _Pipeline:
                 history = finetune(
                     small, self.data, recipe.finetune, dense, folder, seed=recipe.seed, callbacks=self.callbacks
                 )
-        return small, _Step(groups, scores, diagnoses, plan, chosen.selection, chosen.verdicts, history)
+        return small, Step(groups, scores, diagnoses, plan, chosen.selection, chosen.verdicts, history)
 
-    def _chosen(self, model: nn.Module, groups: ChannelGroups, scores: Scores, earlier: Sequence[_Step]) -> _Chosen:
+    def details(self, small: nn.Module, first: Step, plan: PruningPlan) -> Details | None:
+        """What the page shows beside the measurements of the finished model."""
+        made_from = (self.loaded, small, first.groups, first.scores, plan, self.calibration, self.recipe, self.data)
+        with self.stages("report"):
+            return self.kept.value("details", Details | None, lambda: from_main(lambda: details_of(*made_from)))
+
+    def _chosen(self, model: nn.Module, groups: ChannelGroups, scores: Scores, earlier: Sequence[Step]) -> _Chosen:
         """Selection and refinement, made anew without the groups that the verification finds guilty."""
         fault: VerificationError | None = None
         guilty: dict[str, str] = {}
@@ -300,13 +293,13 @@ class _Pipeline:
         with self.stages("verification"):
             return verified(model, groups, plan, self.calibration[0], insist=self.recipe.evaluate.verify)
 
-    def _joined_verdict(self, earlier: Sequence[_Step], plan: PruningPlan) -> list[Verdict]:
+    def _joined_verdict(self, earlier: Sequence[Step], plan: PruningPlan) -> list[Verdict]:
         """Verifies what all steps do together to the dense model, which is the plan that is saved."""
         if not earlier:
             return []
         groups = earlier[0].groups
-        joined = _joined(groups, [*(step.plan for step in earlier), plan])
-        verdict = self._verdict(self.loaded.module, groups, joined)
+        together = joined(groups, [*(step.plan for step in earlier), plan])
+        verdict = self._verdict(self.loaded.module, groups, together)
         if verdict.fault is not None:
             raise beyond_repair(verdict.fault)
         return [verdict]
@@ -319,52 +312,3 @@ class _Pipeline:
         scope = scores.scope if recipe.target.scope == "auto" else recipe.target.scope
         images = example(model, self.loaded, recipe.target.batch_size)
         return from_main(lambda: select_step(self.loaded.module, model, groups, scores, recipe, scope, number, images))
-
-
-def _still_guilty(groups: ChannelGroups, earlier: Sequence[_Step]) -> dict[str, str]:
-    """Groups that an earlier step found guilty."""
-    names = groups.by_name
-    found = {name: why for step in earlier for name, why in step.pinned.items()}
-    return {name: why for name, why in found.items() if name in names}
-
-
-def _joined(groups: ChannelGroups, plans: Sequence[PruningPlan]) -> PruningPlan:
-    """One plan for the dense model that does what several do one after another."""
-    kept: dict[str, list[int]] = {}
-    for plan in plans:
-        for name in plan.groups:
-            stays = plan.kept(name)
-            kept[name] = [kept[name][index] for index in stays] if name in kept else stays
-    return PruningPlan.from_keep(groups, kept)
-
-
-def _report(
-    before: Measures, after: Measures, plan: PruningPlan, steps: Sequence[_Step], stages: Stages, data: Data
-) -> Report:
-    """What is told of a run; groups, scores and diagnoses are those of the dense model."""
-    first = steps[0]
-    verdicts = [verdict for step in steps for verdict in step.verdicts]
-    unverified = next((verdict.unverified for verdict in verdicts if verdict.unverified), None)
-    return Report(
-        before,
-        after,
-        groups={
-            group.name: GroupReport(
-                group.size,
-                plan.kept(group.name) if group.name in plan.groups else list(range(group.size)),
-                first.scores[group.name].tolist(),
-                first.diagnoses.get(group.name),
-            )
-            for group in first.groups
-            if group.name in first.scores
-        },
-        stages=stages.seconds,
-        history=[row for step in steps for row in step.history],
-        pinned=first.pinned,
-        verified=None if unverified else max(verdict.difference or 0.0 for verdict in verdicts),
-        unverified=unverified,
-        precision=next((verdict.precision for verdict in reversed(verdicts) if verdict.precision), None),
-        selections=[step.selection for step in steps],
-        metric=data.task.metric,
-        skipped=data.skipped(),
-    )

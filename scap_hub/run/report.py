@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from scap_hub.criteria.diagnostics import Diagnosis
 from scap_hub.deploy.deployment import Deployment
+from scap_hub.run.by_class import ByClass
+from scap_hub.run.details import Details
+from scap_hub.tables import html_table, text_table
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Metric
 from scap_hub.training.data import Data
+from scap_hub.training.distributed import accelerator
 from scap_hub.training.evaluate import count, evaluate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,7 @@ class Measures:
             without labels.
         latency_ms: Median milliseconds of one forward pass at `evaluate.batch_size`; None if not asked for.
         others: What else the task measures (0 to 1), by its name in a table.
+        by_class: Right answers and images of each class, on the images of `top1`; None where there are no classes.
     """
 
     macs: int
@@ -34,6 +42,7 @@ class Measures:
     top1: float | None
     latency_ms: float | None = None
     others: dict[str, float] = field(default_factory=dict)
+    by_class: list[tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ class Tuned:
         return f"for {self.epochs} epoch{'s' if self.epochs > 1 else ''}{head}"
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """Dense and pruned model side by side.
 
@@ -112,6 +121,8 @@ class Report:
         skipped: How many images could not be read and were left out, by split.
         tuned: How the dense model was trained before it was pruned; None where it was not.
         deploy: What was measured of the files for other runtimes; None where there are none.
+        about: Of the run: model, library, data, target, criterion, and the versions of what it ran with.
+        details: What the page shows beside; None where it was not asked for.
     """
 
     before: Measures
@@ -128,6 +139,28 @@ class Report:
     skipped: dict[str, int] = field(default_factory=dict)
     tuned: Tuned | None = None
     deploy: Deployment | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+    details: Details | None = None
+
+    def __repr__(self) -> str:
+        return text_table([("", "dense", "pruned", "change"), *self.rows()])
+
+    def _repr_html_(self) -> str:
+        return html_table(str(self.about.get("model", "report")), ("", "dense", "pruned", "change"), self.rows())
+
+    def plot(self, kind: str = "channels") -> Figure:
+        """A picture with matplotlib (extra `plot`), which notebooks show.
+
+        Args:
+            kind: "channels" (what is left of each group), "training" (metric and losses by epoch), "targets" (the
+                predicted loss at other targets) or "classes" (accuracy by class).
+
+        Raises:
+            ScapHubError: matplotlib is not installed, the kind is unknown, or the run has nothing to show of it.
+        """
+        from scap_hub.run.plots import plot
+
+        return plot(self, kind)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON-able values."""
@@ -177,15 +210,15 @@ class Report:
         ]
         if self.selections:
             last = self.selections[-1]
-            price = f"rounding cost {100 * last.rounding_price:.2f} points"
             if self.missed is not None:
                 rows.append(("budget missed", "", "", self.missed))
-            rows.append(("importance", "100 %", f"{100 * last.importance:.2f} %", price))
+            lost = f"{100 * (1 - last.importance):.2g} %"
+            rows.append(("predicted loss", "", lost, "of all importance was in what went"))
         return rows
 
 
 def measure(
-    model: nn.Module, input_size: tuple[int, int, int], data: Data, teacher: nn.Module | None = None
+    model: nn.Module, input_size: tuple[int, int, int], data: Data, classes: int = 0, teacher: nn.Module | None = None
 ) -> Measures:
     """Measures one model, but for its latency, which means something beside another's only.
 
@@ -193,15 +226,17 @@ def measure(
         model: In eval mode.
         input_size: (channels, height, width) in pixels.
         data: Its test images are used, or its validation images where there are none.
+        classes: Width of its classifier; 0 counts nothing by class.
         teacher: The dense model, for a task that is measured by its outputs.
     """
     costs: dict[str, Any] = count(model, input_size)
     loader, task = data.measured_on, data.task
     if loader is None:
         return Measures(**costs, top1=None)
-    found = evaluate(model, loader, task=task, teacher=teacher)
+    meter = ByClass(task, classes, accelerator().device)
+    found = evaluate(model, loader, task=task, teacher=teacher, meter=meter)
     others = {metric.name: found[metric.key] for metric in task.others if metric.key in found}
-    return Measures(**costs, top1=found[task.metric.key], others=others)
+    return Measures(**costs, top1=found[task.metric.key], others=others, by_class=meter.counts())
 
 
 def _figure(name: str, before: float, after: float) -> tuple[str, str, str, str]:

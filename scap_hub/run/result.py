@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from scap_hub.hub.checkpoint import save_checkpoint
 from scap_hub.hub.picture import channels_picture
 from scap_hub.hub.publish import push_to_hub
 from scap_hub.hub.uniform import plain_config
+from scap_hub.page import FAMILY, FAMILY_PICTURE, PAGE, REPORT, family_json, family_picture, render
 from scap_hub.placement import placement
 from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
@@ -25,7 +27,7 @@ from scap_hub.timing.clock import device_name
 from scap_hub.zoo import LoadedModel
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """A finished run.
 
@@ -37,6 +39,7 @@ class Result:
         loaded: The dense model and where it came from.
         task: What the model is for.
         exported: Folder with the files for other runtimes, where the recipe asks for them; gone with this object.
+        family: The sizes that it is one of, see `Family.to_dict`; None for one alone.
     """
 
     model: nn.Module
@@ -46,9 +49,16 @@ class Result:
     loaded: LoadedModel
     task: Task = IMAGE_CLASSIFICATION
     exported: tempfile.TemporaryDirectory[str] | None = None
+    family: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Result: {self.loaded.name}, pruned to {self.recipe.target.target}>\n{self.report!r}"
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
     def save_pretrained(self, folder: str | Path, allow_nan: bool = False) -> Path:
-        """Writes model.safetensors, config.json, pruning_plan.json, recipe.yaml, report.json, README.md and code.
+        """Writes model.safetensors, config.json, pruning_plan.json, recipe.yaml, reports, README.md and code.
 
         Args:
             folder: Absent or empty.
@@ -64,11 +74,22 @@ class Result:
         """
         recipe = self.recipe.to_yaml()
         plain = plain_config(self.loaded, self.model) if self.recipe.publish.layout == "uniform" else None
-        files: dict[str, str | bytes] = {"report.json": self.report_json()}
+        files: dict[str, str | bytes] = {REPORT: self.report_json()}
         if picture := channels_picture(self.plan):
             files[PICTURE] = picture
+        files[PAGE] = render(json.loads(files[REPORT]), recipe, family=self.family)
+        if self.family is not None:
+            files[FAMILY] = family_json(self.family)
+            if drawn := family_picture(self.family, self.report.metric.name):
+                files[FAMILY_PICTURE] = drawn
         card = model_card(
-            self.loaded, self.plan, self._measured(), recipe, picture=PICTURE in files, plain=plain is not None
+            self.loaded,
+            self.plan,
+            self._measured(),
+            recipe,
+            picture=PICTURE in files,
+            plain=plain is not None,
+            family=FAMILY_PICTURE in files,
         )
         if self.exported is not None and self.report.deploy is not None:
             card = with_deployment(card, self.report.deploy)
@@ -109,8 +130,8 @@ class Result:
     def _measured(self) -> Measured:
         dataset = self.recipe.data.dataset
         return Measured(
-            dense=_flat(self.report.before),
-            pruned=_flat(self.report.after),
+            dense=_figures(self.report.before),
+            pruned=_figures(self.report.after),
             dataset=shown_name(dataset),
             dataset_id=dataset if _on_hub(dataset) else None,
             device=device_name(placement(self.model).device),
@@ -131,7 +152,8 @@ def _on_hub(dataset: str | None) -> bool:
     return dataset is not None and not Path(dataset).exists() and dataset.count("/") == 1
 
 
-def _flat(measures: Measures) -> dict[str, float | None]:
-    """Measures by name."""
+def _figures(measures: Measures) -> dict[str, float | None]:
+    """What stands on the card; classes do not."""
     values = asdict(measures)
+    del values["by_class"]
     return values | values.pop("others")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from accelerate.utils import set_seed
 
-from scap_hub.progress import announce
+from scap_hub.progress import announce, tell_stage
 
 
 class Stages:
@@ -28,4 +28,6 @@ class Stages:
         set_seed(self.seed)
         with announce(name):
             yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        tell_stage(name, seconds)

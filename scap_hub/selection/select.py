@@ -49,20 +49,31 @@ def select(
         TargetError: The target is malformed or cannot be reached (says what can), or the groups, scores or options
             cannot be used.
     """
+    return PruningPlan.from_keep(groups, chosen(groups, scores, target, round_to, floor, scope, latency))
+
+
+def chosen(
+    groups: Sequence[ChannelGroup],
+    scores: Mapping[str, Tensor],
+    target: str | Mapping[str, float] | Target,
+    round_to: int,
+    floor: float,
+    scope: str | None,
+    latency: LatencyTable | None = None,
+) -> dict[str, list[int]]:
+    """What `select` keeps of each group that loses any, without the plan; arguments and errors as there."""
     target, limits, scope = Target.of(target), Limits(round_to, floor), checked_scope(scope, scores)
     chooser = Chooser(groups, checked_scores(groups, scores))
     sizes = {name: group.size for name, group in chooser.groups.items()}
     if target.kind in BUDGETS:
         search = BudgetSearch(chooser, limits, scope, target.cost(chooser.partition, latency))
-        keep = chooser.keep(search.counts(target))
-    elif target.kind == "threshold":
+        return chooser.keep(search.counts(target))
+    if target.kind == "threshold":
         reach = {name: own >= _as_scored(target.number, scores[name]) for name, own in chooser.scores.items()}
         counts = {name: limits.at_least(sizes[name], int(own.sum())) for name, own in reach.items()}
-        keep = chooser.keep_above(counts, reach)
-    else:
-        fractions = target.fractions(sizes)
-        keep = chooser.keep({name: limits.nearest(sizes[name], fractions[name] * sizes[name]) for name in fractions})
-    return PruningPlan.from_keep(groups, keep)
+        return chooser.keep_above(counts, reach)
+    fractions = target.fractions(sizes)
+    return chooser.keep({name: limits.nearest(sizes[name], fractions[name] * sizes[name]) for name in fractions})
 
 
 def _as_scored(threshold: float, scores: Tensor) -> float:
@@ -83,8 +94,12 @@ def smallest_plan(
 
 def kept_importance(plan: PruningPlan, scores: Mapping[str, Tensor]) -> float:
     """Share of all importance that a plan keeps, 0 to 1."""
+    return importance_of({name: plan.kept(name) for name in plan.groups}, scores)
+
+
+def importance_of(keep: Mapping[str, Sequence[int]], scores: Mapping[str, Tensor]) -> float:
+    """The same for a keep of some groups; all of the others stays."""
     kept = sum(
-        float(values[plan.kept(name)].sum()) if name in plan.groups else float(values.sum())
-        for name, values in scores.items()
+        float(values[keep[name]].sum()) if name in keep else float(values.sum()) for name, values in scores.items()
     )
     return kept / max(sum(float(values.sum()) for values in scores.values()), 1e-30)

@@ -194,6 +194,10 @@ class Task(ABC):
             temperature: Softens both; its square keeps the gradients' size independent of it.
         """
 
+    def confidence(self, output: Any) -> Tensor | None:
+        """(N, classes) how sure a model is of each answer, 0 to 1; None where an image has no single answer."""
+        return None
+
     @abstractmethod
     def partners(self, targets: Any) -> Any:
         """The targets in reverse order: those of the images that mixup blends in, `images.flip(0)`."""

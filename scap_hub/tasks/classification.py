@@ -130,6 +130,10 @@ class ImageClassification(Task):
         soft, target = (F.log_softmax(scores / temperature, 1) for scores in (output, guide))
         return F.kl_div(soft, target, reduction="batchmean", log_target=True) * temperature**2
 
+    def confidence(self, output: Tensor) -> Tensor:
+        """The probability of each class, (N, classes)."""
+        return output.softmax(1)
+
     def partners(self, targets: Tensor) -> Tensor:
         """Labels in reverse order, (N,)."""
         return targets.flip(0)

@@ -15,7 +15,7 @@ from scap_hub.graph.record import evaluating
 from scap_hub.placement import placement
 from scap_hub.private import FakeTensorMode
 from scap_hub.progress import track
-from scap_hub.tasks import IMAGE_CLASSIFICATION, Task
+from scap_hub.tasks import IMAGE_CLASSIFICATION, Meter, Task
 from scap_hub.training.distributed import accelerator, shard
 
 
@@ -26,6 +26,7 @@ def evaluate(
     precision: str = "no",
     task: Task = IMAGE_CLASSIFICATION,
     teacher: nn.Module | None = None,
+    meter: Meter | None = None,
 ) -> dict[str, float]:
     """Measures a model on labelled images; the same on every rank, whatever the number of ranks.
 
@@ -35,6 +36,7 @@ def evaluate(
         precision: "bf16" or "fp16" for autocast, or "no".
         task: What the model is for.
         teacher: The dense model, for a task that is measured by its outputs; then the images need no labels.
+        meter: What measures; the task's own if left out.
 
     Returns:
         The task's metric and its others under their keys (top1: share of images classified correctly, 0..1).
@@ -53,7 +55,7 @@ def evaluate(
         teacher.to(device)
     else:
         teacher = None
-    meter = task.meter(device)
+    meter = meter or task.meter(device)
     with evaluating(model), evaluating(teacher or model):
         for batch in track(shard(loader), "evaluating", delay=1):
             if len(batch) < 2 and teacher is None:

@@ -14,7 +14,7 @@ def auto_map(model_class: str, auto_classes: Iterable[str]) -> dict[str, str]:
 
 
 def auto_door(place: str, auto_class: str) -> Door:
-    """The call that loads a model published at a Hub id."""
+    """The call that loads a model from a folder or a Hub id."""
     door = class_door(place, auto_class)
     return door._replace(code_call=f'model = {auto_class}.from_pretrained("{place}", trust_remote_code=True)')
 

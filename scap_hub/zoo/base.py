@@ -23,6 +23,9 @@ FORMAT = 1
 CODE = "modeling_scap.py"
 """The file of ours that lies beside the weights, for those who load them without scap_hub."""
 
+LOCAL, ON_HUB = "local-dir:", "hf-hub:"
+"""What timm wants to read in front of a folder, and in front of a repository."""
+
 Pixels = Callable[[Image.Image], Tensor]
 """Resizes and crops an 8-bit grey or RGB image to what a model takes: (C, H, W) uint8, not normalised."""
 
@@ -270,7 +273,10 @@ class Zoo(Protocol):
     # Doors.
 
     def doors(self, place: str, loaded: LoadedModel) -> list[Door]:
-        """Ways into a model published at a Hub id, besides `scap_hub.load`; `loaded` is what it was made from."""
+        """Ways into a model in a folder, besides `scap_hub.load`; `loaded` is what it was made from.
+
+        Publishing puts the repository in its place, and `ON_HUB` in that of `LOCAL`.
+        """
         return []
 
     # Widths that describe the model to other code.

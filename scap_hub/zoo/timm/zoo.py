@@ -11,7 +11,7 @@ from torch import nn
 
 from scap_hub.errors import CheckpointError, ModelError
 from scap_hub.zoo.auto import auto_door, auto_map
-from scap_hub.zoo.base import FORMAT, Door, LoadedModel, Uniform, Wanted, Zoo
+from scap_hub.zoo.base import FORMAT, LOCAL, Door, LoadedModel, Uniform, Wanted, Zoo
 from scap_hub.zoo.described import Shape, Widths
 from scap_hub.zoo.timm.uniform import width_arguments
 from scap_hub.zoo.timm.widths import TimmFeatures, timm_features, timm_widths
@@ -149,7 +149,7 @@ class TimmZoo(Zoo):
         """Timm's own, and its wrapper in transformers."""
         wrapper = _wrapper(loaded)
         option = "" if wrapper else ", features_only=True"
-        own = Door("import timm", f'model = timm.create_model("hf-hub:{place}", pretrained=True{option})')
+        own = Door("import timm", f'model = timm.create_model("{LOCAL}{place}", pretrained=True{option})')
         return [own, *(auto_door(place, name) for name in (wrapper.auto_classes if wrapper else ()))]
 
     def features(self, model: nn.Module, inputs: tuple[Any, ...]) -> TimmFeatures:

@@ -1,0 +1,235 @@
+"""report.html, from a real run on the digits, in a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+import scap_hub
+from scap_hub import errors
+from scap_hub.page import render, write_page
+from tests.browser import Page, browser
+from tests.nets import tiny_net
+
+DIGITS = Path(scap_hub.__file__).parent / "data" / "digits"
+EVIL = "<script>alert(1)</script>"
+RECIPE = {
+    "target": "macs=0.4",
+    "data": {"calibration_images": 64},
+    "criterion": {"diagnostics": False},
+    "finetune": {"epochs": 2},
+    "evaluate": {"latency": True},
+    "model": {"input_size": (1, 8, 8)},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on digits, one of whose classes has markup for a name."""
+    folder = tmp_path_factory.mktemp("run")
+    names = [EVIL if i == 3 else f"digit {i}" for i in range(10)]
+    digits = datasets.DatasetDict({
+        split: datasets.Dataset.from_parquet(str(DIGITS / f"{split}.parquet"), cache_dir=str(folder / "cache"))
+        .cast_column("label", datasets.ClassLabel(names=names))
+        for split in ("train", "test")
+    })  # fmt: skip
+    net = tiny_net()
+    result = scap_hub.prune(net, digits, RECIPE, output_dir=folder / "out", restart=True)
+    return result, folder / "out"
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser() as launched:
+        yield launched
+
+
+def test_the_page_is_one_small_file_that_can_be_made_again(run, tmp_path):
+    _, folder = run
+    text = (folder / "report.html").read_text()
+    assert len(text.encode()) < 200_000
+    assert not re.search(r"(src|href)=\"(?!data:|#)", text), "nothing is loaded from anywhere"
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "report.html").unlink()
+    command = [sys.executable, "-m", "scap_hub", "report", str(copy), "--json"]
+    told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert told == {"file": str(copy / "report.html"), "lacks": None}
+    assert (copy / "report.html").read_text() == text
+
+
+def test_other_targets_are_what_select_gives(run):
+    result, _ = run
+    details, recipe = result.report.details, result.recipe.target
+    groups = scap_hub.channel_groups(result.loaded.module, torch.zeros(1, 1, 8, 8))
+    scores = {name: torch.tensor(group.scores, dtype=torch.float64) for name, group in result.report.groups.items()}
+    total = sum(float(own.sum()) for own in scores.values())
+    assert [choice.target for choice in details.choices][:2] == ["macs=1.0", "macs=0.95"] and len(details.choices) > 8
+    for choice in details.choices[1:]:
+        plan = scap_hub.select(groups, scores, choice.target, recipe.round_to, floor=recipe.floor, scope="cost-aware")
+        keep = {name: plan.kept(name) for name in plan.groups}
+        assert choice.widths == [len(keep.get(name, range(size))) for name, size in details.groups.items()]
+        stays = groups.staying(keep)
+        assert (choice.macs, choice.params) == (groups.macs(stays), groups.params(stays))
+        kept = sum(float(own[keep[name]].sum() if name in keep else own.sum()) for name, own in scores.items())
+        assert choice.loss == pytest.approx(1 - kept / total, abs=1e-12)
+    own = next(choice for choice in details.choices if choice.target == "macs=0.4")
+    assert (own.macs, own.params) == (result.report.after.macs, result.report.after.params)
+
+
+def test_layers_classes_and_answers_are_those_of_the_models(run):
+    result, _ = run
+    details, report = result.report.details, result.report
+    assert [layer.path for layer in details.layers] == ["0", "4", "10"]
+    assert sum(layer.macs_before for layer in details.layers) == report.before.macs
+    assert sum(layer.macs_after for layer in details.layers) == report.after.macs
+    small = [result.model.get_submodule(layer.path).weight.shape[0] for layer in details.layers]
+    assert [layer.after for layer in details.layers] == small
+    assert all(layer.ms_before > 0 and layer.ms_after > 0 for layer in details.layers)
+    right, images = map(sum, zip(*report.after.by_class, strict=True))
+    assert images == 360 and right / images == report.after.top1
+    assert details.answers.images == 64 and len(details.answers.shown) <= details.answers.changed
+    portrait = details.portraits[0]
+    assert portrait.goes.row not in report.groups[portrait.layer].kept
+    assert portrait.stays.row in report.groups[portrait.layer].kept
+    assert max(map(max, portrait.goes.spectrum)) <= 100 and len(portrait.input) == 4
+
+
+@pytest.mark.parametrize("width", [375, 1440])
+def test_the_page_in_a_browser(run, chromium, width):
+    result, folder = run
+    opened = Page(chromium, folder / "report.html", width, color_scheme="light")
+    page = opened.page
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "it fits the screen"
+    choices = result.report.details.choices
+    assert opened.text("#chosen") == "macs=0.4" and opened.text("#own") == "as in this run"
+
+    page.focus("#target")
+    page.keyboard.press("End")  # by keyboard, to the smallest
+    last = choices[-1]
+    assert opened.text("#chosen") == last.target and opened.text("#own") == ""
+    for name in ("macs", "params", "loss"):
+        assert float(page.get_attribute(f"#{name}", "data-value")) == getattr(last, name)
+    assert page.get_attribute("#target", "aria-valuetext") == last.target
+    page.locator("summary", has_text="Widths by group").click()
+    assert [int(text) for text in page.locator("td.width").all_inner_texts()] == last.widths
+    assert f'target="{last.target}"' in opened.text("#command")
+    page.keyboard.press("Tab")
+
+    light = opened.style("body", "backgroundColor")
+    page.click("#theme")
+    assert opened.style("body", "backgroundColor") != light
+    page.click("#theme")
+    assert opened.style("body", "backgroundColor") == light
+
+    table = page.locator("section", has_text="Which classes paid")
+    assert EVIL in table.inner_text(), "markup in a name is text"
+    assert (
+        page.locator("img:not([alt])").count() == 0
+        and page.locator("svg:not([aria-label]):not([aria-hidden])").count() == 0
+    )
+    assert opened.faults == []
+
+
+def test_the_page_follows_the_dark_scheme_and_prints(run, chromium):
+    _, folder = run
+    opened = Page(chromium, folder / "report.html", 1440, color_scheme="dark")
+    dark = opened.style("body", "backgroundColor")
+    opened.page.emulate_media(media="print")
+    assert opened.style("body", "backgroundColor") == "rgb(255, 255, 255)" != dark
+    assert opened.style("#theme", "display") == "none"
+    assert all(shown.is_visible() for shown in opened.page.locator(".portrait").all())
+
+
+def test_a_comparison_in_the_folder_is_shown(run, tmp_path):
+    _, folder = run
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    cells = [
+        {"target": "macs=0.5", "criterion": name, "seed": 0, "validation": value, "test": value, "repaired": value}
+        for name, value in (("scap", 0.91), ("l1", 0.86))
+    ]
+    dense = {"macs": 1, "params": 1, "validation": 0.95, "test": 0.95}
+    scap_hub.Comparison({"model": "net"}, dense, cells).save(copy / "comparison.json")
+    text = write_page(copy)[0].read_text()
+    assert "Criteria beside each other" in text and "91.00 ± 0.00" in text
+
+
+def test_an_old_folder_says_what_it_lacks(run, tmp_path):
+    _, folder = run
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    report = json.loads((copy / "report.json").read_text())
+    old = {key: value for key, value in report.items() if key not in ("details", "about")}
+    old["before"].pop("by_class")
+    (copy / "report.json").write_text(json.dumps(old))
+    path, lacks = write_page(copy)
+    assert "other targets" in lacks and lacks in path.read_text()
+
+
+@pytest.mark.parametrize("content", [None, "[]", "{", "{}", '{"before": 3, "after": {}}', '{"before": NaN}'])
+def test_a_folder_without_a_sound_report_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    with pytest.raises(errors.CheckpointError, match=r"report\.json|not as scap_hub writes"):
+        write_page(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_nobodys_images_are_published_unasked(run, tmp_path):
+    from scap_hub.page import to_publish
+
+    _, folder = run
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    report = json.loads((copy / "report.json").read_text())
+    shown = [{"before": 3, "after": 5, "sure_before": 0.9, "sure_after": 0.6, "jpeg": "/9j/thumb"}]
+    report["details"]["answers"] = {"images": 64, "changed": 1, "shown": shown}
+    (copy / "report.json").write_text(json.dumps(report))
+    write_page(copy)
+    assert "/9j/thumb" in (copy / "report.html").read_text()
+    assert all(b"/9j/thumb" not in content for content in to_publish(copy).values()) and len(to_publish(copy)) == 2
+    recipe = (copy / "recipe.yaml").read_text()
+    (copy / "recipe.yaml").write_text(recipe.replace("thumbnails: false", "thumbnails: true"))
+    assert to_publish(copy) == {}
+
+
+def test_a_large_network_has_a_small_page():
+    """The shape of ResNet-50: 54 layers, 26,560 channels, 1000 classes."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {f"layer{i // 13}.{i % 13}.conv{i % 3}": 64 * 2 ** (i // 13) for i in range(53)}
+    groups = {
+        name: {"size": size, "kept": list(range(0, size, 2)), "scores": torch.rand(size, generator=generator).tolist()}
+        for name, size in sizes.items()
+    }
+    layers = [
+        {"path": name, "kind": "Conv2d 3x3", "groups": [name], "before": size, "after": size // 2,
+         "macs_before": 10**8, "macs_after": 10**7, "ms_before": 0.5, "ms_after": 0.2}
+        for name, size in sizes.items()
+    ]  # fmt: skip
+    choices = [
+        {
+            "target": f"macs={1 - i / 20:g}",
+            "widths": list(sizes.values()),
+            "macs": 10**9 - i,
+            "params": 10**7,
+            "loss": i / 20,
+        }
+        for i in range(19)
+    ]
+    channel = {"row": 1, "fidelity": 0.5, "spectrum": [[50] * 7] * 7, "restored": [[50] * 7] * 7}
+    portraits = [
+        {"layer": name, "images": 32, "input": [[9] * 7] * 7, "goes": channel, "stays": channel,
+         "fidelity_gone": [0.5] * 40, "fidelity_kept": [0.25] * 40}
+        for name in list(sizes)[:12]
+    ]  # fmt: skip
+    thumb = {"before": 1, "after": 2, "sure_before": 0.9, "sure_after": 0.8, "jpeg": "A" * 3000}
+    measures = {"macs": 10**9, "params": 10**7, "bytes": 10**8, "top1": 0.8, "by_class": [[40, 50]] * 1000}
+    details = {
+        "layers": layers, "groups": sizes, "choices": choices, "steps": 1, "portraits": portraits,
+        "answers": {"images": 64, "changed": 30, "shown": [thumb] * 12}, "classes": ["name"] * 1000,
+    }  # fmt: skip
+    report = {"before": measures, "after": measures, "groups": groups, "details": details, "history": []}
+    assert len(render(report).encode()) < 500_000

@@ -1,0 +1,116 @@
+"""What objects show of themselves in a terminal and in a notebook, and what progress leaves behind."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import types
+
+import pytest
+import torch
+
+import scap_hub
+from scap_hub import errors, progress
+from scap_hub.run.stages import Stages
+from tests.nets import Residual, tiny_net
+
+RECIPE = {
+    "target": "macs=0.4", "data": {"calibration_images": 32}, "criterion": {"name": "l1", "diagnostics": False},
+    "finetune": {"epochs": 1}, "evaluate": {"latency": False}, "model": {"input_size": (1, 8, 8)},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result():
+    return scap_hub.prune(tiny_net(), "digits", RECIPE)
+
+
+def test_reprs_are_short_and_have_html(result):
+    groups = scap_hub.channel_groups(Residual(width=64), torch.zeros(1, 3, 32, 32))
+    for shown in (result, result.report, result.plan, groups):
+        assert 0 < len(repr(shown).splitlines()) < 20 and max(map(len, repr(shown).splitlines())) < 120
+        assert shown._repr_html_().count("<tr>") >= 2
+    assert "MACs" in repr(result) and "macs=0.4" in repr(result)
+    assert repr(result.plan) == str(result.plan) and "2 groups keep" in repr(result.plan)
+
+
+def test_long_lists_are_cut_and_markup_is_text():
+    net = torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 1) for _ in range(40)), torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    groups = scap_hub.channel_groups(net, torch.zeros(1, 4, 1, 1))
+    html = groups._repr_html_()
+    assert html.count("<tr>") < 20 and re.search(r"\.\.\. and \d+ more", html)
+    plan = scap_hub.PruningPlan.from_json(
+        scap_hub.PruningPlan(keeps=("0",), groups={"<b>": {"size": 2, "keep": 0}}, tensors={}).to_json()
+    )
+    assert "<b>1" not in plan._repr_html_() and "&lt;b&gt;" in plan._repr_html_()
+
+
+def test_a_report_draws_itself(result):
+    pytest.importorskip("matplotlib")
+    for kind in ("channels", "training", "targets", "classes"):
+        figure = result.report.plot(kind)
+        assert figure._repr_png_().startswith(b"\x89PNG") and figure.axes[0].has_data()
+    with pytest.raises(errors.ScapHubError, match="did you mean 'training'"):
+        result.report.plot("trainin")
+
+
+def test_a_stage_leaves_one_line_in_a_notebook(monkeypatch, capsys):
+    shell = types.SimpleNamespace(config={"IPKernelApp": {}})
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    stages = Stages(0)
+    with stages("scores"):
+        for _ in progress.track(range(3), "outer"):
+            assert list(progress.track(range(3), "inner")) == [0, 1, 2]
+    left = screen(capsys.readouterr().err)
+    assert len(left) == 1 and re.fullmatch(r"scores +0\.0 s", left[0])
+
+
+def test_no_bars_without_a_terminal(capsys):
+    with progress.announce("loading"):
+        assert list(progress.track(range(3), "scores")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("model", ["resnet10t", "no-such-model"])
+def test_bars_leave_nothing_on_the_screen(model):
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "scap_hub", "inspect", model, "--untrained", "--size", "32"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=end, env=dict(os.environ))
+    os.close(end)
+    shown = b""
+    while True:
+        try:
+            part = os.read(terminal, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        shown += part
+    running.communicate()
+    left = screen(shown.decode())
+    assert b"loading" in shown or model != "resnet10t", "there were bars"
+    assert all(line.startswith("scap-hub: ") for line in left) and len(left) == (model != "resnet10t"), left
+
+
+def screen(text):
+    """The lines that are not blank once a terminal has shown a text."""
+    lines, row, column = [[]], 0, 0
+    for found in re.finditer(r"\x1b\[A|\x1b\[\d*[A-Za-z]|\r|\n|.", text):
+        match found[0]:
+            case "\r":
+                column = 0
+            case "\n":
+                row, column = row + 1, 0
+            case "\x1b[A":
+                row -= 1
+            case sign if not sign.startswith("\x1b"):
+                lines += [[] for _ in range(row + 1 - len(lines))]
+                lines[row] += [" "] * (column + 1 - len(lines[row]))
+                lines[row][column] = sign
+                column += 1
+    return [line for line in ("".join(line).rstrip() for line in lines) if line]
