@@ -13,13 +13,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import scap_hub
 from scap_hub.errors import DataError, RecipeError
+from scap_hub.recipe import DataSettings
 from scap_hub.run.inputs import load_dense
 from scap_hub.run.stages import Stages
-from scap_hub.tasks import task_of
+from scap_hub.tasks import SemanticSegmentation, task_of
 from scap_hub.training.data import load_data
 from scap_hub.training.evaluate import evaluate
 from scap_hub.training.finetune import finetune
 from scap_hub.zoo import load_model
+from scap_hub.zoo.base import default_preprocessing
 from tests.scenes import FAST, SIZE, masked, rows, scenes, segmenter
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -196,3 +198,30 @@ def test_a_head_for_another_task_is_built_where_the_name_is_given(tmp_path):
     loaded, data, _ = data_of(masked(20), folder, task="semantic-segmentation")
     assert (loaded.name, data.task.name) == ("SegformerForSemanticSegmentation", "semantic-segmentation")
     assert json.loads(json.dumps(loaded.config))["architectures"] == ["SegformerForSemanticSegmentation"]
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Pairs of PIL images."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return scenes(20)[index][:2]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda: masked(20).to_iterable_dataset(num_shards=2),
+        Drawn,
+        lambda: DataLoader([{"pixel_values": torch.rand(SIZE), "labels": torch.zeros(64, 64).long()}] * 8, 4),
+    ],
+    ids=["stream", "torch data set", "loader of dictionaries"],
+)
+def test_masks_come_from_streams_torch_data_sets_and_loaders(source):
+    settings = DataSettings(batch_size=4)
+    data = load_data(source(), default_preprocessing(SIZE), settings, task=SemanticSegmentation(), num_classes=3)
+    images, masks = next(iter(data.train))
+    assert images.shape == (4, *SIZE) and masks.shape == (4, 64, 64) and masks.dtype == torch.int64
+    assert data.task.name == "semantic-segmentation" and data.task.metric.name == "mIoU"
