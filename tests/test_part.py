@@ -8,7 +8,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import scap_hub
 from scap_hub.channels.oracle import randomize
-from scap_hub.errors import ModelError, VerificationError
+from scap_hub.errors import ModelError, UnverifiableError, VerificationError
 
 IMAGES = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -105,14 +105,29 @@ def test_a_part_that_is_never_called():
         scap_hub.channel_groups(Idle(), IMAGES, part="idle")
 
 
-def test_outputs_that_are_all_zero_prove_nothing():
+@pytest.mark.parametrize("bias", [0.0, 3.0])
+def test_outputs_that_are_the_same_for_any_image_prove_nothing(bias):
     """A wrong plan is seen although the dense model's last layer is zero."""
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8 * 16, 2))
     nn.init.zeros_(net[4].weight)
-    nn.init.zeros_(net[4].bias)
+    nn.init.constant_(net[4].bias, bias)
     images = IMAGES[:, :, :4, :4]
     groups = scap_hub.channel_groups(net, images)
     plan = scap_hub.PruningPlan.from_keep(groups, {"0": range(4)})
     assert scap_hub.verify(net, plan, images) < 1e-9
     with pytest.raises(VerificationError):
         scap_hub.verify(net, other_keep(plan, "2.weight", 1, "1-4"), images)
+
+
+def test_a_model_that_reads_no_image_is_told():
+    class Deaf(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+
+        def forward(self, x):
+            return (self.conv(x) * 0).mean((2, 3)) + 3
+
+    groups = scap_hub.channel_groups(Deaf(), IMAGES)
+    with pytest.raises(UnverifiableError, match="the same for any input"):
+        scap_hub.verify(Deaf(), scap_hub.PruningPlan.from_keep(groups, {}), IMAGES)

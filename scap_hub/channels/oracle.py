@@ -6,7 +6,7 @@ any wrong index does. In float32 the bound is what rounding errors in every oper
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,7 +181,8 @@ class _DoesNotRunError(Exception):
 def _comparable(model: nn.Module, arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...]]:
     """A copy and its inputs in some type.
 
-    Where it returns zeros alone, as with a fresh head or behind a ReLU, all plans look right: it gets random weights.
+    Where it returns the same for any image, such as zeros from a fresh head, all plans look right: it gets random
+    weights.
 
     Raises:
         _DoesNotRunError: The model does not run on these inputs.
@@ -191,18 +192,35 @@ def _comparable(model: nn.Module, arguments: tuple[Any, ...], dtype: torch.dtype
         dense = copied(model).to(dtype).eval()
         given = tree_map(lambda x: x.to(dtype) if is_tensor(x) and x.is_floating_point() else x, arguments)
         with torch.no_grad():
-            returned = _floats(dense(*given))
-            for seed in range(_SEEDS):
-                if any(tensor.any() for tensor in returned):
+            for seed in (None, *range(_SEEDS)):
+                if seed is not None:
+                    randomize(dense, seed)
+                returned = _floats(dense(*given))
+                if says_something := _says_something(dense, given, returned):
                     break
-                returned = _floats(randomize(dense, seed)(*given))
     except Exception as error:
         raise _DoesNotRunError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
     if not returned:
         raise UnverifiableError("the model returns no floating-point tensor, so there is nothing to compare")
-    if not any(tensor.any() for tensor in returned):
-        raise UnverifiableError("the model returns nothing but zeros on these inputs, in which a wrong plan would hide")
+    if not says_something:
+        raise UnverifiableError("the model returns the same for any input, in which a wrong plan would hide")
     return dense, given
+
+
+def _says_something(dense: nn.Module, given: tuple[Any, ...], returned: Sequence[Tensor]) -> bool:
+    """Whether outputs depend on the images."""
+    if not any(tensor.any() for tensor in returned):
+        return False
+    noise = torch.Generator().manual_seed(0)
+
+    def disturbed(x: Any) -> Any:
+        return x + torch.randn(x.shape, generator=noise).to(x) if is_tensor(x) and x.is_floating_point() else x
+
+    try:
+        changed = _floats(dense(*tree_map(disturbed, given)))
+    except Exception:
+        return True  # it takes these images alone
+    return len(returned) != len(changed) or not all(map(torch.equal, returned, changed))
 
 
 def _check_dense(dense: nn.Module, arguments: tuple[Any, ...], allowed: float) -> None:
