@@ -9,6 +9,9 @@ from scap_hub.errors import RecipeError
 from scap_hub.run import baselines
 from tests.nets import tiny_net
 from tests.test_comparison import QUICK
+from tests.test_pruning import images
+
+SMALL = {split: images(16, size=32, classes=10) for split in ("train", "validation")}
 
 TRAINED = QUICK | {
     "seeds": 1, "criterion": "l1", "data_batch_size": 32,
@@ -39,7 +42,7 @@ def test_twice_as_long_trains_for_twice_the_steps(monkeypatch):
 
 def test_a_smaller_model_of_the_zoo_stands_at_the_nearest_target():
     found = scap_hub.compare(
-        "resnet34", "digits", criteria=["zoo:resnet18"], targets=["macs=0.9", "params=0.5", "macs=0.1"],
+        "resnet34", SMALL, criteria=["zoo:resnet18"], targets=["macs=0.9", "params=0.5", "macs=0.1"],
         **TRAINED | {"model_pretrained": False, "model_input_size": (3, 32, 32), "data_calibration_images": 8},
     )  # fmt: skip
     (cell,) = found.cells
@@ -58,7 +61,7 @@ def test_a_smaller_model_of_the_zoo_stands_at_the_nearest_target():
 def test_a_baseline_that_cannot_be_had_is_told(name, change, message):
     small = {"model_pretrained": False, "model_input_size": (3, 32, 32), "data_calibration_images": 8}
     with pytest.raises(RecipeError, match=message):
-        scap_hub.compare("resnet34", "digits", criteria=[name], **TRAINED | small | change)
+        scap_hub.compare("resnet34", SMALL, criteria=[name], **TRAINED | small | change)
 
 
 def test_weights_that_cannot_be_drawn_anew_are_refused():

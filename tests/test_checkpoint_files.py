@@ -56,7 +56,7 @@ def test_a_run_prunes_the_files_weights_and_is_of_that_file(tmp_path, monkeypatc
     assert same.plan == by_hand.plan
 
     with monkeypatch.context() as patch:
-        patch.setattr("scap_hub.run.pruning.select", _interrupt)
+        patch.setattr("scap_hub.run.pruning.select_step", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             scap_hub.prune("test_resnet", **ARGUMENTS, **SMALL, checkpoint=first, output_dir=tmp_path / "out")
     file_of(first, trained(seed=4).state_dict())

@@ -263,7 +263,7 @@ def test_a_classifier_that_does_not_fit_is_replaced_and_tuned_first_once(tmp_pat
 
     monkeypatch.setattr("scap_hub.run.tuning.NEW_HEAD_EPOCHS", 3)
     with monkeypatch.context() as patch:
-        patch.setattr("scap_hub.run.pruning.select", interrupt)
+        patch.setattr("scap_hub.run.pruning.select_step", interrupt)
         with pytest.raises(KeyboardInterrupt):
             scap_hub.prune(**arguments)
     said = capsys.readouterr().err

@@ -93,7 +93,7 @@ def test_another_run_is_refused_and_begins_anew_only_if_told(change, message, tm
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("at", ["select", "refine", "verified", "repaired", "finetune", "measure_after", "Result"])
+@pytest.mark.parametrize("at", ["select_step", "refine", "verified", "repaired", "finetune", "measure_after", "Result"])
 def test_a_resumed_run_equals_an_undisturbed_one(at, tmp_path, monkeypatch):
     options = {"criterion_diagnostics": True, "schedule_steps": 2, "target": "macs=0.6", "finetune_epochs": 2}
     whole = prune(tmp_path / "whole", **options)
@@ -118,7 +118,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(at, tmp_path, monkeypatch):
 
 def test_nothing_is_computed_twice(tmp_path, monkeypatch):
     cut(monkeypatch, tmp_path, criterion_diagnostics=True)
-    for name in ("select", "refine", "diagnose", "verified", "repaired", "measure"):
+    for name in ("select_step", "refine", "diagnose", "verified", "repaired", "measure"):
         monkeypatch.setattr(f"scap_hub.run.pruning.{name}", stop)
     monkeypatch.setattr(criteria.Scap, "score", stop)
     monkeypatch.setattr("scap_hub.training.finetune._epoch", stop)
@@ -211,7 +211,7 @@ def test_one_run_a_folder(tmp_path, monkeypatch):
 
 
 def test_a_mistake_after_a_resume_loses_nothing(tmp_path, monkeypatch):
-    cut(monkeypatch, tmp_path, "scap_hub.run.pruning.select")
+    cut(monkeypatch, tmp_path, "scap_hub.run.pruning.select_step")
     with pytest.raises(ScapHubError):
         prune(tmp_path, data_dataset="no-such", data=datasets.Dataset.from_dict({"x": [1]}))
     assert list((tmp_path / ".out.unfinished" / "scores").iterdir())

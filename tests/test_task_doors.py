@@ -168,7 +168,7 @@ def test_what_a_saved_folder_says(world):
         ("AutoBackbone", 'AutoBackbone.from_pretrained("me/it")'),
         ("CLIPVisionModelWithProjection", 'CLIPVisionModelWithProjection.from_pretrained("me/it")'),
         ("headless", 'AutoModel.from_pretrained("me/it")'),
-        ("stages", 'timm.create_model("hf-hub:me/it", pretrained=True, features_only=True)'),
+        ("stages", 'timm.create_model("local-dir:me/it", pretrained=True, features_only=True)'),
     ],
 )
 def test_the_card_names_the_door(name, door):

@@ -158,8 +158,8 @@ def wrong(plan):
 
 
 def test_what_several_steps_do_together_is_verified_before_the_training(monkeypatch):
-    net, joined = random_values(Four(F.relu, F.relu, F.relu, F.relu)).eval(), pruning._joined
-    monkeypatch.setattr(pruning, "_joined", lambda *arguments: wrong(joined(*arguments)))
+    net, joined = random_values(Four(F.relu, F.relu, F.relu, F.relu)).eval(), pruning.joined
+    monkeypatch.setattr(pruning, "joined", lambda *arguments: wrong(joined(*arguments)))
     with pytest.raises(errors.VerificationError, match="the plan is wrong") as caught:
         scap_hub.prune(net, images(), QUICK, schedule_steps=2)
     assert len(caught.value.plan.groups) > 1

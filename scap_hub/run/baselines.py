@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -120,18 +119,18 @@ def smaller_models(names: Iterable[str], loaded: LoadedModel, recipe: Recipe) ->
     return found
 
 
-def fitting_target(small: LoadedModel, dense: Mapping[str, Any], targets: Sequence[str]) -> str:
+def fitting_target(small: LoadedModel, loaded: LoadedModel, targets: Sequence[str]) -> str:
     """The target that comes nearest to what a smaller model costs.
 
     Args:
         small: The smaller model.
-        dense: "macs" and "params" of the dense one.
+        loaded: The dense one.
         targets: As written; one in MACs or parameters is needed.
 
     Raises:
         RecipeError: None is.
     """
-    costs = count(small.module, small.preprocessing.input_size)
+    costs, dense = (count(model.module, model.preprocessing.input_size) for model in (small, loaded))
     distances = {}
     for written in targets:
         target = Target.of(written)

@@ -82,6 +82,7 @@ def compare(
     stages = Stages(base.seed)
     loaded, data, tuning = load_dense(model, dataset, base, stages)
     smaller = baselines.smaller_models(names, loaded, base)
+    places = {name: baselines.fitting_target(small, loaded, targets) for name, small in smaller.items()}
     tune_dense(loaded, data, base, tuning, stages)
     _check_comparable(data)
     about = {"model": loaded.name, "data": data.name, "recipe": _shared(base)}
@@ -89,7 +90,6 @@ def compare(
     if not found.dense:
         found.dense = _dense(loaded, data)
     done = {_key(cell) for cell in found.cells if "error" not in cell}
-    places = {name: baselines.fitting_target(small, found.dense, targets) for name, small in smaller.items()}
     fitting = (key for key in recipes if _fits(key[2], recipes[key].target.target))
     left = [key for key in fitting if key not in done and places.get(key[2], key[1]) == key[1]]
     seeded = {base.seed: data}
