@@ -23,6 +23,7 @@ TINY = [
     *("prune", "test_resnet", "--data", "digits", "--target", "macs=0.6"),
     *("--set", "model_pretrained=false", "--set", "model_num_classes=10", "--set", "model_input_size=[3, 32, 32]"),
     *("--set", "criterion=l1", "--set", "evaluate_latency=false", "--set", "data_calibration_images=16"),
+    *("--set", "repair_tune_steps=2"),
 ]
 
 
@@ -102,6 +103,7 @@ def test_compare(run, tmp_path):
         "model_num_classes=10",
         "model_input_size=[3, 32, 32]",
         "finetune_epochs=0",
+        "repair_tune_steps=2",
     ):
         arguments += ["--set", setting]
     code, out, error = run(*arguments, "--out", tmp_path / "out.json", "--json")
