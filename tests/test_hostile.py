@@ -134,6 +134,27 @@ print(json.dumps([seen, str(vars(model.config))]))
 """
 
 
+def huge_images(config):
+    config["scap"]["preprocessing"]["input_size"] = [3, 10**30, 64]
+
+
+def no_images(config):
+    config["scap"]["preprocessing"]["input_size"] = [3, 0, 64]
+
+
+def strange_type(config):
+    config["dtype"] = "nothing"
+
+
+@pytest.mark.parametrize("edit", [huge_images, no_images, strange_type])
+def test_values_that_a_library_takes_and_fails_on_later_are_one_line(copy_of, edit):
+    folder = copy_of("transformers")
+    change(folder / "config.json", edit)
+    with pytest.raises(ScapHubError) as caught:
+        load(folder)
+    assert len(str(caught.value)) < 1500
+
+
 @pytest.mark.parametrize("name", ["transformers", "vit"])
 def test_a_config_runs_opens_and_reaches_nothing(saved, copy_of, name):
     folder = copy_of(name)

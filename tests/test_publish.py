@@ -184,7 +184,14 @@ def test_foreign_files_stay_and_the_card_keeps_what_people_wrote(api, folder, re
 
 
 @pytest.mark.parametrize(
-    "theirs", ["", "no metadata", "---\n: [broken\n---\nbody", "---\r\nlicense: mit\r\n---\r\nbody"]
+    "theirs",
+    [
+        "",
+        "no metadata",
+        "---\n: [broken\n---\nbody",
+        "---\r\nlicense: mit\r\n---\r\nbody",
+        "---\ntags: [{a: 1}, mine]\n---\nbody",
+    ],
 )
 def test_any_card_can_be_merged(theirs):
     merged = merged_card(theirs, f"---\nlicense: apache-2.0\n---\n\n{BEGIN}\nours\n{END}\n")

@@ -130,8 +130,9 @@ def merged_card(theirs: str, ours: str) -> str:
     our_data, our_text = metadata(ours)
     kept = {key: value for key, value in their_data.items() if key not in _OURS}
     data = {**our_data, **kept}
-    if tags := dict.fromkeys([*_list(kept.get("tags")), *_list(our_data.get("tags"))]):
-        data["tags"] = list(tags)
+    tags = _list(kept.get("tags"))
+    if tags := [*tags, *(tag for tag in _list(our_data.get("tags")) if tag not in tags)]:
+        data["tags"] = tags
     block = _block(our_text) or f"{BEGIN}\n{our_text.strip()}\n{END}"
     if theirs_before := _block(their_text):
         text = their_text.replace(theirs_before, block, 1)

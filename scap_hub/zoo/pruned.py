@@ -139,12 +139,17 @@ def _described(
     )
 
 
+_LARGEST_SIZE = 2**16
+"""Channels or pixels of an image that are above suspicion."""
+
+
 def _preprocessing(entry: Any) -> Preprocessing | None:
     """Our entry; None where it was lost and the zoo's own entries tell."""
     if not isinstance(entry, dict) or entry.keys() != {field.name for field in fields(Preprocessing)}:
         return None
     size, mean, std = (entry[name] for name in ("input_size", "mean", "std"))
-    if not (_numbers(size, int) and len(size) == 3 and _numbers(mean, int, float) and _numbers(std, int, float)):
+    sizes = _numbers(size, int) and len(size) == 3 and all(0 < own <= _LARGEST_SIZE for own in size)
+    if not (sizes and _numbers(mean, int, float) and _numbers(std, int, float)):
         raise CheckpointError("'preprocessing' in config.json is malformed: save the checkpoint again")
     return Preprocessing(**{**entry, "input_size": tuple(size), "mean": tuple(mean), "std": tuple(std)})
 

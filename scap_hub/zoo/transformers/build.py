@@ -107,9 +107,11 @@ def rebuild(config: dict[str, Any]) -> nn.Module:
     if model_class.__module__.startswith("transformers.models.timm"):
         raise ModelError(f"{name!r} only wraps a timm model: give the timm model itself")
     try:
-        return model_class(AutoConfig.for_model(**config))
+        built = model_class(AutoConfig.for_model(**config))
+        built.config.to_json_string()  # some values are taken, and cannot be written again
     except Exception as error:
         raise ModelError(f"transformers cannot build {name!r}: {one_line(error)}") from error
+    return built
 
 
 def _inert(value: Any) -> Any:
