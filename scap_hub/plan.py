@@ -266,12 +266,8 @@ class Cutting:
 
 
 def _joined_calls(first: Sequence[CallNumber], later: Sequence[CallNumber]) -> tuple[CallNumber, ...]:
-    """Changes after changes: of one place, the number in the code is the first one's, the new number the last one's."""
-    changes = {(change.function, change.call, change.position): change for change in first}
-    for change in later:
-        place = (change.function, change.call, change.position)
-        old = changes.get(place, change).old
-        changes[place] = change.model_copy(update={"old": old})
+    """Changes after changes: of one place, the last one counts, as it knows what arrives from the code by then."""
+    changes = {(change.function, change.call, change.position): change for change in (*first, *later)}
     return tuple(changes.values())
 
 

@@ -169,10 +169,10 @@ def set_calls(model: nn.Module, calls: Mapping[str, Sequence[tuple[str, int, int
     """Gives calls of torch functions in the forward passes of modules their new numbers; see `CallNumber`."""
     for path, changes in calls.items():
         module = model.get_submodule(path)
-        module.forward = functools.partial(renumbered, module, _composed(_earlier(module), changes))
+        module.forward = functools.partial(renumbered, module, _composed(earlier_calls(module), changes))
 
 
-def _earlier(module: nn.Module) -> Sequence[tuple[str, int, int, float, float]]:
+def earlier_calls(module: nn.Module) -> Sequence[tuple[str, int, int, float, float]]:
     """Changes that an earlier plan has made in a module's calls."""
     forward: Any = vars(module).get("forward")
     # What loads without this file has a function of that name of its own.

@@ -5,14 +5,17 @@ import json
 import pytest
 import torch
 
+import scap_hub
 from scap_hub import export
 from scap_hub.deploy import formats
 from scap_hub.deploy.capture import Logits
 from scap_hub.deploy.runtimes import Runtime
 from scap_hub.errors import CheckpointError, ModelError, VerificationError
 from scap_hub.hub.checkpoint import load, save_checkpoint
+from scap_hub.zoo import load_model
 from tests.test_adapters import tiny_resnet
 from tests.test_checkpoint import SIZE, pruned
+from tests.test_task_doors import detector
 
 
 @pytest.fixture(scope="module", params=["timm", "transformers"])
@@ -121,3 +124,12 @@ def test_bad_input(folder, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot write"):
         export(folder, "torch-export", tmp_path / "file" / "model.pt2")
+
+
+def test_a_detector_is_not_exported_without_its_boxes(tmp_path):
+    loaded = load_model(detector(), input_size=(3, 64, 64))
+    plan = scap_hub.channel_groups(loaded.module, torch.randn(1, 3, 64, 64)).cut({"bbox_predictor.layers.0": range(16)})
+    out = save_checkpoint(tmp_path / "small", scap_hub.apply_plan(loaded.module, plan), loaded, plan)
+    with pytest.raises(ModelError, match="returns pred_boxes beside the logits"):
+        export(out, "onnx")
+    assert not (out / "onnx").exists() or not any((out / "onnx").iterdir())

@@ -195,6 +195,34 @@ def test_a_module_of_one_s_own_goes_two_rounds(tmp_path):
     assert (changed.earlier, changed.labels, changed.num_classes) == (None, None, 4)
 
 
+class Borrowed(nn.Module):
+    """One layer's maps are reshaped by the width of another's, as in the attention of SegFormer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 12, 1)
+        self.last, self.head = nn.Linear(12, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        batch, channels, _, _ = x.shape
+        return self.head(self.last(self.second(x).reshape(batch, channels, -1).mean(2)))
+
+
+def test_a_width_that_the_first_round_put_right_follows_the_second():
+    """Also where the number that arrives is right by itself in the second round."""
+    size, net = (3, 8, 8), Borrowed().eval()
+    inputs = torch.randn(2, *size)
+    for widths in ((5, 5), (5, 4), (6, 4), (8, 6)):
+        first = scap_hub.channel_groups(net, inputs).cut({"first": range(8), "second": range(6)})
+        small = scap_hub.apply_plan(net, first)
+        keep = {name: range(width) for name, width in zip(("first", "second"), widths, strict=True)}
+        later = scap_hub.channel_groups(small, inputs).cut(keep)
+        smaller = scap_hub.apply_plan(small, later)
+        assert scap_hub.verify(small, later, inputs) < 1e-9
+        assert torch.equal(answer(scap_hub.apply_plan(net, first.then(later)), inputs), answer(smaller, inputs))
+
+
 @pytest.mark.parametrize("name", ["test_vit", "test_byobnet", "test_convnext", "test_efficientnet", "grouped"])
 def test_one_plan_does_what_two_do(name):
     size = (3, 8, 8) if name == "grouped" else (3, 96, 96)

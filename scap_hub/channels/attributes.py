@@ -21,7 +21,7 @@ from scap_hub.errors import PlanError
 from scap_hub.graph.modes import untouched
 from scap_hub.graph.node import Node
 from scap_hub.plan import CallNumber, PruningPlan
-from scap_hub.surgery import apply_plan, set_attributes, set_calls
+from scap_hub.surgery import apply_plan, earlier_calls, set_attributes, set_calls
 from scap_hub.zoo.registry import zoo_of
 
 
@@ -149,11 +149,14 @@ class _Trial:
             attributes.setdefault(path, {}).update(values)
         calls: dict[str, list[CallNumber]] = {}
         for path, changes in self._calls(chosen).items():
+            changed = {tuple(change[:3]) for change in earlier_calls(self.forward.model.get_submodule(path))}
             for function, call, position, new in changes:
+                # What an earlier plan changed there is undone, even where the number that arrives is right by now.
+                right = {new} if (function, call, position) not in changed else set()
                 arrived = arrivals[path, function, call, position].numbers
                 if len(arrived) > 1:
                     raise StuckError((path,), f"{function} is called with several numbers, {sorted(arrived)}")
-                for old in arrived - {new}:
+                for old in arrived - right:
                     own = CallNumber(function=function, call=call, position=position, old=old, new=new)
                     calls.setdefault(path, []).append(own)
         return self.plan.model_copy(

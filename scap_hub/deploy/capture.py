@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from scap_hub.errors import ModelError
 from scap_hub.text import one_line
@@ -24,8 +25,19 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Images, (N, C, H, W), to logits."""
-        return logits(self.model(pixel_values))
+        """Images, (N, C, H, W), to logits.
+
+        Raises:
+            ModelError: The model does not give logits, or predicts something beside them, which a file would lack.
+        """
+        output = self.model(pixel_values)
+        beside = [name for name in output if name.startswith("pred_")] if isinstance(output, ModelOutput) else []
+        if beside:
+            raise ModelError(
+                f"it returns {' and '.join(beside)} beside the logits, and an exported file has logits only: export it "
+                "with torch.onnx.export on scap_hub.load(folder)"
+            )
+        return logits(output)
 
 
 def captured(net: Logits, images: Tensor) -> torch.export.ExportedProgram:

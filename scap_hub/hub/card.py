@@ -28,7 +28,7 @@ BEGIN = "<!-- scap_hub: begin; the next push rewrites this block, write before o
 END = "<!-- scap_hub: end -->"
 
 _MEASUREMENTS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "macs": ("MACs", lambda value: f"{value / 1e9:.3f} G"),
+    "macs": ("MACs", lambda value: f"{value / 1e9:.3f} G" if value >= 1e8 else f"{value / 1e6:.2f} M"),
     "params": ("Parameters", lambda value: f"{value / 1e6:.2f} M"),
     "bytes": ("File size", lambda value: f"{value / 2**20:.1f} MiB"),
     "latency_ms": ("Latency", lambda value: f"{value:.2f} ms"),
@@ -175,8 +175,9 @@ def _eval_results(measured: Measured) -> list[EvalResult] | None:
 
 def _measurement(key: str, task: Task) -> tuple[str, Callable[[float], str]]:
     """How a measurement is called and printed; what has no name of its own is printed under its key."""
-    if key == "top1":
-        return task.metric.title, lambda value: f"{value:.2%}"
+    titles = {"top1": task.metric.title, **{metric.name: metric.title for metric in task.others}}
+    if key in titles:
+        return titles[key], lambda value: f"{value:.2%}"
     return _MEASUREMENTS.get(key, (key, lambda value: f"{value:g}"))
 
 

@@ -24,7 +24,7 @@ def channels_picture(plan: PruningPlan) -> bytes | None:
     axes.bar(places, after, color="#2b6cb0", label="kept")
     axes.set_ylabel("channels")
     if len(before) <= 40:
-        axes.set_xticks(places, plan.groups, rotation=90, fontsize=6)
+        axes.set_xticks(places, [_short(name) for name in plan.groups], rotation=90, fontsize=6)
     else:
         axes.set_xlabel("channel groups, from the first layer to the last")
     axes.spines[["top", "right"]].set_visible(False)
@@ -32,3 +32,8 @@ def channels_picture(plan: PruningPlan) -> bytes | None:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120, metadata={"Software": None})
     return png.getvalue()
+
+
+def _short(name: str, most: int = 30) -> str:
+    """The end of a long name, so that names leave room for the bars."""
+    return name if len(name) <= most else f"…{name[1 - most :]}"
