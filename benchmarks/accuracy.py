@@ -90,11 +90,16 @@ class Block(nn.Module):
 
 
 def resnet56() -> nn.Module:
-    """The CIFAR ResNet-56 (He et al., arXiv 1512.03385): three stages of nine blocks, 16, 32 and 64 channels wide."""
+    """The CIFAR ResNet-56 (He et al., arXiv 1512.03385)."""
+    return cifar_resnet(9)
+
+
+def cifar_resnet(blocks: int) -> nn.Module:
+    """Three stages of so many blocks, 16, 32 and 64 channels wide."""
     layers: list[nn.Module] = [nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
     channels = 16
     for width in (16, 32, 64):
-        for number in range(9):
+        for number in range(blocks):
             layers.append(Block(channels, width, 2 if number == 0 and width > 16 else 1))
             channels = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES))

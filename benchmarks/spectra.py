@@ -42,7 +42,7 @@ from scap_hub.criteria.scap.scap_set import ScapSet
 from scap_hub.progress import set_quiet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from accuracy import Block
+from accuracy import cifar_resnet
 from fashion_mnist import FOLDER, arrays
 
 CLASSES = 10
@@ -69,13 +69,7 @@ def vgg() -> nn.Module:
 
 def resnet() -> nn.Module:
     """Nine residual blocks of two convolutions."""
-    layers: list[nn.Module] = [nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
-    channels = 16
-    for width in (16, 32, 64):
-        for number in range(3):
-            layers.append(Block(channels, width, 2 if number == 0 and width > 16 else 1))
-            channels = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))
+    return cifar_resnet(3)
 
 
 class InvertedResidual(nn.Module):

@@ -1,9 +1,6 @@
 """The pipeline through its one call."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -15,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import scap_hub
 from scap_hub import errors
 from scap_hub.recipe import Recipe, shipped_recipes
+from tests.launched import on_two_ranks
 from tests.nets import Clock, Residual, tiny_net
 from tests.test_zoo import MODELS
 
@@ -215,11 +213,7 @@ torch.save(saved, f"{sys.argv[1]}/{state.process_index}.pt")
 
 
 def test_two_ranks_agree_with_one_on_the_plan_and_with_each_other_on_the_weights(tmp_path):
-    (tmp_path / "job.py").write_text(TWO_RANKS)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, tmp_path / "job.py", tmp_path], check=True, env=environment, timeout=300)
-    one, first, second = pruned_residual(), *(torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    one, first, second = pruned_residual(), *on_two_ranks(TWO_RANKS, tmp_path)
     assert one.plan.to_json() == first["plan"] == second["plan"]
     for name, weight in first["weights"].items():
         assert torch.equal(weight, second["weights"][name]), name

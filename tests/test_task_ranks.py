@@ -1,15 +1,12 @@
 """Tasks on two processes: figures are those of one, and training leaves both with the same weights."""
 
-import os
-import subprocess
-import sys
-
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from scap_hub.tasks import DepthEstimation, ImageFeatureExtraction, Outputs, SemanticSegmentation
 from scap_hub.training.evaluate import evaluate
 from scap_hub.training.finetune import finetune
+from tests.launched import on_two_ranks
 from tests.scenes import SIZE, masked, segmenter
 
 
@@ -51,11 +48,7 @@ torch.save(found, f"{sys.argv[1]}/{accelerator().process_index}.pt")
 
 
 def test_two_processes_measure_what_one_does_and_train_alike(tmp_path):
-    (tmp_path / "job.py").write_text(JOB)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, tmp_path / "job.py", tmp_path], check=True, env=environment, timeout=300)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = on_two_ranks(JOB, tmp_path)
     alone = figures()
     for task, wanted in alone.items():
         for key, value in wanted.items():

@@ -8,17 +8,30 @@ from typing import Annotated, Any
 
 import typer
 
-from scap_hub.cli.options import AsJson, Checkpoint, Device, PushToHub, Quiet, Restart, Settings, overrides, use_device
+from scap_hub.cli.options import (
+    AsJson,
+    Checkpoint,
+    DataSource,
+    Device,
+    OptionalModel,
+    PushToHub,
+    Quiet,
+    RecipeOption,
+    Restart,
+    Settings,
+    overrides,
+    use_device,
+)
 from scap_hub.cli.output import is_main_process, output, print_table, say
 
 
 def family(
-    model: Annotated[str | None, typer.Argument(help="timm name, Hub id or folder; the recipe's if left out.")] = None,
-    data: Annotated[str | None, typer.Option(help="Data set: Hub id, folder, or digits.")] = None,
+    model: OptionalModel = None,
+    data: DataSource = None,
     targets: Annotated[
         str, typer.Option(help="What stays of each size, with commas between.")
     ] = "macs=0.75,macs=0.5,macs=0.25",
-    recipe: Annotated[str | None, typer.Option(help="Shipped name or YAML file; see `scap-hub recipe list`.")] = None,
+    recipe: RecipeOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder with one in it for each size, absent or empty.")] = None,
     device: Device = None,
     push_to_hub: PushToHub = None,

@@ -12,6 +12,9 @@ from scap_hub.errors import RecipeError
 from scap_hub.text import one_line
 
 Model = Annotated[str, typer.Argument(help="timm name, Hub id or folder.")]
+OptionalModel = Annotated[str | None, typer.Argument(help="timm name, Hub id or folder; the recipe's if left out.")]
+DataSource = Annotated[str | None, typer.Option(help="Data set: Hub id, folder, or digits.")]
+RecipeOption = Annotated[str | None, typer.Option(help="Shipped name or YAML file; see `scap-hub recipe list`.")]
 RecipeSource = Annotated[str, typer.Argument(metavar="NAME|FILE", help="Shipped name or YAML file.")]
 Out = Annotated[Path, typer.Option(help="Output folder, absent or empty.")]
 Settings = Annotated[

@@ -12,11 +12,14 @@ import typer
 from scap_hub.cli.options import (
     AsJson,
     Checkpoint,
+    DataSource,
     Device,
     DryRun,
+    OptionalModel,
     Out,
     PushToHub,
     Quiet,
+    RecipeOption,
     Restart,
     Settings,
     overrides,
@@ -31,9 +34,9 @@ if TYPE_CHECKING:
 
 
 def prune(
-    model: Annotated[str | None, typer.Argument(help="timm name, Hub id or folder; the recipe's if left out.")] = None,
-    data: Annotated[str | None, typer.Option(help="Data set: Hub id, folder, or digits.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Shipped name or YAML file; see `scap-hub recipe list`.")] = None,
+    model: OptionalModel = None,
+    data: DataSource = None,
+    recipe: RecipeOption = None,
     target: Annotated[str | None, typer.Option(help=f"What stays: {EXAMPLES}.")] = None,
     criterion: Annotated[
         str | None, typer.Option(metavar="NAME|FILE.py:CLASS", help="What scores the channels; also one of your own.")
@@ -117,8 +120,8 @@ def _say_if_uniform(result: Result, quiet: bool) -> None:
 
 
 def compare(
-    model: Annotated[str | None, typer.Argument(help="timm name, Hub id or folder; the recipe's if left out.")] = None,
-    data: Annotated[str | None, typer.Option(help="Data set: Hub id, folder, or digits.")] = None,
+    model: OptionalModel = None,
+    data: DataSource = None,
     targets: Annotated[str, typer.Option(help="What stays, with commas between.")] = "macs=0.5",
     criteria: Annotated[
         str,

@@ -164,7 +164,7 @@ def details_of(
     try:
         return Details(
             layers=_layers(loaded.module, small, groups, kept, images[:1] if recipe.evaluate.latency else None),
-            groups={group.name: group.size for group in groups if group.prunable and group.name in scores},
+            groups=_scored(groups, scores),
             choices=choices(groups, scores, recipe),
             steps=recipe.schedule.steps,
             portraits=portraits(loaded.module, groups, scores, kept, images[:_SPECTRA]) if len(images) > 1 else [],
@@ -184,15 +184,20 @@ def choices(groups: ChannelGroups, scores: Scores, recipe: Recipe) -> list[Choic
     kind = own.kind if own.kind in ("macs", "params", "ratio") and not isinstance(own.value, Mapping) else "macs"
     targets = {Target(kind, share) for share in _SHARES} | ({own} if own.kind == kind else set())
     scope = scores.scope if settings.scope == "auto" else settings.scope
-    named = [group for group in groups if group.prunable and group.name in scores]
-    found = [_choice(groups, kind + "=1.0", {}, scores, [group.name for group in named])]
+    names = list(_scored(groups, scores))
+    found = [_choice(groups, kind + "=1.0", {}, scores, names)]
     for target in sorted(targets, key=lambda target: -target.number):
         try:
             keep = chosen(groups, scores, target, settings.multiple, settings.floor, scope)
         except TargetError:
             break  # every smaller one is out of reach as well
-        found.append(_choice(groups, str(target), keep, scores, [group.name for group in named]))
+        found.append(_choice(groups, str(target), keep, scores, names))
     return found
+
+
+def _scored(groups: ChannelGroups, scores: Scores) -> dict[str, int]:
+    """Sizes of the groups that could be chosen from, by name."""
+    return {group.name: group.size for group in groups if group.prunable and group.name in scores}
 
 
 def _choice(

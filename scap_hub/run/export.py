@@ -18,14 +18,14 @@ from scap_hub.deploy.source import Source
 from scap_hub.errors import CheckpointError, ModelError
 from scap_hub.files import replacing
 from scap_hub.hub.checkpoint import RECIPE, dense_model, input_size, load
+from scap_hub.hub.publish import CARD
+from scap_hub.page import REPORT
 from scap_hub.recipe import Recipe
 from scap_hub.run.inputs import data_for
 from scap_hub.run.result import shown_name
 from scap_hub.tasks import task_of
 from scap_hub.text import one_line
 from scap_hub.zoo import load_model
-
-REPORT, CARD = "report.json", "README.md"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from scap_hub.deploy.deployment import DOCUMENT, with_deployment
 from scap_hub.hub.card import PICTURE, Measured, model_card
 from scap_hub.hub.checkpoint import save_checkpoint
 from scap_hub.hub.picture import channels_picture
-from scap_hub.hub.publish import push_to_hub
+from scap_hub.hub.publish import CARD, push_to_hub
 from scap_hub.hub.uniform import plain_config
 from scap_hub.page import FAMILY, FAMILY_PICTURE, PAGE, REPORT, family_json, family_picture, render
 from scap_hub.placement import placement
@@ -96,7 +96,7 @@ class Result:
             files[DOCUMENT] = self.report.deploy.to_json()
             place = Path(self.exported.name)
             files |= {path.relative_to(place).as_posix(): path.read_bytes() for path in sorted(place.rglob("*.*"))}
-        files["README.md"] = card
+        files[CARD] = card
         return save_checkpoint(folder, self.model, self.loaded, self.plan, recipe, files, plain, allow_nan)
 
     def report_json(self) -> str:

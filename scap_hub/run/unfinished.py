@@ -17,12 +17,12 @@ from filelock import FileLock, Timeout
 from scap_hub.errors import CheckpointError, ScapHubError, VerificationError
 from scap_hub.files import replacing
 from scap_hub.hub.checkpoint import check_output, placed
+from scap_hub.page import REPORT
 from scap_hub.run.identity import differences
 from scap_hub.run.kept import ADVICE, damaged
 from scap_hub.training.distributed import accelerator, from_main
 
 _LOCK, _HOLDER, _RUN, _SAVED = "lock", "holder.json", "run.json", "saved.json"
-_REPORT = "report.json"
 _ORPHANS = 20.0
 """Seconds in which the loader processes of a killed run notice that it is gone, and let go of its lock."""
 
@@ -90,7 +90,7 @@ class Unfinished:
     def saved(self) -> bool:
         """Whether the output is what this run has saved: it was killed before it could clean up."""
         try:
-            return (self.folder / _SAVED).read_bytes() == (self.output / _REPORT).read_bytes()
+            return (self.folder / _SAVED).read_bytes() == (self.output / REPORT).read_bytes()
         except OSError:
             return False
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ from torchvision import tv_tensors
 from scap_hub.errors import DataError
 from scap_hub.placement import fed
 from scap_hub.tasks.base import Meter, Metric, Task
-from scap_hub.tasks.placed import PlacedTask
+from scap_hub.tasks.placed import PlacedTask, check_size, without_channel
 from scap_hub.zoo.base import LoadedModel
 
 _INVERSE = ("dpt", "depth_anything", "prompt_depth_anything")
@@ -60,8 +59,7 @@ class DepthEstimation(PlacedTask):
                 f"a depth map of {where} holds {depths.dtype} of shape {depths.shape}, not one number for each pixel: "
                 "give images with one channel (modes L, I or F), or arrays"
             )
-        if depths.shape != size:
-            raise DataError(f"a depth map of {where} is {depths.shape} pixels (height, width), its image {size}")
+        check_size("depth map", depths.shape, size, where)
         found = torch.from_numpy(depths.astype(np.float32))
         return tv_tensors.Mask(torch.where(found.isfinite(), found, 0.0).clamp(min=0))
 
@@ -70,22 +68,16 @@ class DepthEstimation(PlacedTask):
 
     def given(self, targets: Any, images: int, num_classes: int, where: str) -> Tensor:
         """Depths (N, H, W), also from (N, 1, H, W)."""
-        if isinstance(targets, Tensor) and targets.ndim == 4 and targets.shape[1] == 1:
-            targets = targets[:, 0]
+        targets = without_channel(targets) if isinstance(targets, Tensor) else targets
         if not isinstance(targets, Tensor) or targets.ndim != 3 or len(targets) != images:
             raise DataError(f"the depth maps of {where} are no tensors (images, height, width)")
         return torch.where(targets.isfinite(), targets, 0).float().clamp(min=0)
-
-    def join(self, targets: Sequence[Tensor]) -> Tensor:
-        """float32 (N, H, W)."""
-        return torch.stack([target.as_subclass(Tensor) for target in targets])
 
     def output(self, model: nn.Module, images: Tensor) -> Tensor:
         """A map, float32 (N, h, w)."""
         result = model(fed(model, images))
         found = getattr(result, "predicted_depth", result)
-        if isinstance(found, Tensor) and found.ndim == 4 and found.shape[1] == 1:
-            found = found[:, 0]
+        found = without_channel(found) if isinstance(found, Tensor) else found
         if not isinstance(found, Tensor) or found.ndim != 3:
             raise DataError("the model returns no depth map, a tensor (images, height, width) or `predicted_depth`")
         return found.float()

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
@@ -51,9 +52,12 @@ class PlacedTask(Task):
         """A target after it was moved, without what no longer lies in the image."""
         return target
 
-    @abstractmethod
     def join(self, targets: Sequence[Any]) -> Any:
-        """Targets of single images of one size as those of a batch: as the loss, the meter and `given` have them."""
+        """Targets of single images of one size as those of a batch: as the loss, the meter and `given` have them.
+
+        Maps are stacked, (N, H, W).
+        """
+        return torch.stack([target.as_subclass(Tensor) for target in targets])
 
     def target_column(self, kinds: Mapping[str, str], asked: str | None, listing: str) -> str | None:
         """The column of a usual name whose kind fits; without one, the other of two image columns."""
@@ -90,6 +94,21 @@ class PlacedTask(Task):
     def partners(self, targets: Any) -> Any:
         """Never asked for: mixtures of these images have no targets."""
         raise NotImplementedError
+
+
+def check_size(what: str, shape: tuple[int, ...], size: tuple[int, int], where: str) -> None:
+    """Makes sure that a map is as large as its image.
+
+    Raises:
+        DataError: It is not.
+    """
+    if shape != size:
+        raise DataError(f"a {what} of {where} is {shape} pixels (height, width), its image {size}")
+
+
+def without_channel(maps: Tensor) -> Tensor:
+    """Maps (N, H, W), also from (N, 1, H, W)."""
+    return maps[:, 0] if maps.ndim == 4 and maps.shape[1] == 1 else maps
 
 
 TARGET_NAMES = ("annotation", "mask", "segmentation", "depth", "depth_map", "objects")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,7 +15,7 @@ from torchvision import tv_tensors
 from scap_hub.errors import DataError
 from scap_hub.placement import fed
 from scap_hub.tasks.base import Meter, Metric, Task
-from scap_hub.tasks.placed import PlacedTask, takes
+from scap_hub.tasks.placed import PlacedTask, check_size, takes, without_channel
 from scap_hub.zoo.base import LoadedModel, logits
 
 IGNORED = 255
@@ -79,8 +78,7 @@ class SemanticSegmentation(PlacedTask):
                 f"a mask of {where} is an image of mode {getattr(value, 'mode', numbers.shape)!r}: give class numbers "
                 "in a single channel (modes L, P or I)"
             )
-        if numbers.shape != size:
-            raise DataError(f"a mask of {where} is {numbers.shape} pixels (height, width), its image {size}")
+        check_size("mask", numbers.shape, size, where)
         classes = torch.from_numpy(numbers.astype(np.int64))
         if self.reduce_labels:
             classes = torch.where(classes.eq(0) | classes.eq(IGNORED), IGNORED, classes - 1)
@@ -103,15 +101,11 @@ class SemanticSegmentation(PlacedTask):
         """Class numbers (N, H, W), also from (N, 1, H, W); never reduced."""
         if not isinstance(targets, Tensor) or targets.is_floating_point() or not len(targets) == images:
             raise DataError(f"the masks of {where} are no tensors (images, height, width) of class numbers")
-        numbers = targets[:, 0] if targets.ndim == 4 and targets.shape[1] == 1 else targets
+        numbers = without_channel(targets)
         if numbers.ndim != 3:
             raise DataError(f"the masks of {where} are {tuple(targets.shape)}, not (images, height, width)")
         self.check(numbers, num_classes, where)
         return numbers.long()
-
-    def join(self, targets: Sequence[Tensor]) -> Tensor:
-        """int64 (N, H, W)."""
-        return torch.stack([target.as_subclass(Tensor) for target in targets])
 
     def output(self, model: nn.Module, images: Tensor) -> Segmented:
         """See `Segmented`."""

@@ -19,6 +19,7 @@ from scap_hub.errors import DataError
 from scap_hub.private import tree_map
 from scap_hub.tasks import Batch, PlacedTask
 from scap_hub.tasks.segmentation import IGNORED
+from scap_hub.training.data.transforms import normalised
 from scap_hub.zoo.base import Pixels, Preprocessing
 
 _PICTURES = ((256, 200), (200, 256))
@@ -112,13 +113,13 @@ def finish_placed(
         shift: Whether to shift images by up to an eighth of their size.
         mirror: Whether this mirrors every other one too.
     """
+    images: Any
     images, targets = samples if isinstance(samples, tuple) else zip(*samples, strict=True)
     pairs = list(zip(images, targets, strict=True))
     if shift:
         pairs = [_jittered(image, target, [255 * value for value in mean], mirror) for image, target in pairs]
     images = torch.stack([image for image, _ in pairs]) if pairs else images
-    images = transforms.to_dtype(images, torch.float32, scale=True)
-    return transforms.normalize(images, list(mean), list(std)), task.join([task.moved(target) for _, target in pairs])
+    return normalised(images, mean, std), task.join([task.moved(target) for _, target in pairs])
 
 
 def _jittered(image: Tensor, target: Any, fill: list[float], mirror: bool) -> tuple[Tensor, Any]:

@@ -79,8 +79,12 @@ def finish(
     images, *targets = as_batch(samples, collate)
     if shift:
         images = augment(images, mirror)
-    images = transforms.to_dtype(images, torch.float32, scale=True)
-    return (transforms.normalize(images, list(mean), list(std)), *targets)
+    return (normalised(images, mean, std), *targets)
+
+
+def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Images as the model takes them, float32, from uint8; mean and std are per channel, on a 0..1 scale."""
+    return transforms.normalize(transforms.to_dtype(images, torch.float32, scale=True), list(mean), list(std))
 
 
 def as_batch(samples: Sequence[Batch] | Batch, collate: Collate) -> Batch:
