@@ -31,12 +31,6 @@ class Balance:
     blocks: tuple[np.ndarray, ...]
     reason: str
 
-    @property
-    def offsets(self) -> list[int]:
-        """How much smaller than the largest each block is: a chunk into uneven parts has a smaller last one."""
-        largest = max(block.size for block in self.blocks)
-        return [largest - block.size for block in self.blocks]
-
     def lost(self, stays: np.ndarray) -> list[int]:
         """How many places of each block go."""
         return [int((~stays[block]).sum()) for block in self.blocks]
