@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import ceil
 
 import torch
@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
+from scap_hub.criteria.frequencies import filtered
 from scap_hub.criteria.obs.blocks import BlockKey, ConsumerBlock, by_layer
 from scap_hub.criteria.patches import PatchLayer, patches
 
@@ -51,14 +52,16 @@ def _nothing(block: ConsumerBlock) -> Tensor:
 class PatchMoments:
     """Second moments of patches p, the means of p pᵀ, with a 1 behind p where the layer has a bias."""
 
-    def __init__(self, blocks: Iterable[ConsumerBlock], images: int) -> None:
+    def __init__(self, blocks: Iterable[ConsumerBlock], images: int, powers: Mapping[str, Tensor] | None = None) -> None:
         """Starts empty.
 
         Args:
             blocks: Whose patches.
             images: How many images will be seen, over all processes.
+            powers: How much errors of layers count at each frequency, by path, see `filtered`; of those that are left
+                out, all count the same.
         """
-        self._sums, self._images = BlockSums(blocks), images
+        self._sums, self._images, self._powers = BlockSums(blocks), images, powers or {}
         self._patches: Counter[str] = Counter()  # of each layer, on this process
 
     @property
@@ -70,10 +73,11 @@ class PatchMoments:
         """Adds the input of a layer."""
         blocks = self._sums.blocks[path]
         widest = max(block.columns.size for block in blocks)
+        x, constant = filtered(layer, x, self._powers.get(path))
         rows = patches(layer, x, images, max(PLACES, ceil(PATCHES * widest / self._images)))
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         if layer.bias is not None:
-            rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
+            rows = torch.cat([rows, rows.new_full((*rows.shape[:2], 1), constant)], 2)
         for block in blocks:
             self._sums.add(block, rows[block.number])
         self._patches[path] += rows.shape[1]

@@ -16,6 +16,7 @@ import warnings
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from scap_hub.channels.decoding import staying
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.criteria.calibration import images_of
+from scap_hub.criteria.frequencies import power_spectrum, summed
 from scap_hub.criteria.obs.blocks import Compensated, ConsumerBlock, compensated_weight, weight_of
 from scap_hub.criteria.obs.elimination import eliminate
 from scap_hub.criteria.scap.spectra import spectrum
@@ -159,22 +161,58 @@ class Outputs:
             for elimination, total in zip(eliminations, totals, strict=True)
         ]
 
+    def powers(self, paths: Collection[str]) -> dict[str, Tensor]:
+        """Power spectra of the outputs' gradients by what layers compute, over the images of all processes.
+
+        Args:
+            paths: Of the layers; a layer that runs several times has the sum.
+
+        Returns:
+            By path, see `power_spectrum`; none for a layer whose output is no map, or that no gradient reaches.
+        """
+        found: dict[str, Tensor] = {}
+
+        def after(path: str, layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+            # A hook on the tensor still has the gradient by this value when y is written to in place afterwards.
+            if y.requires_grad:
+                y.register_hook(partial(add, path, layer))
+
+        def add(path: str, layer: nn.Module, gradient: Tensor) -> None:
+            power = power_spectrum(layer, gradient)
+            if power is not None:
+                seen.append({path: power})
+
+        seen: list[dict[str, Tensor]] = []
+        with contextlib.ExitStack() as stack, evaluating(self._model), torch.enable_grad():
+            for path in paths:
+                layer = self._model.get_submodule(path)
+                stack.callback(layer.register_forward_hook(partial(after, path)).remove)
+            for image in track(self._probes, "gradient spectra"):
+                pixels = image.clone().requires_grad_()
+                for projections in self._projections(image, self._run(pixels.clone()), 1):
+                    torch.autograd.grad(projections, pixels, allow_unused=True)
+                found, seen = summed([found, *seen]), []
+        return summed(gather_object([found]))
+
     def _gradients(self, image: Tensor, read: Mapping[str, Sequence[Tensor]]) -> Iterator[dict[str, Tensor]]:
         """For each random vector, the gradients of ⟨v, outputs⟩: (O, m) for each layer that they reach."""
-        # An image draws its own vectors, whichever process sees it.
-        generator = torch.Generator().manual_seed(zlib.crc32(image.float().cpu().numpy().tobytes()))
-        outputs = self._run(image)
         tensors = list(itertools.chain(*read.values()))
-        for left in reversed(range(VECTORS)):
-            signs = [(torch.randint(2, z.shape, generator=generator) * 2 - 1).to(z) for z in outputs]
-            projections = [w * (z * v).sum() for w, z, v in zip(self._weights, outputs, signs, strict=True)]
-            projections = [projection for projection in projections if projection.requires_grad]
-            if not projections:
-                return
+        for left, projections in zip(reversed(range(VECTORS)), self._projections(image, self._run(image), VECTORS)):
             found = torch.autograd.grad(projections, tensors, retain_graph=left > 0, allow_unused=True)
             by_tensor = dict(zip(map(id, tensors), found, strict=True))
             parts = {path: [by_tensor[id(tensor)] for tensor in own] for path, own in read.items()}
             yield {path: _beside(own) for path, own in parts.items() if all(part is not None for part in own)}
+
+    def _projections(self, image: Tensor, outputs: Sequence[Tensor], vectors: int) -> Iterator[list[Tensor]]:
+        """For each of so many random vectors v, ⟨v, outputs⟩ of an image, output by output, where it has a gradient."""
+        # An image draws its own vectors, whichever process sees it.
+        generator = torch.Generator().manual_seed(zlib.crc32(image.float().cpu().numpy().tobytes()))
+        for _ in range(vectors):
+            signs = [(torch.randint(2, z.shape, generator=generator) * 2 - 1).to(z) for z in outputs]
+            projections = [w * (z * v).sum() for w, z, v in zip(self._weights, outputs, signs, strict=True)]
+            projections = [projection for projection in projections if projection.requires_grad]
+            if projections:
+                yield projections
 
     def _run(self, image: Tensor) -> list[Tensor]:
         """Every output for one image, flat."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.criteria.base import share, whole_number
 from scap_hub.criteria.calibration import count_images
-from scap_hub.criteria.obs.blocks import BlockKey, ConsumerBlock
+from scap_hub.criteria.obs.blocks import BlockKey, ConsumerBlock, by_layer
 from scap_hub.criteria.obs.criterion import OBS, Importances, Readable
 from scap_hub.criteria.obs.inputs import read_inputs
 from scap_hub.criteria.obs.moments import PatchMoments
@@ -38,6 +38,8 @@ class ScapSet(OBS):
         bins: As for `Scap`.
         latent: As for `Scap`; the autoencoder is PCA.
         blend: Share of the codes, 0 to 1. At equal widths they gave nothing that shows, so by default there are none.
+        frequency_weights: Whether errors of a layer count at each frequency of its map as the gradients of the model's
+            outputs do there, see `scap_hub.criteria.frequencies`, or all alike.
         probes: Calibration images on which it is measured what the outputs lose.
     """
 
@@ -46,6 +48,7 @@ class ScapSet(OBS):
     bins: int = 7
     latent: int = 16
     blend: float = 0.0
+    frequency_weights: bool = True
     probes: int = 64
 
     def __post_init__(self) -> None:
@@ -74,9 +77,13 @@ class ScapSet(OBS):
         blocks: Sequence[ConsumerBlock],
         batches: Collection[Any],
     ) -> dict[BlockKey, Tensor]:
+        powers = {}
+        if self.frequency_weights:
+            powers = Outputs(model, batches, self.bins, self.probes).powers(by_layer(blocks))
+        patches = PatchMoments(blocks, count_images(batches), powers)
         if not self.blend:
-            return super()._moments(model, groups, blocks, batches)
-        patches = PatchMoments(blocks, count_images(batches))
+            read_inputs(model, patches.paths, batches, patches.add)
+            return patches.means()
         codes = CodeMoments(blocks, encoders(model, groups, batches, self.bins, self.latent), self.bins)
 
         def read(path: str, layer: PatchLayer, x: Tensor, images: int) -> None:
