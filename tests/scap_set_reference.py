@@ -41,14 +41,24 @@ def with_bias(conv):
     return torch.cat([conv.weight.detach().flatten(1), conv.bias.detach()[:, None]], 1)
 
 
-def patches(conv, x):
-    """(places of all images, columns), with a 1 for the bias."""
+def patches(conv, x, constant=1.0):
+    """(places of all images, columns), with a constant for the bias."""
     rows = F.unfold(x, conv.kernel_size, padding=conv.padding).transpose(1, 2).flatten(0, 1)
-    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+    return torch.cat([rows, rows.new_full((len(rows), 1), constant)], 1)
 
 
-def patch_moment(conv, x):
-    rows = patches(conv, x)
+def patch_moment(conv, x, gradient=None):
+    """With a gradient, (channels, *grid), of inputs that are filtered by its amplitude at each frequency."""
+    if gradient is None:
+        rows = patches(conv, x)
+    else:
+        power = sum(torch.fft.fft2(channel).abs().square() for channel in gradient)
+        kernel = torch.fft.ifft2((power / power.mean()).sqrt()).real
+        height, width = kernel.shape
+        circular = torch.stack(
+            [torch.roll(x, (i, j), (2, 3)) * kernel[i, j] for i in range(height) for j in range(width)]
+        ).sum(0)
+        rows = patches(conv, circular, kernel.sum())
     return rows.T @ rows / len(rows)
 
 
@@ -72,7 +82,7 @@ def code_moment(conv, x, y, bins, latent):
     return torch.einsum("nir,njr->ij", codes, codes)
 
 
-def blended_moment(conv, x, y, bins, latent, blend):
+def blended_moment(conv, x, y, bins, latent, blend, gradient=None):
     """(1 - b) P Pᵀ + b Z Zᵀ, of the same trace."""
-    patch, code = patch_moment(conv, y), code_moment(conv, x, y, bins, latent)
+    patch, code = patch_moment(conv, y, gradient), code_moment(conv, x, y, bins, latent)
     return (1 - blend) * patch + blend * code * patch.trace() / code.trace()

@@ -147,9 +147,9 @@ def test_set_criteria_keep_numbers_and_balance_and_repeat(make, name):
     assert type(criterion)().refine(net, groups, IMAGES, plan) is plan
 
 
-@pytest.mark.parametrize("blend", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize(("blend", "frequency_weights"), [(0.0, False), (0.5, False), (0.9, True), (0.0, True)])
 @pytest.mark.parametrize("seed", range(3))
-def test_scap_set_is_the_materialised_one(seed, blend):
+def test_scap_set_is_the_materialised_one(seed, blend, frequency_weights):
     torch.manual_seed(seed)
     # One number an image, linear in what the second convolution gives: nothing is left to the draw or to first order.
     head = nn.Linear(64, 1).requires_grad_(False)
@@ -158,10 +158,12 @@ def test_scap_set_is_the_materialised_one(seed, blend):
     x = torch.cat(IMAGES)[:, :, :4, :4]  # of 16 places, all are read
     options = {"bins": 3, "latent": 2, "blend": blend}
     groups = [group for group in channel_groups(net, x) if group.name == "0"]
-    scores = score(net, x.split(6), ridge=1e-2, **options, groups=groups)
+    criterion = ScapSet(ridge=1e-2, frequency_weights=frequency_weights, **options)
+    scores = score(net, x.split(6), criterion, groups=groups)
 
     conv, y = net[2], net[:2](x).detach()
-    moment, weight = reference.blended_moment(conv, x, y, **options), reference.with_bias(conv)
+    gradient = head.weight.detach().reshape(4, 4, 4) if frequency_weights else None  # for every image, but for its sign
+    moment, weight = reference.blended_moment(conv, x, y, **options, gradient=gradient), reference.with_bias(conv)
     channel_of_column = torch.cat([torch.arange(6).repeat_interleave(9), torch.tensor([-1])])
     order = reference.order(weight, moment, channel_of_column, 1e-2)
 
@@ -228,7 +230,7 @@ def test_outputs_tell_which_group_can_be_narrow():
     assert kept["scap-set"][0] > 10 and kept["scap-set"][1] <= 4
 
 
-def test_scoring_runs_the_model_once_for_each_probe_and_once_for_its_gradients():
+def test_scoring_runs_the_model_a_fixed_number_of_times_for_each_probe():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3), nn.Flatten(), nn.Linear(320, 4)).eval()
     images = [images.float() for images in IMAGES]
@@ -240,7 +242,8 @@ def test_scoring_runs_the_model_once_for_each_probe_and_once_for_its_gradients()
         sizes.clear()
         score(net, images, ScapSet(probes=probes), groups=groups)
         seen.append(sum(sizes))
-    assert seen[1] - seen[0] == (8 - 2) * 2, "whatever the number of groups and widths"
+    # For the variance of the outputs twice, for the gradients' spectra, and for the gradients.
+    assert seen[1] - seen[0] == (8 - 2) * 4, "whatever the number of groups and widths"
 
 
 @pytest.mark.parametrize("portion", [2**31, 1], ids=["at once", "one by one"])

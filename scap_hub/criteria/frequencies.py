@@ -2,9 +2,9 @@
 
 Let e be the error of what a layer computes, a map, and g the gradient there of a random projection of the model's
 outputs. The outputs lose E ⟨g, e⟩². If the statistics of g are the same all over the map, its frequencies are
-uncorrelated, and the loss is the sum over the frequencies f of P(f) |e(f)|², P(f) = E |g(f)|². That is the plain squared
-error after a filter with the amplitude √P, and as a layer is linear and commutes with a filter, its input can be
-filtered instead: second moments of the patches of filtered inputs then weigh errors as the outputs do.
+uncorrelated, and the loss is the sum over the frequencies f of P(f) |e(f)|², P(f) = E |g(f)|². That is the plain
+squared error after a filter with the amplitude √P, and as a layer is linear and commutes with a filter, its input can
+be filtered instead: second moments of the patches of filtered inputs then weigh errors as the outputs do.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def power_spectrum(layer: nn.Module, gradient: Tensor) -> Tensor | None:
         gradient: By its output.
 
     Returns:
-        (*axes) float64 on the CPU, in the order of `torch.fft.fftn`. None where the layer's output is no map: one place,
-        or a list of tokens, whose neighbours need not be neighbours in the image.
+        (*axes) float64 on the CPU, in the order of `torch.fft.fftn`. None where the layer's output is no map: one
+        place, or a list of tokens, whose neighbours need not be neighbours in the image.
     """
     maps = channels_first(layer, gradient)
     if maps.ndim < (4 if isinstance(layer, nn.Linear) else 3) or math.prod(maps.shape[2:]) == 1:

@@ -52,7 +52,9 @@ def _nothing(block: ConsumerBlock) -> Tensor:
 class PatchMoments:
     """Second moments of patches p, the means of p pᵀ, with a 1 behind p where the layer has a bias."""
 
-    def __init__(self, blocks: Iterable[ConsumerBlock], images: int, powers: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, blocks: Iterable[ConsumerBlock], images: int, powers: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Starts empty.
 
         Args:

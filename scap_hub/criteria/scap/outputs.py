@@ -197,8 +197,9 @@ class Outputs:
     def _gradients(self, image: Tensor, read: Mapping[str, Sequence[Tensor]]) -> Iterator[dict[str, Tensor]]:
         """For each random vector, the gradients of ⟨v, outputs⟩: (O, m) for each layer that they reach."""
         tensors = list(itertools.chain(*read.values()))
-        for left, projections in zip(reversed(range(VECTORS)), self._projections(image, self._run(image), VECTORS)):
-            found = torch.autograd.grad(projections, tensors, retain_graph=left > 0, allow_unused=True)
+        for number, projections in enumerate(self._projections(image, self._run(image), VECTORS), 1):
+            retain = number < VECTORS
+            found = torch.autograd.grad(projections, tensors, retain_graph=retain, allow_unused=True)
             by_tensor = dict(zip(map(id, tensors), found, strict=True))
             parts = {path: [by_tensor[id(tensor)] for tensor in own] for path, own in read.items()}
             yield {path: _beside(own) for path, own in parts.items() if all(part is not None for part in own)}
