@@ -130,7 +130,7 @@ def jobs(quick: bool, images: int, only: str, extended: bool) -> list[tuple[str,
         if name == "vgg16_bn":
             for fits in (8,) if quick else (16,):
                 rows += [(name, size, fits, fits, f"convolutions, {what}") for what in ("materialised", "scap, pca")]
-        listed = ["spectra", *(CRITERIA if extended else ("scap", "scap, pca"))]
+        listed = ["spectra", *(CRITERIA if extended else ("scap", "scap, pca", "scap-set"))]
         rows += [(name, size, count, min(count, 64), what) for what in ("forward", *listed)]
     return rows
 

@@ -8,11 +8,8 @@ train on, 256 to calibrate, 3,000 others to measure. Networks are trained for th
 in --out. Targets in MACs let each criterion choose its widths; "ratio" gives all of them the same ones. Every row is
 pruned once and repaired by least squares; nothing is tuned.
 
-Rows in quotes are controls or attempts that only this file knows:
-
-- "scap inverted": the fidelity's ranks the other way round; "scap random": random ranks in their place.
-- "gradient spectrum": errors of what a layer computes count as the outputs' gradients do, frequency by frequency; under
-  gradients that are stationary over the map this is what the outputs lose. "gradient places": place by place.
+Rows in quotes are controls that only this file knows: "scap inverted" has the fidelity's ranks the other way round,
+"scap random" has random ranks in their place.
 """
 
 from __future__ import annotations
@@ -22,10 +19,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +30,6 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from scap_hub import Scores, apply_plan, channel_groups, repair, score, select
-from scap_hub.criteria.obs.blocks import BlockKey, blocks_of
-from scap_hub.criteria.obs.inputs import read_inputs
-from scap_hub.criteria.obs.moments import BlockSums
-from scap_hub.criteria.patches import views
-from scap_hub.criteria.scap.scap_set import ScapSet
 from scap_hub.progress import set_quiet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -172,66 +163,7 @@ def trained(name: str, seed: int, train: Split, folder: Path, epochs: int = 3) -
     return model.eval()
 
 
-# Attempts
-
-
-@dataclass(kw_only=True)
-class Weighted(ScapSet):
-    """`scap-set` in which a layer's errors count as the gradients of the outputs do."""
-
-    name: ClassVar[str] = "scap-set, weighted"
-    weights: str = "spectrum"
-
-    def _moments(self, model: Any, groups: Any, blocks: Any, batches: Any) -> dict[BlockKey, Tensor]:
-        sums = BlockSums(blocks)
-        energy = self._energy(model, list(sums.blocks), batches)
-        counts: dict[str, int] = {}
-
-        def read(path: str, layer: Any, x: Tensor, images: int) -> None:
-            maps = torch.stack(views(layer, x), 2)  # (N, C, window, *grid)
-            if path in energy and maps.ndim == 5:
-                amplitude = (energy[path] / energy[path].mean()).sqrt()
-                if self.weights == "spectrum":
-                    maps = torch.fft.ifft2(torch.fft.fft2(maps) * amplitude).real
-                else:
-                    maps = maps * amplitude
-            rows = maps.reshape(len(x), blocks_of(layer), -1, maps[0, 0, 0].numel()).permute(1, 0, 3, 2).flatten(1, 2)
-            if layer.bias is not None:
-                rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
-            for block in sums.blocks[path]:
-                sums.add(block, rows[block.number])
-            counts[path] = counts.get(path, 0) + rows.shape[1]
-
-        read_inputs(model, list(sums.blocks), batches, read)
-        return {key: total / counts[key[0]] for key, total in sums.total().items()}
-
-    def _energy(self, model: nn.Module, paths: Sequence[str], batches: Sequence[Tensor]) -> dict[str, Tensor]:
-        energy: dict[str, Tensor] = {}
-        for gradients in _gradients(model, paths, batches):
-            for path, gradient in gradients.items():
-                maps = gradient.movedim(-1, 1) if isinstance(model.get_submodule(path), nn.Linear) else gradient
-                if maps.ndim == 4:
-                    values = torch.fft.fft2(maps, norm="ortho").abs() if self.weights == "spectrum" else maps
-                    energy[path] = energy.get(path, torch.zeros(())) + values.square().sum((0, 1))
-        return energy
-
-
-def _gradients(model: nn.Module, paths: Sequence[str], batches: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Gradients of random signs times the outputs by what layers compute, twice for each batch."""
-    computed: dict[str, Tensor] = {}
-    hooks = [
-        model.get_submodule(path).register_forward_hook(lambda _, x, y, path=path: computed.__setitem__(path, y))
-        for path in paths
-    ]
-    generator = torch.Generator().manual_seed(0)
-    for batch in batches:
-        outputs = model(batch.clone().requires_grad_())
-        for left in (1, 0):
-            signs = torch.randint(2, outputs.shape, generator=generator) * 2 - 1
-            found = torch.autograd.grad((outputs * signs).sum(), [computed[p] for p in paths], retain_graph=left > 0)
-            yield dict(zip(paths, found, strict=True))
-    for hook in hooks:
-        hook.remove()
+# Rows
 
 
 def _scap(model: nn.Module, groups: Any, batches: Any, change: Callable[[Tensor], Tensor]) -> Scores:
@@ -247,11 +179,12 @@ def _shuffled(ranks: Tensor) -> Tensor:
 Row = Callable[[nn.Module, Any, Any], Scores]
 ROWS: dict[str, Row] = {
     "scap-set": lambda model, groups, batches: score(model, batches, "scap-set", groups=groups),
+    "scap-set, frequencies alike": lambda model, groups, batches: score(
+        model, batches, "scap-set", groups=groups, frequency_weights=False
+    ),
     "scap-set, blend 0.5": lambda model, groups, batches: score(
         model, batches, "scap-set", groups=groups, blend=0.5
     ),
-    '"gradient spectrum"': lambda model, groups, batches: Weighted().score(model, groups, batches),
-    '"gradient places"': lambda model, groups, batches: Weighted(weights="places").score(model, groups, batches),
     "obs": lambda model, groups, batches: score(model, batches, "obs", groups=groups),
     "l1": lambda model, groups, batches: score(model, batches, "l1", groups=groups),
     "random": lambda model, groups, batches: score(model, batches, "random", groups=groups),
