@@ -119,6 +119,23 @@ def test_outputs_that_are_the_same_for_any_image_prove_nothing(bias):
         scap_hub.verify(net, other_keep(plan, "2.weight", 1, "1-4"), images)
 
 
+def test_images_of_whole_numbers_are_disturbed_too():
+    class Pixels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            return self.head(self.conv(x.float() / 255).relu()).mean((2, 3))
+
+    net, images = Pixels().eval(), torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    groups = scap_hub.channel_groups(net, images)
+    plan = scap_hub.PruningPlan.from_keep(groups, {"conv": range(4)})
+    assert scap_hub.verify(net, plan, images) < 1e-6
+    with pytest.raises(VerificationError):
+        scap_hub.verify(net, other_keep(plan, "head.weight", 1, "1-4"), images)
+
+
 def test_a_model_that_reads_no_image_is_told():
     class Deaf(nn.Module):
         def __init__(self):

@@ -214,7 +214,12 @@ def _says_something(dense: nn.Module, given: tuple[Any, ...], returned: Sequence
     noise = torch.Generator().manual_seed(0)
 
     def disturbed(x: Any) -> Any:
-        return x + torch.randn(x.shape, generator=noise).to(x) if is_tensor(x) and x.is_floating_point() else x
+        if not is_tensor(x):
+            return x
+        if x.is_floating_point():
+            return x + torch.randn(x.shape, generator=noise).to(x)
+        # Pixels or indices in another order are as valid as they were.
+        return x.flatten()[torch.randperm(x.numel(), generator=noise).to(x.device)].reshape(x.shape)
 
     try:
         changed = _floats(dense(*tree_map(disturbed, given)))
