@@ -168,7 +168,8 @@ class Outputs:
             paths: Of the layers; a layer that runs several times has the sum.
 
         Returns:
-            By path, see `power_spectrum`; none for a layer whose output is no map, or that no gradient reaches.
+            By path, see `power_spectrum`; none for a layer whose output is no map, or from which no gradient leads to the
+            pixels.
         """
         found: dict[str, Tensor] = {}
 
@@ -188,7 +189,10 @@ class Outputs:
                 layer = self._model.get_submodule(path)
                 stack.callback(layer.register_forward_hook(partial(after, path)).remove)
             for image in track(self._probes, "gradient spectra"):
-                pixels = image.clone().requires_grad_()
+                pixels = fed(self._model, image).clone()
+                if not pixels.is_floating_point():
+                    continue
+                pixels.requires_grad_()
                 for projections in self._projections(image, self._run(pixels.clone()), 1):
                     torch.autograd.grad(projections, pixels, allow_unused=True)
                 found, seen = summed([found, *seen]), []
