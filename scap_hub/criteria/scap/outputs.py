@@ -168,8 +168,8 @@ class Outputs:
             paths: Of the layers; a layer that runs several times has the sum.
 
         Returns:
-            By path, see `power_spectrum`; none for a layer whose output is no map, or from which no gradient leads to the
-            pixels.
+            By path, see `power_spectrum`; none for a layer whose output is no map, or from which no gradient leads to
+            the pixels.
         """
         found: dict[str, Tensor] = {}
 
