@@ -1,8 +1,5 @@
 """Formats that other exporters write: run in their runtime, compared, and opened by those who have no scap_hub."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -34,25 +31,6 @@ def test_what_others_write_computes_the_same(folder, name):
         expected = getattr(output := model(images), "logits", output)
     found = FORMATS[name].open(made.file)(images)
     assert (found - expected).abs().max() <= 1e-4 * max(1, expected.abs().max())
-
-
-def test_transformers_opens_its_own_export_without_scap_hub(tmp_path):
-    """In float32: OpenVINO's default is bf16 where the CPU has it."""
-    pytest.importorskip("openvino")
-    folder = save_checkpoint(tmp_path / "out", *pruned(tiny_resnet()))
-    scap_hub.export(folder, "openvino")
-    code = (
-        "import sys; sys.modules['scap_hub'] = None\n"
-        "import torch\nfrom transformers.exporters import ExportedModel\n"
-        "model = ExportedModel.from_pretrained(sys.argv[1], subfolder='openvino', "
-        "config={'INFERENCE_PRECISION_HINT': 'f32'})\n"
-        "torch.manual_seed(0)\nprint(model(pixel_values=torch.randn(2, 3, 64, 64)).logits.sum().item())"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], check=True, capture_output=True, text=True)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        expected = load(folder)(torch.randn(2, *SIZE)).logits.sum().item()
-    assert float(done.stdout.split()[-1]) == pytest.approx(expected, abs=1e-3)
 
 
 def test_what_to_install_is_said_exactly(tmp_path, monkeypatch):

@@ -32,7 +32,8 @@ from scap_hub.zoo.base import CODE, LOCAL, ON_HUB
 
 CARD = "README.md"
 DEPLOYED = (
-    *("deploy.json", "onnx/model.onnx", "onnx/model_quantized.onnx"),
+    *("deploy.json", "onnx/model.onnx", "onnx/model_quantized.onnx", "onnx/export.json"),
+    *("onnx/model.onnx.data", "onnx/model_quantized.onnx.data"),
     *("openvino/openvino_model.xml", "openvino/openvino_model.bin", "openvino/export.json", "openvino/config.json"),
     *("executorch/model.pte", "executorch/export.json", "executorch/config.json"),
 )

@@ -7,7 +7,9 @@ import warnings
 from pathlib import Path
 
 from scap_hub.deploy.formats import format_named
-from scap_hub.deploy.onnx_int8 import Subject, deploy_int8
+from scap_hub.deploy.manifest import write_manifest
+from scap_hub.deploy.onnx_int8 import QUANTIZED, Subject, deploy_int8
+from scap_hub.deploy.source import Source
 from scap_hub.errors import ScapHubError
 from scap_hub.recipe import DeploySettings
 from scap_hub.run.result import Result, shown_name
@@ -48,6 +50,7 @@ def deployed(data: Data, stages: Stages, result: Result) -> Result:
             result.report.deploy = deploy_int8(
                 subject, Path(scratch.name), settings.max_loss, result.recipe.evaluate.batch_size
             )
+            write_manifest(Source.of(subject.model, subject.input_size), "onnx", Path(scratch.name, QUANTIZED))
     except (ScapHubError, OSError) as error:
         warnings.warn(
             f"the model is pruned, but not in int8: {one_line(error)}; `scap-hub export FOLDER --int8` tries again",

@@ -13,6 +13,7 @@ from torch import nn
 
 from scap_hub.deploy.deployment import DOCUMENT, Deployment, with_deployment
 from scap_hub.deploy.formats import format_named, write_checked
+from scap_hub.deploy.manifest import OPENED, write_manifest
 from scap_hub.deploy.onnx_int8 import QUANTIZED, Subject, deploy_int8
 from scap_hub.deploy.source import Source
 from scap_hub.errors import CheckpointError, ModelError
@@ -86,13 +87,16 @@ def export(
     kept = QUANTIZED if int8 else form.file
     target = Path(output).expanduser() if output else place / kept
     net, size = load(folder, model), input_size(folder)
+    source = Source.of(net, size, folder, _zoo(net, size))
     deployment = None
     try:
         with tempfile.TemporaryDirectory() as scratch:
             if int8:
                 deployment = deploy_int8(_subject(folder, net, model, dataset), Path(scratch), max_loss)
             else:
-                write_checked(form, Source.of(net, size, folder, _zoo(net, size)), Path(scratch, kept))
+                write_checked(form, source, Path(scratch, kept))
+            if not output and to in OPENED:
+                write_manifest(source, to, Path(scratch, kept))
             _place(Path(scratch), kept, None if output else place, target)
         # Below the working directory, card and report would be another project's.
         if deployment and saved and not output:
