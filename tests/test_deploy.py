@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import scap_hub
+from scap_hub.deploy.quantizers.base import SCHEMES
 from scap_hub.deploy.search import MOST_KEPT, harmful, search
 from scap_hub.errors import DataError, ModelError, ScapHubError
 from scap_hub.hub.checkpoint import save_checkpoint
@@ -199,14 +200,16 @@ def test_halving_finds_the_worst_first():
 
 
 def test_a_search_without_success_says_so():
-    found = search("abcdefgh", 0.01, lambda scheme, kept: 0.5 - 0.01 * len(kept), lambda scheme, names: len(names))
+    found = search(
+        SCHEMES, "abcdefgh", 0.01, lambda scheme, kept: 0.5 - 0.01 * len(kept), lambda scheme, names: len(names)
+    )
     assert found.best.loss > 0.01 and len(found.best.kept) <= MOST_KEPT * 8
     assert found.best.loss == min(attempt.loss for attempt in found.attempts)
 
 
 def test_bad_input(folder, tmp_path, monkeypatch):
     before = sorted(path.stat().st_mtime_ns for path in folder.rglob("*.*"))
-    with pytest.raises(ModelError, match="int8 is made for 'onnx'"):
+    with pytest.raises(ModelError, match="int8 is made for 'onnx', 'openvino', 'executorch', not for 'torch-export'"):
         scap_hub.export(folder, "torch-export", int8=True)
     with pytest.raises(DataError, match="was given no data set"):
         scap_hub.export(folder, int8=True)

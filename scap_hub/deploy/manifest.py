@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ OPENED = ("onnx", "openvino", "executorch")
 
 
 def write_manifest(source: Source, kind: str, file: Path) -> None:
-    """Writes `MANIFEST` beside a file, unless transformers' own exporter has done so.
+    """Writes `MANIFEST` beside a file, or names the file in the one of transformers' own exporter.
 
     What opens it takes `pixel_values` and answers as the model does: with logits, or with the output of the model's own
     class for a transformers model.
@@ -27,11 +28,21 @@ def write_manifest(source: Source, kind: str, file: Path) -> None:
     Args:
         source: What the file was made from.
         kind: One of `OPENED`.
-        file: It is named in the manifest.
+        file: In int8, the ports of an OpenVINO file are those of the one in float32.
     """
     manifest = file.with_name(MANIFEST)
-    if manifest.exists():
-        return
+    document = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
+    # An ExecuTorch program in int8 is made by ours, whoever made the one in float32.
+    if not document or (kind == "executorch" and document["components"]["model"]["file"] != file.name):
+        document = _document(source, kind)
+    document["components"]["model"]["file"] = file.name
+    manifest.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if kind == "onnx":
+        # The reader asks for a file of weights beside the graph, even where the graph holds them.
+        file.with_name(f"{file.name}.data").touch()
+
+
+def _document(source: Source, kind: str) -> dict[str, Any]:
     images = source.images
     metadata = {
         "architecture": type(source.net.model).__name__,
@@ -41,12 +52,8 @@ def write_manifest(source: Source, kind: str, file: Path) -> None:
         "in_spec": tree_json(((), {INPUT: images})),
         "out_spec": tree_json(_answer(source.net.model, images)),
     }
-    components = {"model": {"file": file.name, "metadata": metadata}}
-    document = {"schema_version": 1, "export_format": kind, "components": components}
-    manifest.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    if kind == "onnx":
-        # The reader asks for a file of weights beside the graph, even where the graph holds them.
-        file.with_name(f"{file.name}.data").touch()
+    components = {"model": {"file": "", "metadata": metadata}}
+    return {"schema_version": 1, "export_format": kind, "components": components}
 
 
 def _answer(model: nn.Module, images: Tensor) -> Tensor | ModelOutput:

@@ -6,10 +6,9 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from scap_hub.deploy.formats import format_named
+from scap_hub.deploy.formats import ONNX_INT8, format_named
 from scap_hub.deploy.manifest import write_manifest
-from scap_hub.deploy.onnx_int8 import QUANTIZED, Subject, deploy_int8
-from scap_hub.deploy.source import Source
+from scap_hub.deploy.quantized import Subject, deploy_int8
 from scap_hub.errors import ScapHubError
 from scap_hub.recipe import DeploySettings
 from scap_hub.run.result import Result, shown_name
@@ -25,7 +24,7 @@ def check_deploy(settings: DeploySettings) -> None:
         ScapHubError: Something is not; names the extra.
     """
     if settings.int8:
-        format_named("onnx")
+        format_named("onnx", int8=True)
 
 
 def deployed(data: Data, stages: Stages, result: Result) -> Result:
@@ -50,7 +49,7 @@ def deployed(data: Data, stages: Stages, result: Result) -> Result:
             result.report.deploy = deploy_int8(
                 subject, Path(scratch.name), settings.max_loss, result.recipe.evaluate.batch_size
             )
-            write_manifest(Source.of(subject.model, subject.input_size), "onnx", Path(scratch.name, QUANTIZED))
+            write_manifest(subject.source, "onnx", Path(scratch.name, ONNX_INT8.file))
     except (ScapHubError, OSError) as error:
         warnings.warn(
             f"the model is pruned, but not in int8: {one_line(error)}; `scap-hub export FOLDER --int8` tries again",
