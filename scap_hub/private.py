@@ -48,7 +48,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # The tensors inside whatever a forward pass takes or returns: tuples, dicts, and the output classes of transformers,
 # which register themselves here.
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure, treespec_dumps
 
 __all__ = [
     "BatchNorm",
@@ -67,6 +67,7 @@ __all__ = [
     "register_module_forward_hook",
     "register_module_forward_pre_hook",
     "schema",
+    "tree_json",
     "tree_leaves",
     "tree_map",
     "unobserved",
@@ -127,6 +128,14 @@ def memory_of(tensor: Tensor) -> int:
 def schema(operator: Any) -> Any:
     """The declaration of an ATen operator: names, defaults and aliases of its arguments and returns."""
     return operator._schema
+
+
+def tree_json(value: Any) -> str:
+    """How tensors lie in whatever a forward pass takes or returns, as torch writes it down: JSON without the tensors.
+
+    transformers rebuilds the outputs of an exported file from it. There is no public way to write one.
+    """
+    return treespec_dumps(tree_structure(value))
 
 
 def unobserved(function: Callable[..., Any]) -> Callable[..., Any]:

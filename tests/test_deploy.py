@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import scap_hub
+from scap_hub.deploy.quantizers.base import SCHEMES
 from scap_hub.deploy.search import MOST_KEPT, harmful, search
-from scap_hub.errors import DataError, ModelError, ScapHubError
+from scap_hub.errors import CalibrationError, DataError, ModelError, ScapHubError
 from scap_hub.hub.checkpoint import save_checkpoint
 from scap_hub.hub.publish import _files
 from tests.test_adapters import tiny_resnet
@@ -124,12 +126,37 @@ class Bessel(nn.Module):
         return torch.special.bessel_j0(x)
 
 
-def test_a_model_that_cannot_be_exported_is_saved_all_the_same(data, tmp_path):
+@pytest.mark.parametrize("asked", [{"deploy_int8": True}, {"target": "latency=0.5", "target_runtime": "onnxruntime"}])
+def test_a_model_that_cannot_be_exported_is_told_before_any_work(asked, data, tmp_path):
     convolutions = (nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3))
     net = nn.Sequential(*convolutions, Bessel(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
-    with pytest.warns(UserWarning, match=r"not in int8: ONNX has no operator for aten\.special_bessel_j0"):
+    started = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scap_hub.run.pruning.prune_loaded", lambda *_, **__: started.append(True))
+        with pytest.raises(ModelError, match=r"no operator for aten\.special_bessel_j0.* in module '3' of Sequential"):
+            scap_hub.prune(
+                net, data, QUICK, output_dir=tmp_path / "out", model_input_size=SIZE, **{"target": "ratio=0.5"} | asked
+            )
+    assert not started and not list(tmp_path.iterdir())
+
+
+def test_int8_without_calibration_images_is_told_before_any_work(data, model, monkeypatch):
+    without = lambda *_, **__: replace(found(*_, **__), calibration=[])  # noqa: E731
+    found = sys.modules["scap_hub.run.inputs"].data_for
+    monkeypatch.setattr("scap_hub.run.inputs.data_for", without)
+    monkeypatch.setattr("scap_hub.run.pruning.prune_loaded", lambda *_, **__: pytest.fail("work began"))
+    with pytest.raises(CalibrationError, match="needs calibration images, and the data set has none"):
+        scap_hub.prune(model, data, QUICK, model_input_size=SIZE, target="ratio=0.5", deploy_int8=True)
+
+
+def test_where_only_the_pruned_model_cannot_be_exported_it_is_saved_all_the_same(model, data, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise ModelError("no such scale")
+
+    monkeypatch.setattr("scap_hub.run.deploying.deploy_int8", fails)
+    with pytest.warns(UserWarning, match="not in int8: no such scale"):
         scap_hub.prune(
-            net, data, QUICK, output_dir=tmp_path / "out", model_input_size=SIZE, target="ratio=0.5", deploy_int8=True
+            model, data, QUICK, output_dir=tmp_path / "out", model_input_size=SIZE, target="ratio=0.5", deploy_int8=True
         )
     assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out" / "deploy.json").exists()
 
@@ -199,14 +226,16 @@ def test_halving_finds_the_worst_first():
 
 
 def test_a_search_without_success_says_so():
-    found = search("abcdefgh", 0.01, lambda scheme, kept: 0.5 - 0.01 * len(kept), lambda scheme, names: len(names))
+    found = search(
+        SCHEMES, "abcdefgh", 0.01, lambda scheme, kept: 0.5 - 0.01 * len(kept), lambda scheme, names: len(names)
+    )
     assert found.best.loss > 0.01 and len(found.best.kept) <= MOST_KEPT * 8
     assert found.best.loss == min(attempt.loss for attempt in found.attempts)
 
 
 def test_bad_input(folder, tmp_path, monkeypatch):
     before = sorted(path.stat().st_mtime_ns for path in folder.rglob("*.*"))
-    with pytest.raises(ModelError, match="int8 is made for 'onnx'"):
+    with pytest.raises(ModelError, match="int8 is made for 'onnx', 'openvino', 'executorch', not for 'torch-export'"):
         scap_hub.export(folder, "torch-export", int8=True)
     with pytest.raises(DataError, match="was given no data set"):
         scap_hub.export(folder, int8=True)

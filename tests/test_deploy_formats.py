@@ -1,13 +1,15 @@
 """Formats that other exporters write: run in their runtime, compared, and opened by those who have no scap_hub."""
 
-import subprocess
-import sys
+import json
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import scap_hub
 from scap_hub.deploy.formats import FORMATS
+from scap_hub.deploy.quantizers.base import SCHEMES
+from scap_hub.deploy.quantizers.openvino import NncfQuantizer
 from scap_hub.errors import ModelError, ScapHubError
 from scap_hub.hub.checkpoint import load, save_checkpoint
 from tests.nets import Residual
@@ -36,23 +38,39 @@ def test_what_others_write_computes_the_same(folder, name):
     assert (found - expected).abs().max() <= 1e-4 * max(1, expected.abs().max())
 
 
-def test_transformers_opens_its_own_export_without_scap_hub(tmp_path):
-    """In float32: OpenVINO's default is bf16 where the CPU has it."""
-    pytest.importorskip("openvino")
-    folder = save_checkpoint(tmp_path / "out", *pruned(tiny_resnet()))
-    scap_hub.export(folder, "openvino")
-    code = (
-        "import sys; sys.modules['scap_hub'] = None\n"
-        "import torch\nfrom transformers.exporters import ExportedModel\n"
-        "model = ExportedModel.from_pretrained(sys.argv[1], subfolder='openvino', "
-        "config={'INFERENCE_PRECISION_HINT': 'f32'})\n"
-        "torch.manual_seed(0)\nprint(model(pixel_values=torch.randn(2, 3, 64, 64)).logits.sum().item())"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], check=True, capture_output=True, text=True)
+@pytest.mark.parametrize(("name", "quantizer"), [("openvino", "nncf"), ("executorch", "torchao")])
+def test_int8_by_the_quantizer_of_the_runtime(name, quantizer, tmp_path):
+    """What it loses is measured, and transformers opens the file that came of it."""
+    for needed in (name, quantizer, "transformers.exporters"):
+        pytest.importorskip(needed)
     torch.manual_seed(0)
+    folder = save_checkpoint(tmp_path / "out", *pruned(tiny_resnet(num_labels=4)))
+    images = torch.randn(16, *SIZE)
+    model = load(folder)
     with torch.no_grad():
-        expected = load(folder)(torch.randn(2, *SIZE)).logits.sum().item()
-    assert float(done.stdout.split()[-1]) == pytest.approx(expected, abs=1e-3)
+        expected = model(images).logits
+    data = DataLoader(TensorDataset(images, expected.argmax(1)), batch_size=8)
+    made = scap_hub.export(folder, name, int8=True, dataset={"train": data, "test": data}, max_loss=0.2)
+    assert made.file == folder / FORMATS[name].int8.file
+    assert json.loads((folder / "deploy.json").read_text()) == made.deployment.to_dict()
+    *_, in_float, in_int8 = made.deployment.variants
+    found = FORMATS[name].open(made.file)(images)
+    error = ((found - expected).norm() / expected.norm()).item()
+    assert 1e-5 < error < 0.2, "in eight bits, and of this model"
+    assert in_float.top1 == 1 and in_int8.top1 == (found.argmax(1) == expected.argmax(1)).float().mean()
+    assert (in_float.file, in_int8.file) == (FORMATS[name].file, FORMATS[name].int8.file)
+    if name == "openvino":
+        weights = [(folder / variant.file).with_suffix(".bin").stat().st_size for variant in (in_float, in_int8)]
+        assert weights[1] < 0.6 * weights[0] and in_float.bytes > weights[0]
+        worst = NncfQuantizer(folder / in_float.file, [images])
+        worst.write(tmp_path / "kept.xml", SCHEMES[1], kept=worst.layers)
+        unchanged = FORMATS[name].open(tmp_path / "kept.xml")(images)
+        assert (unchanged - expected).norm() < (found - expected).norm(), "layers that are kept are not quantised"
+    from transformers.exporters import ExportedModel
+
+    options = {"config": {"INFERENCE_PRECISION_HINT": "f32"}} if name == "openvino" else {}
+    answer = ExportedModel.from_pretrained(folder, subfolder=name, **options)(pixel_values=images[:1]).logits
+    assert torch.allclose(answer, found[:1], atol=1e-4), "int8, not the file in float32"
 
 
 def test_what_to_install_is_said_exactly(tmp_path, monkeypatch):
@@ -66,8 +84,12 @@ def test_what_to_install_is_said_exactly(tmp_path, monkeypatch):
     for name in ("openvino", "executorch"):
         with pytest.raises(ScapHubError, match=rf"{name} needs {name}: pip install 'scap-hub\[{name}\]'"):
             scap_hub.export(folder, name)
-    absent.discard("openvino")
+    absent |= {"nncf", "torchao"}
+    absent -= {"openvino", "executorch"}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in absent else "there")
+    for name, quantizer in {"openvino": "nncf", "executorch": "torchao"}.items():
+        with pytest.raises(ScapHubError, match=rf"{name} in int8 needs {quantizer}: pip install 'scap-hub\[{name}\]'"):
+            scap_hub.export(folder, name, int8=True)
     with pytest.raises(ScapHubError, match=r"timmx: pip install 'scap-hub\[openvino,timmx\]'"):
         scap_hub.export(folder, "openvino")
     dense = Residual()

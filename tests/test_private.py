@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import json
 from importlib.metadata import version
 from pathlib import Path
 
@@ -107,6 +108,10 @@ def test_trees_go_through_containers_and_the_outputs_of_transformers():
         doubled = private.tree_map(lambda leaf: 2 * leaf, {"a": [one, (two,)], "b": output})
         assert doubled["a"][1][0].tolist() == [2, 2] and doubled["b"].logits.tolist() == [2]
         assert private.tree_leaves([3, None, "x"]) == [3, None, "x"]
+    with relying_on("torch", "tree_json"):
+        told = private.tree_json({"images": output})
+        assert '"transformers.modeling_outputs.ImageClassifierOutput"' in told
+        assert json.loads(private.tree_json(one))[1]["children_spec"] == []
 
 
 def test_what_is_unobserved_no_mode_of_functions_sees():

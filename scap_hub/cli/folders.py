@@ -59,7 +59,7 @@ def export(
     folder: Annotated[str, typer.Argument(help="Folder that prune saved, or its Hub id.")],
     to: Annotated[str, typer.Option(help="onnx, openvino, executorch or torch-export.")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="The file; its usual place in the folder if left out.")] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Eight bits, measured beside float32; for onnx.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Eight bits, measured beside float32.")] = False,
     data: Annotated[str | None, typer.Option(help="Images for int8; those of the run if left out.")] = None,
     max_loss: Annotated[float, typer.Option(min=0, max=1, help="What int8 may lose of the metric.")] = 0.01,
     quiet: Quiet = False,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from scap_hub.deploy.capture import INPUT
+from scap_hub.deploy.capture import INPUT, OUTPUT
 from scap_hub.deploy.source import Source
 from scap_hub.errors import ModelError, ScapHubError
 from scap_hub.text import one_line
@@ -54,6 +55,21 @@ def _by_timmx(source: Source, name: str, path: Path) -> None:
     where = "local-dir" if Path(source.folder).expanduser().is_dir() else "hf-hub"
     options = {"pretrained": True, "verify": False, "input_size": tuple(source.images.shape[1:]), **_TIMM_OPTIONS[name]}
     timmx.export_model(name, f"{where}:{source.folder}", output=str(path), **options)
+    if name == "openvino":
+        _name_ports(path)
+
+
+def _name_ports(path: Path) -> None:
+    """Gives input and output the names that other exporters give them; whoever feeds by name would feed nothing."""
+    import openvino
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        model = openvino.Core().read_model(path)
+        model.inputs[0].get_tensor().set_names({INPUT})
+        model.outputs[0].get_tensor().set_names({OUTPUT})
+        openvino.save_model(model, Path(scratch, path.name), compress_to_fp16=False)
+        for file in Path(scratch).iterdir():
+            file.replace(path.parent / file.name)
 
 
 def _by_transformers(source: Source, name: str, path: Path) -> None:

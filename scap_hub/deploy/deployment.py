@@ -15,6 +15,7 @@ from scap_hub.markdown import code, escaped, fenced
 DOCUMENT = "deploy.json"
 _BEGIN, _END = "<!-- scap_hub deploy: begin -->", "<!-- scap_hub deploy: end -->"
 _BEFORE = "## Limits"
+_FED = "float32 (N, C, H, W), preprocessed as above"
 
 
 @dataclass(frozen=True)
@@ -158,15 +159,25 @@ class Deployment:
         )  # fmt: skip
 
     def _snippet(self) -> str:
-        """Code that runs the last file with ONNX Runtime alone."""
+        """Code that runs the last file without scap_hub: with ONNX Runtime alone, or as transformers opens it."""
         file = next(variant.file for variant in reversed(self.variants) if variant.file)
-        lines = [
-            "import onnxruntime",
-            "from huggingface_hub import hf_hub_download",
-            "",
-            f'session = onnxruntime.InferenceSession(hf_hub_download("{HERE}", "{file}"))',
-            f'({OUTPUT},) = session.run(None, {{"{INPUT}": images}})  # float32 (N, C, H, W), preprocessed as above',
-        ]
+        if file.endswith(".onnx"):
+            lines = [
+                "import onnxruntime",
+                "from huggingface_hub import hf_hub_download",
+                "",
+                f'session = onnxruntime.InferenceSession(hf_hub_download("{HERE}", "{file}"))',
+                f'({OUTPUT},) = session.run(None, {{"{INPUT}": images}})  # {_FED}',
+            ]
+        else:
+            folder = file.partition("/")[0]
+            options = ', config={"INFERENCE_PRECISION_HINT": "f32"}' if folder == "openvino" else ""
+            lines = [
+                "from transformers.exporters import ExportedModel",
+                "",
+                f'model = ExportedModel.from_pretrained("{HERE}", subfolder="{folder}"{options})',
+                f"output = model({INPUT}=images)  # a tensor, {_FED}",
+            ]
         return fenced("\n".join(lines), "python")
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from scap_hub.deploy.formats import FORMATS, format_named
-from scap_hub.deploy.int8 import SCHEMES, Quantizer
+from scap_hub.deploy.quantizers.base import SCHEMES
+from scap_hub.deploy.quantizers.onnx import OnnxQuantizer
 from scap_hub.deploy.runtimes import OnnxRuntime, OpenVino
 from scap_hub.deploy.source import Source
 
@@ -42,6 +43,6 @@ def opened(model: nn.Module, images: Tensor, runtime: str, int8: bool = False) -
         file = Path(scratch, "model.onnx")
         FORMATS["onnx"].write(source, file)
         if int8:
-            Quantizer(file, [source.images], Path(scratch)).write(Path(scratch, "int8.onnx"), SCHEMES[0])
+            OnnxQuantizer(file, [source.images], Path(scratch)).write(Path(scratch, "int8.onnx"), SCHEMES[0])
             file = Path(scratch, "int8.onnx")
         return RUNTIMES[runtime](file)

@@ -13,6 +13,12 @@ from scap_hub.errors import ModelError
 from scap_hub.text import one_line
 
 
+def parts(file: Path) -> list[Path]:
+    """The files that an exported one consists of: OpenVINO keeps weights beside the graph."""
+    weights = file.with_suffix(".bin")
+    return [file, weights] if file.suffix == ".xml" else [file]
+
+
 class Runtime(nn.Module):
     """A file in its own runtime on the CPU: images in, logits out, with the threads that torch has.
 

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from scap_hub.deploy.int8 import SCHEMES, Scheme
+from scap_hub.deploy.quantizers.base import Scheme
 
 MOST_KEPT = 0.5
 """Share of the layers that may stay in float32; with more, little of int8 is left."""
@@ -45,6 +45,7 @@ class Found:
 
 
 def search(
+    schemes: Sequence[Scheme],
     layers: Sequence[str],
     allowed: float,
     loss: Callable[[Scheme, Sequence[str]], float],
@@ -53,7 +54,8 @@ def search(
     """Tries schemes on all layers, and keeps ever more of the layers that hurt in float32 where none is enough.
 
     Args:
-        layers: Names of what can be quantised.
+        schemes: Those to try, in their order.
+        layers: Names of what can stay in float32.
         allowed: Loss to stay within, as a fraction.
         loss: What is lost with a scheme when some layers stay in float32, as a fraction.
         harm: How much the outputs change when only some layers are quantised; any positive unit.
@@ -64,7 +66,7 @@ def search(
         attempts.append(Attempt(scheme, tuple(kept), loss(scheme, kept)))
         return attempts[-1].loss <= allowed
 
-    if not any(tried(scheme) for scheme in SCHEMES):
+    if not any(tried(scheme) for scheme in schemes):
         scheme = min(attempts, key=lambda attempt: attempt.loss).scheme
         kept: list[str] = []
         most = int(MOST_KEPT * len(layers))

@@ -32,9 +32,11 @@ from scap_hub.zoo.base import CODE, LOCAL, ON_HUB
 
 CARD = "README.md"
 DEPLOYED = (
-    *("deploy.json", "onnx/model.onnx", "onnx/model_quantized.onnx"),
+    *("deploy.json", "onnx/model.onnx", "onnx/model_quantized.onnx", "onnx/export.json"),
+    *("onnx/model.onnx.data", "onnx/model_quantized.onnx.data"),
     *("openvino/openvino_model.xml", "openvino/openvino_model.bin", "openvino/export.json", "openvino/config.json"),
-    *("executorch/model.pte", "executorch/export.json", "executorch/config.json"),
+    *("openvino/openvino_model_quantized.xml", "openvino/openvino_model_quantized.bin"),
+    *("executorch/model.pte", "executorch/model_quantized.pte", "executorch/export.json", "executorch/config.json"),
 )
 """What `scap_hub.export` writes for those who have no scap_hub."""
 # Only these are published beside the weights, whatever else lies in the folder. None of them is a pickle file.

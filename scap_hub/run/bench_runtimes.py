@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from scap_hub.deploy.formats import FORMATS
-from scap_hub.deploy.int8 import SCHEMES, Quantizer
 from scap_hub.deploy.opened import RUNTIMES, check_runtime
+from scap_hub.deploy.quantizers.base import SCHEMES
+from scap_hub.deploy.quantizers.onnx import OnnxQuantizer
 from scap_hub.deploy.source import Source
 from scap_hub.errors import ModelError, RecipeError
 from scap_hub.progress import track
@@ -156,7 +157,7 @@ def _files(model: nn.Module, size: Size, folder: Path, int8: bool) -> dict[str, 
     FORMATS["onnx"].write(source, files["fp32"])
     if int8:
         files["int8"] = folder / "int8.onnx"
-        Quantizer(files["fp32"], [source.images], folder).write(files["int8"], SCHEMES[0])
+        OnnxQuantizer(files["fp32"], [source.images], folder).write(files["int8"], SCHEMES[0])
     return files
 
 

@@ -13,9 +13,10 @@ from torch import nn
 
 from scap_hub.deploy.deployment import DOCUMENT, Deployment, with_deployment
 from scap_hub.deploy.formats import format_named, write_checked
-from scap_hub.deploy.onnx_int8 import QUANTIZED, Subject, deploy_int8
+from scap_hub.deploy.manifest import OPENED, write_manifest
+from scap_hub.deploy.quantized import Subject, deploy_int8
 from scap_hub.deploy.source import Source
-from scap_hub.errors import CheckpointError, ModelError
+from scap_hub.errors import CheckpointError
 from scap_hub.files import replacing
 from scap_hub.hub.checkpoint import RECIPE, dense_model, input_size, load
 from scap_hub.hub.publish import CARD
@@ -66,7 +67,7 @@ def export(
         output: The file; by default the format's place in the folder, such as onnx/model.onnx; below the working
             directory for a Hub id.
         model: The dense model, where it comes from no zoo.
-        int8: Quantise weights and activations to eight bits; for "onnx".
+        int8: Quantise weights and activations to eight bits; for "onnx", "openvino" and "executorch".
         dataset: Calibration and test images, as for `prune`; those of the recipe in the folder if left out.
         max_loss: What int8 may lose of the metric on the validation images, as a fraction. Other ways to int8 are tried
             where the first loses more, then layers stay in float32.
@@ -78,21 +79,23 @@ def export(
         CalibrationError: int8 without calibration images.
         DataError: The images cannot be had.
     """
-    form = format_named(to)
-    if int8 and to != "onnx":
-        raise ModelError(f"int8 is made for 'onnx', not for {to!r}: leave int8 out, or export to 'onnx'")
+    form = format_named(to, int8)
     saved = Path(folder).expanduser().is_dir()
     place = Path(folder).expanduser() if saved else Path()
-    kept = QUANTIZED if int8 else form.file
+    kept = form.int8.file if int8 and form.int8 else form.file
     target = Path(output).expanduser() if output else place / kept
     net, size = load(folder, model), input_size(folder)
+    source = Source.of(net, size, folder, _zoo(net, size))
     deployment = None
     try:
         with tempfile.TemporaryDirectory() as scratch:
             if int8:
-                deployment = deploy_int8(_subject(folder, net, model, dataset), Path(scratch), max_loss)
+                subject = _subject(folder, net, model, dataset)
+                deployment = deploy_int8(subject, Path(scratch), max_loss, to=to)
             else:
-                write_checked(form, Source.of(net, size, folder, _zoo(net, size)), Path(scratch, kept))
+                write_checked(form, source, Path(scratch, kept))
+            if not output and to in OPENED:
+                write_manifest(source, to, Path(scratch, kept))
             _place(Path(scratch), kept, None if output else place, target)
         # Below the working directory, card and report would be another project's.
         if deployment and saved and not output:
@@ -136,6 +139,8 @@ def _subject(folder: str | Path, net: nn.Module, model: nn.Module | None, datase
         model if model is not None else dense_model(folder),
         dense_top1,
         shown_name(name),
+        folder,
+        loaded.zoo.name,
     )
 
 

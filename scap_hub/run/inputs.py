@@ -15,7 +15,7 @@ from scap_hub.errors import CalibrationError, DataError, RecipeError
 from scap_hub.placement import placement
 from scap_hub.progress import track
 from scap_hub.recipe import DataSettings, ModelSettings, Recipe
-from scap_hub.run.deploying import check_deploy
+from scap_hub.run.deploying import check_deploy, check_export
 from scap_hub.run.selecting import for_the_runtime
 from scap_hub.run.stages import Stages
 from scap_hub.run.tuning import Tuning
@@ -62,12 +62,13 @@ def load_dense(
     Args:
         model: As for `prune`.
         dataset: As for `prune`.
-        recipe: Its blocks `model`, `data` and `finetune`.
+        recipe: Its blocks `model`, `data` and `finetune`; what it exports is tried.
         stages: Where the seconds are counted.
         task: As for `prune`; the recipe's if left out.
     """
     with stages("load"):
         loaded, data, tuning = _loaded(model, dataset, recipe, task)
+        check_export(loaded, data, recipe)
     if tuning.trains(recipe.finetune):
         steps_at_ends(data.train, recipe.finetune.lasting(1))  # what cannot be trained on is told before any work
     return loaded, data, tuning

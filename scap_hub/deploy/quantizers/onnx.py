@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from scap_hub.deploy.capture import INPUT
+from scap_hub.deploy.quantizers.base import PERCENTILE, Quantizer, Scheme, quiet
 from scap_hub.errors import CalibrationError, ModelError
 from scap_hub.progress import track
 from scap_hub.text import one_line
@@ -22,35 +19,12 @@ OPERATORS = (
     "Concat", "Split", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Pad", "Resize",
 )  # fmt: skip
 """What ONNX Runtime computes in int8 on a CPU, or moves without computing. Elsewhere rounding would buy no time."""
-_PERCENTILE = 99.99
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """How numbers are mapped to eight bits.
+class OnnxQuantizer(Quantizer):
+    """Writes int8 variants of one ONNX file; `layers` are the nodes that it can quantise.
 
-    Attributes:
-        ranges: What of an activation's values is represented: "minmax" all of them, "percentile" but for the largest
-            one in ten thousand.
-        per_channel: Whether each output channel of a weight has its own scale, or the whole tensor one.
-    """
-
-    ranges: str
-    per_channel: bool
-
-    def __str__(self) -> str:
-        return f"{self.ranges} ranges, weights per {'channel' if self.per_channel else 'tensor'}"
-
-
-SCHEMES = (Scheme("minmax", True), Scheme("percentile", True), Scheme("minmax", False))
-"""In the order in which they are tried."""
-
-
-class Quantizer:
-    """Writes int8 variants of one file; what the calibration images tell is found once for each kind of ranges.
-
-    Attributes:
-        layers: Names of the nodes that it can quantise, in the order in which they run.
+    What the calibration images tell is found once for each kind of ranges.
     """
 
     def __init__(self, source: Path, images: Sequence[Tensor], scratch: Path) -> None:
@@ -74,7 +48,7 @@ class Quantizer:
         self._prepared = scratch / "prepared.onnx"
         self._ranges: dict[str, Any] = {}
         try:
-            with _quiet():
+            with quiet():
                 quant_pre_process(str(source), str(self._prepared), skip_symbolic_shape=True)
             graph = onnx.load(str(self._prepared)).graph
         except Exception as error:
@@ -82,22 +56,12 @@ class Quantizer:
         self.layers = [node.name for node in graph.node if node.op_type in OPERATORS]
 
     def write(self, target: Path, scheme: Scheme, kept: Collection[str] = (), only: Collection[str] = ()) -> None:
-        """Writes a variant.
-
-        Args:
-            target: The file.
-            scheme: How.
-            kept: Layers that stay in float32.
-            only: Layers that are quantised; all others if left out.
-
-        Raises:
-            ModelError: ONNX Runtime cannot quantise it.
-        """
+        """See `Quantizer.write`."""
         import onnx
         from onnxruntime.quantization import QDQQuantizer, QuantType
 
         try:
-            with _quiet():
+            with quiet():
                 quantizer = QDQQuantizer(
                     onnx.load(str(self._prepared)), scheme.per_channel, False, QuantType.QInt8, QuantType.QUInt8,
                     self._found(scheme.ranges), list(only), list(kept), list(OPERATORS), {},
@@ -120,7 +84,7 @@ class Quantizer:
 
         minmax = ranges == "minmax"
         # The default of percentiles is symmetric, which wastes half of the numbers after a ReLU.
-        options = {} if minmax else {"percentile": _PERCENTILE, "symmetric": False}
+        options = {} if minmax else {"percentile": PERCENTILE, "symmetric": False}
         calibrator = create_calibrator(
             self._prepared,
             OPERATORS,
@@ -131,7 +95,7 @@ class Quantizer:
         for batch in track(self._images, f"int8 {ranges} ranges"):
             # One batch at a time, because all that is collected at once stays in memory.
             calibrator.collect_data(_Reader(batch))
-        with _quiet():
+        with quiet():
             found = calibrator.compute_data()
         if any(not _finite(data) for data in found.values()):
             raise CalibrationError("an activation is NaN or infinite on the calibration images: int8 has no range then")
@@ -153,15 +117,3 @@ def _finite(data: Any) -> bool:
     import numpy as np
 
     return bool(np.isfinite(np.asarray(data.range_value, dtype=np.float64)).all())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """ONNX Runtime's quantiser prints, and warns through the root logger of what is no fault of the user's."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(disabled)
