@@ -7,14 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from scap_hub.deploy.agreement import check_agreement
 from scap_hub.deploy.capture import captured
 from scap_hub.deploy.delegated import write_executorch, write_openvino
 from scap_hub.deploy.onnx_file import write_onnx
 from scap_hub.deploy.onnx_metadata import describe
-from scap_hub.deploy.runtimes import ExecuTorch, OnnxRuntime, OpenVino, Runtime, TorchExport
+from scap_hub.deploy.runtimes import ExecuTorch, OnnxRuntime, OpenVino, Runtime, TorchExport, save_program
 from scap_hub.deploy.source import Source
 from scap_hub.errors import ModelError, ScapHubError
 from scap_hub.text import did_you_mean
@@ -45,7 +43,7 @@ def _write_onnx(source: Source, path: Path) -> None:
 
 
 def _write_torch_export(source: Source, path: Path) -> None:
-    torch.export.save(captured(source.net, source.images), path)
+    save_program(captured(source.net, source.images), source.net.names, path)
 
 
 FORMATS = {
@@ -85,7 +83,7 @@ def write_checked(form: Format, source: Source, path: Path) -> None:
 
     Raises:
         ModelError: The model cannot be exported, or the file cannot be run.
-        VerificationError: A logit differs by more than `TOLERANCE`, 1e-4 max(1, largest logit).
+        VerificationError: An output differs by more than `TOLERANCE`, 1e-4 max(1, its largest number).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     form.write(source, path)

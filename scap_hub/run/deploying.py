@@ -6,8 +6,10 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from scap_hub.deploy.capture import check_judged
 from scap_hub.deploy.formats import format_named
 from scap_hub.deploy.onnx_int8 import Subject, deploy_int8
+from scap_hub.deploy.source import Source
 from scap_hub.errors import ScapHubError
 from scap_hub.recipe import DeploySettings
 from scap_hub.run.result import Result, shown_name
@@ -45,6 +47,7 @@ def deployed(data: Data, stages: Stages, result: Result) -> Result:
     )
     try:
         with stages("int8"):
+            check_judged(Source.of(subject.model, subject.input_size).net)
             result.report.deploy = deploy_int8(
                 subject, Path(scratch.name), settings.max_loss, result.recipe.evaluate.batch_size
             )
