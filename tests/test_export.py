@@ -5,17 +5,14 @@ import json
 import pytest
 import torch
 
-import scap_hub
 from scap_hub import export
 from scap_hub.deploy import formats
-from scap_hub.deploy.capture import Logits
+from scap_hub.deploy.capture import Named
 from scap_hub.deploy.runtimes import Runtime
 from scap_hub.errors import CheckpointError, ModelError, VerificationError
 from scap_hub.hub.checkpoint import load, save_checkpoint
-from scap_hub.zoo import load_model
 from tests.test_adapters import tiny_resnet
 from tests.test_checkpoint import SIZE, pruned
-from tests.test_task_doors import detector
 
 
 @pytest.fixture(scope="module", params=["timm", "transformers"])
@@ -86,7 +83,7 @@ def test_what_agreement_means(folder, largest, error, kept, tmp_path, monkeypatc
     def wrong_file(source, path):
         path.write_bytes(b"file")
 
-    monkeypatch.setattr(Logits, "forward", lambda self, images: scaled(images))
+    monkeypatch.setattr(Named, "forward", lambda self, images: scaled(images))
     monkeypatch.setitem(formats.FORMATS, "torch-export", formats.Format("model.pt2", (), "", wrong_file, Wrong))
     if kept:
         assert export(folder, "torch-export", tmp_path / "model.pt2").file.read_bytes() == b"file"
@@ -124,12 +121,3 @@ def test_bad_input(folder, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot write"):
         export(folder, "torch-export", tmp_path / "file" / "model.pt2")
-
-
-def test_a_detector_is_not_exported_without_its_boxes(tmp_path):
-    loaded = load_model(detector(), input_size=(3, 64, 64))
-    plan = scap_hub.channel_groups(loaded.module, torch.randn(1, 3, 64, 64)).cut({"bbox_predictor.layers.0": range(16)})
-    out = save_checkpoint(tmp_path / "small", scap_hub.apply_plan(loaded.module, plan), loaded, plan)
-    with pytest.raises(ModelError, match="returns pred_boxes beside the logits"):
-        export(out, "onnx")
-    assert not (out / "onnx").exists() or not any((out / "onnx").iterdir())

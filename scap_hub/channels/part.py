@@ -41,7 +41,13 @@ class Part(nn.Module):
 
 
 def part_of(model: nn.Module, path: str, inputs: tuple[Any, ...]) -> tuple[Part, tuple[Any, ...]]:
-    """A part of a model, and what reaches it when the whole model runs on these inputs.
+    """A part of a model, and what reaches it when the whole model runs on these inputs; see `reaching`."""
+    arguments = reaching(model, path, inputs)
+    return Part(model, path), arguments
+
+
+def reaching(model: nn.Module, path: str, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a part of a model is called with, the first time, when the whole model runs on these inputs.
 
     Args:
         model: The whole model, with values; left as it was.
@@ -78,7 +84,7 @@ def part_of(model: nn.Module, path: str, inputs: tuple[Any, ...]) -> tuple[Part,
             hook.remove()
     if not reached:
         raise ModelError(f"{type(model).__name__} does not call its part {path!r} on these inputs: choose another")
-    return Part(model, path), reached[0]
+    return reached[0]
 
 
 class _ReachedError(Exception):
@@ -86,10 +92,14 @@ class _ReachedError(Exception):
 
 
 def offered(model: nn.Module, inputs: tuple[Any, ...]) -> str:
-    """Names the parts that can be recorded, for an error message; "" where there are none."""
+    """Names the parts that can be recorded, for an error message; "" where there are none.
+
+    Those that are given a row for each image come first: a run can feed them by themselves.
+    """
     whole = _parameters(model)
-    sizes = {path: _parameters(model.get_submodule(path)) for path in _capturable(model, inputs)}
-    largest = sorted(sizes, key=lambda path: -sizes[path])[:_NAMED]
+    found = dict(_capturable(model, inputs))
+    sizes = {path: _parameters(model.get_submodule(path)) for path in found}
+    largest = sorted(sizes, key=lambda path: (not by_image(found[path], len(inputs[0])), -sizes[path]))[:_NAMED]
     named = [f"part={path!r} ({sizes[path] / whole:.0%} of the parameters)" for path in largest if sizes[path]]
     return f". Parts of it can be pruned by themselves: {', '.join(named)}" if named else ""
 
@@ -98,15 +108,21 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _capturable(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[str]:
-    """The outermost modules below the model that can be recorded with what reaches them."""
+def by_image(arguments: tuple[Any, ...], images: int) -> bool:
+    """Whether a part is called with one tensor of numbers that has a row for each of so many images."""
+    first = arguments[0] if len(arguments) == 1 else None
+    return isinstance(first, Tensor) and first.is_floating_point() and first.ndim > 1 and len(first) == images
+
+
+def _capturable(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The outermost modules below the model that can be recorded with what reaches them, and that."""
     waiting = [name for name, _ in model.named_children()]
     while waiting:
         path = waiting.pop(0)
         with contextlib.suppress(ModelError):
             part, arguments = part_of(model, path, inputs)
             capture(without_weights(part), on_meta(arguments), numbers=index_buffers(part))
-            yield path
+            yield path, arguments
             continue
         if path.count(".") + 1 < _DEPTH:
             waiting += [f"{path}.{name}" for name, _ in model.get_submodule(path).named_children()]

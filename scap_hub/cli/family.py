@@ -14,6 +14,7 @@ from scap_hub.cli.options import (
     DataSource,
     Device,
     OptionalModel,
+    PartPath,
     PushToHub,
     Quiet,
     RecipeOption,
@@ -32,6 +33,7 @@ def family(
         str, typer.Option(help="What stays of each size, with commas between.")
     ] = "macs=0.75,macs=0.5,macs=0.25",
     recipe: RecipeOption = None,
+    part: PartPath = None,
     out: Annotated[Path | None, typer.Option(help="Folder with one in it for each size, absent or empty.")] = None,
     device: Device = None,
     push_to_hub: PushToHub = None,
@@ -51,6 +53,8 @@ def family(
         import scap_hub
 
         changes: dict[str, Any] = overrides(settings)
+        if part is not None:
+            changes["part"] = part
         if push_to_hub is not None:
             changes["publish_repo_id"] = push_to_hub
         if device is not None:

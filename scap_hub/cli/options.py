@@ -33,6 +33,12 @@ PushToHub = Annotated[
 Checkpoint = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Weights of the model: .safetensors, or .pth with a state dict.")
 ]
+TaskName = Annotated[
+    str | None, typer.Option(help="What the model is for, such as object-detection; found from it if left out.")
+]
+PartPath = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Part to prune, where the whole cannot be recorded: backbone.")
+]
 Restart = Annotated[
     bool, typer.Option("--restart/--resume", help="Begin anew, or go on with an interrupted run of the same --out.")
 ]

@@ -17,11 +17,13 @@ from scap_hub.cli.options import (
     DryRun,
     OptionalModel,
     Out,
+    PartPath,
     PushToHub,
     Quiet,
     RecipeOption,
     Restart,
     Settings,
+    TaskName,
     overrides,
     use_device,
 )
@@ -41,9 +43,8 @@ def prune(
     criterion: Annotated[
         str | None, typer.Option(metavar="NAME|FILE.py:CLASS", help="What scores the channels; also one of your own.")
     ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="What the model is for, such as object-detection; found from it if left out.")
-    ] = None,
+    task: TaskName = None,
+    part: PartPath = None,
     out: Annotated[Path | None, typer.Option(help="Output folder, absent or empty.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images; 0 trains nothing.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate of the fine-tuning.")] = None,
@@ -70,6 +71,7 @@ def prune(
 
         flags = {
             "task": task,
+            "part": part,
             "target": target,
             "finetune_epochs": epochs,
             "finetune_learning_rate": lr,

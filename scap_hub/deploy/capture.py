@@ -1,46 +1,113 @@
-"""A model as exporters want it: images in, logits out, recorded for any batch size."""
+"""A model as exporters want it: images in, named tensors out, recorded for any batch size."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from scap_hub.errors import ModelError
 from scap_hub.text import one_line
-from scap_hub.zoo.base import logits
+from scap_hub.zoo.registry import zoo_of
 
 # What the Hub's exporters call them, and what transformers.js asks for.
 INPUT = "pixel_values"
 OUTPUT = "logits"
 
+_ANSWERS = ("logits", "pred_boxes", "pred_masks", "class_queries_logits", "masks_queries_logits", "predicted_depth")
+"""What a model of transformers answers; what it returns beside are steps on the way."""
+_NAMES = {
+    "image-classification": OUTPUT,
+    "semantic-segmentation": OUTPUT,
+    "depth-estimation": "predicted_depth",
+    "image-feature-extraction": "features",
+}
+"""What the outputs of a model are called that does not name them, by its task."""
 
-class Logits(nn.Module):
-    """Images in, logits out, whatever the model's own output looks like."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+class Named(nn.Module):
+    """Images in; one tensor out, or a tuple of them, whatever the model's own output looks like.
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Images, (N, C, H, W), to logits.
+    Attributes:
+        model: The model.
+        names: Of what comes out: of transformers' outputs their own, with `_0`, `_1` and so on where one is several
+            maps; of a model's answers none is left out.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        """Runs the model once.
+
+        Args:
+            model: In eval mode, in float32, on the CPU.
+            images: Two or more of them, (N, C, H, W).
 
         Raises:
-            ModelError: The model does not give logits, or predicts something beside them, which a file would lack.
+            ModelError: It does not run, or returns nothing that has a row for each image.
         """
-        output = self.model(pixel_values)
-        beside = [name for name in output if name.startswith("pred_")] if isinstance(output, ModelOutput) else []
-        if beside:
+        super().__init__()
+        self.model = model
+        try:
+            with torch.no_grad():
+                found = [name for name, value in self._all(images).items() if _counts(value, len(images))]
+        except Exception as error:
             raise ModelError(
-                f"it returns {' and '.join(beside)} beside the logits, and an exported file has logits only: export it "
-                "with torch.onnx.export on scap_hub.load(folder)"
-            )
-        return logits(output)
+                f"{type(model).__name__} does not run on {tuple(images.shape)}: {one_line(error)}"
+            ) from error
+        if not found:
+            raise ModelError(f"{type(model).__name__} returns no tensor with a row for each image: nothing to export")
+        self.names = tuple(found)
+
+    def _all(self, pixel_values: Tensor) -> dict[str, Any]:
+        output = self.model(pixel_values)
+        if not isinstance(output, Mapping):
+            return dict(_flat(self._name(output), output))
+        output = {name: output[name] for name in _ANSWERS if output.get(name) is not None} or dict(output)
+        return dict(_flat("", output))
+
+    def forward(self, pixel_values: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Images, (N, C, H, W), to tensors (N, ...), in the order of `names`."""
+        found = self._all(pixel_values)
+        tensors = tuple(found[name] for name in self.names)
+        return tensors[0] if len(tensors) == 1 else tensors
+
+    def _name(self, output: Any) -> str:
+        known = _NAMES.get(zoo_of(self.model).task(self.model) or "")
+        return known or (OUTPUT if isinstance(output, Tensor) and output.ndim == 2 else "output")
 
 
-def captured(net: Logits, images: Tensor) -> torch.export.ExportedProgram:
+def _flat(name: str, output: Any) -> Iterator[tuple[str, Any]]:
+    """What is inside of tuples and dicts, by the names on the way."""
+    if isinstance(output, Mapping):
+        inside = [(str(key), value) for key, value in output.items()]
+    elif isinstance(output, tuple | list):
+        inside = [(str(number), value) for number, value in enumerate(output)]
+    else:
+        yield name, output
+        return
+    for key, value in inside:
+        yield from _flat(f"{name}_{key}" if name else key, value)
+
+
+def _counts(value: Any, images: int) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0 and len(value) == images
+
+
+def check_judged(net: Named) -> None:
+    """Makes sure that int8 of a model can be judged, which is done by its logits.
+
+    Raises:
+        ModelError: It has other outputs.
+    """
+    if net.names != (OUTPUT,):
+        raise ModelError(
+            f"int8 is judged by logits alone, and {type(net.model).__name__} returns {', '.join(net.names)}: export it "
+            "in float32, and quantise that file with onnxruntime.quantization and a measure of your own"
+        )
+
+
+def captured(net: Named, images: Tensor) -> torch.export.ExportedProgram:
     """Records a model for any batch size.
 
     Args:

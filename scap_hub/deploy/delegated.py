@@ -39,6 +39,11 @@ def _write(source: Source, name: str, path: Path) -> None:
             f"{name} files are made by timmx and by transformers.exporters, for timm and transformers models; this one "
             "is neither: export to onnx, which OpenVINO and others read"
         )
+    if len(source.net.names) > 1:
+        raise ModelError(
+            f"{name} files are written here for models with one output, this one has {', '.join(source.net.names)}: "
+            "export to onnx, which OpenVINO and others read"
+        )
     try:
         (_by_timmx if source.zoo == "timm" else _by_transformers)(source, name, path)
     except ScapHubError:

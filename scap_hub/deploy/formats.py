@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from scap_hub.deploy.agreement import check_agreement
@@ -19,7 +18,7 @@ from scap_hub.deploy.quantizers.base import Quantizer
 from scap_hub.deploy.quantizers.executorch import XnnpackQuantizer
 from scap_hub.deploy.quantizers.onnx import OnnxQuantizer
 from scap_hub.deploy.quantizers.openvino import NncfQuantizer
-from scap_hub.deploy.runtimes import ExecuTorch, OnnxRuntime, OpenVino, Runtime, TorchExport
+from scap_hub.deploy.runtimes import ExecuTorch, OnnxRuntime, OpenVino, Runtime, TorchExport, save_program
 from scap_hub.deploy.source import Source
 from scap_hub.errors import ModelError, ScapHubError
 from scap_hub.text import did_you_mean
@@ -67,7 +66,7 @@ def _write_onnx(source: Source, path: Path) -> None:
 
 
 def _write_torch_export(source: Source, path: Path) -> None:
-    torch.export.save(captured(source.net, source.images), path)
+    save_program(captured(source.net, source.images), source.net.names, path)
 
 
 ONNX_INT8 = EightBits("onnx/model_quantized.onnx", (), lambda _, file, *rest: OnnxQuantizer(file, *rest))
@@ -125,7 +124,7 @@ def write_checked(form: Format, source: Source, path: Path) -> None:
 
     Raises:
         ModelError: The model cannot be exported, or the file cannot be run.
-        VerificationError: A logit differs by more than `TOLERANCE`, 1e-4 max(1, largest logit).
+        VerificationError: An output differs by more than `TOLERANCE`, 1e-4 max(1, its largest number).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     form.write(source, path)

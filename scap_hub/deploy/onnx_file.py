@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scap_hub.deploy.capture import INPUT, OUTPUT, Logits, captured
+from scap_hub.deploy.capture import INPUT, Named, captured
 from scap_hub.errors import ModelError
 from scap_hub.text import one_line
 
 
-def write_onnx(net: Logits, images: Tensor, path: Path) -> None:
+def write_onnx(net: Named, images: Tensor, path: Path) -> None:
     """Writes a model in float32; the exporter folds batch norm into the convolutions before it.
 
     Raises:
@@ -25,7 +25,7 @@ def write_onnx(net: Logits, images: Tensor, path: Path) -> None:
     program = captured(net, images)
     try:
         exported = torch.onnx.export(
-            program, (), input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False, optimize=True
+            program, (), input_names=[INPUT], output_names=list(net.names), dynamo=True, verbose=False, optimize=True
         )
     except Exception as error:
         raise ModelError(_refused(net, program, error)) from error
@@ -60,7 +60,7 @@ def _module(node: Any) -> str:
     return scopes[-2].removeprefix("model").lstrip(".") if len(scopes) > 1 else ""
 
 
-def _refused(net: Logits, program: torch.export.ExportedProgram, error: Exception) -> str:
+def _refused(net: Named, program: torch.export.ExportedProgram, error: Exception) -> str:
     """Which operator ONNX lacks and where it is called, if the exporter names one."""
     name = type(net.model).__name__
     # The chain of causes ends with the operator that has no translation.

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from scap_hub.deploy.capture import INPUT, OUTPUT
 from scap_hub.errors import ModelError
 from scap_hub.text import one_line
+
+Outputs = Tensor | tuple[Tensor, ...]
 
 
 def parts(file: Path) -> list[Path]:
@@ -20,15 +25,17 @@ def parts(file: Path) -> list[Path]:
 
 
 class Runtime(nn.Module):
-    """A file in its own runtime on the CPU: images in, logits out, with the threads that torch has.
+    """A file in its own runtime on the CPU: images in, its outputs out, with the threads that torch has.
 
     Attributes:
         name: Of the runtime.
         file: What runs.
+        outputs: Names of its outputs.
     """
 
     name: str
     file: Path
+    outputs: tuple[str, ...] = (OUTPUT,)
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -36,13 +43,21 @@ class Runtime(nn.Module):
         # Tells where images are to come from and logits to go to, as a model's weights do.
         self.register_buffer("_place", torch.zeros(()), persistent=False)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Images, float32 (N, C, H, W), to logits."""
-        return self.run(pixel_values.detach().cpu().float().contiguous()).to(pixel_values.device)
+    def forward(self, pixel_values: Tensor) -> Tensor | ModelOutput:
+        """Images, float32 (N, C, H, W), to the output, or to several by name."""
+        found = self.run(pixel_values.detach().cpu().float().contiguous())
+        if isinstance(found, Tensor):
+            return found.to(pixel_values.device)
+        return ModelOutput(zip(self.outputs, (tensor.to(pixel_values.device) for tensor in found), strict=True))
 
-    def run(self, images: Tensor) -> Tensor:
-        """The same on the CPU."""
+    def run(self, images: Tensor) -> Outputs:
+        """The same on the CPU, in the order of `outputs`."""
         raise NotImplementedError
+
+
+def _unpacked(tensors: Iterable[Tensor]) -> Outputs:
+    found = tuple(tensors)
+    return found[0] if len(found) == 1 else found
 
 
 class OnnxRuntime(Runtime):
@@ -62,10 +77,11 @@ class OnnxRuntime(Runtime):
             self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise ModelError(f"onnxruntime cannot open {file.name}: {one_line(error)}") from error
+        self.outputs = tuple(output.name for output in self.session.get_outputs())
 
-    def run(self, images: Tensor) -> Tensor:
+    def run(self, images: Tensor) -> Outputs:
         """See `Runtime.run`."""
-        return torch.from_numpy(self.session.run([OUTPUT], {INPUT: images.numpy()})[0])
+        return _unpacked(map(torch.from_numpy, self.session.run(self.outputs, {INPUT: images.numpy()})))
 
 
 class OpenVino(Runtime):
@@ -84,9 +100,13 @@ class OpenVino(Runtime):
         except Exception as error:
             raise ModelError(f"openvino cannot open {file.name}: {one_line(error)}") from error
 
-    def run(self, images: Tensor) -> Tensor:
+        if len(self.compiled.outputs) > 1:
+            self.outputs = tuple(port.get_any_name() for port in self.compiled.outputs)
+
+    def run(self, images: Tensor) -> Outputs:
         """See `Runtime.run`."""
-        return torch.from_numpy(self.compiled(images.numpy())[0].copy())
+        found = self.compiled(images.numpy())
+        return _unpacked(torch.from_numpy(found[number].copy()) for number in range(len(self.outputs)))
 
 
 class ExecuTorch(Runtime):
@@ -102,9 +122,17 @@ class ExecuTorch(Runtime):
         self._program = Loader.get().load_program(file)
         self._method = self._program.load_method("forward")
 
-    def run(self, images: Tensor) -> Tensor:
+    def run(self, images: Tensor) -> Outputs:
         """See `Runtime.run`."""
         return torch.cat([self._method.execute([image[None].contiguous()])[0].clone() for image in images])
+
+
+_OUTPUTS = "outputs.json"
+
+
+def save_program(program: torch.export.ExportedProgram, names: Sequence[str], file: Path) -> None:
+    """Writes a program of torch.export with the names of its outputs, which `TorchExport` opens."""
+    torch.export.save(program, file, extra_files={_OUTPUTS: json.dumps(list(names))})
 
 
 class TorchExport(Runtime):
@@ -115,8 +143,10 @@ class TorchExport(Runtime):
     def __init__(self, file: Path) -> None:
         """Opens a file."""
         super().__init__(file)
-        self._run: Any = torch.export.load(file).module()
+        notes = {_OUTPUTS: ""}
+        self._run: Any = torch.export.load(file, extra_files=notes).module()
+        self.outputs = tuple(json.loads(notes[_OUTPUTS]))
 
-    def run(self, images: Tensor) -> Tensor:
+    def run(self, images: Tensor) -> Outputs:
         """See `Runtime.run`."""
         return self._run(images)

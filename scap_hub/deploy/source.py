@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scap_hub.deploy.capture import Logits
+from scap_hub.deploy.capture import Named
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,17 @@ class Source:
         zoo: Name of the library that it comes from.
     """
 
-    net: Logits
+    net: Named
     images: Tensor
     folder: str | Path = ""
     zoo: str = ""
 
     @classmethod
     def of(cls, model: nn.Module, input_size: tuple[int, int, int], folder: str | Path = "", zoo: str = "") -> Source:
-        """From a model, of which a copy is made, and its input size, (channels, height, width) in pixels."""
+        """From a model, of which a copy is made, and its input size, (channels, height, width) in pixels.
+
+        Raises:
+            ModelError: The model does not run on images of this size, or returns nothing for each of them.
+        """
         images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
-        return cls(Logits(copy.deepcopy(model)).cpu().float().eval(), images, folder, zoo)
+        return cls(Named(copy.deepcopy(model).cpu().float().eval(), images), images, folder, zoo)

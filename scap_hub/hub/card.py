@@ -53,6 +53,7 @@ class Measured:
         unverified: Why they could not be compared.
         missed: How a latency budget is missed; None where it is met.
         tuned: How the dense model was trained before it was pruned, "for 5 epochs"; None where it was not.
+        part: The part that was pruned and measured; None for all of the model.
     """
 
     dense: Mapping[str, float | None] = field(default_factory=dict)
@@ -65,6 +66,7 @@ class Measured:
     unverified: str | None = None
     missed: str | None = None
     tuned: str | None = None
+    part: str | None = None
 
 
 def model_card(
@@ -195,7 +197,8 @@ def _measurements(measured: Measured) -> str:
         )
     missed = f"\n\n**The latency budget is missed**: {escaped(measured.missed)}." if measured.missed else ""
     tuned = f"\n\nThe dense model was tuned {escaped(measured.tuned)}, before it was pruned." if measured.tuned else ""
-    return "\n".join(rows) + missed + tuned
+    part = f"\n\n{code(measured.part)} alone was pruned, and these figures are its own." if measured.part else ""
+    return "\n".join(rows) + part + missed + tuned
 
 
 def _removed(plan: PruningPlan) -> str:

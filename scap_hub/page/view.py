@@ -92,6 +92,7 @@ def count(value: float) -> str:
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     about, facts = report.get("about") or {}, []
     for key, name in (
+        ("part", "part, whose figures these are"),
         ("data", "data"),
         ("target", "target, what stays"),
         ("criterion", "criterion"),

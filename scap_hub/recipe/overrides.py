@@ -12,6 +12,9 @@ from scap_hub.recipe.keys import inner_block, key_hint, key_paths
 from scap_hub.recipe.settings import CriterionSettings, TargetSettings, written_out
 from scap_hub.selection.target import KINDS
 
+_SHORT = {"round_to": ("target", "round_to"), "part": ("model", "part")}
+"""Options that need not name their block."""
+
 
 def overridden(recipe: type[BaseModel], document: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's document with values replaced, the later ones last.
@@ -19,12 +22,12 @@ def overridden(recipe: type[BaseModel], document: Mapping[str, Any], overrides: 
     Args:
         recipe: The model of the whole recipe.
         document: What is set in it, short forms written out.
-        overrides: Values by option: a block's name, or `<block>_<key>`; also "round_to".
+        overrides: Values by option: a block's name, or `<block>_<key>`; also "round_to" and "part".
 
     Raises:
         RecipeError: Unknown option, or a target that is not understood.
     """
-    paths = {"_".join(path): path for path in key_paths(recipe)} | {"round_to": ("target", "round_to")}
+    paths = {"_".join(path): path for path in key_paths(recipe)} | _SHORT
     merged = dict(document)
     for name, value in overrides.items():
         if name not in paths:

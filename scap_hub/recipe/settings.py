@@ -72,6 +72,9 @@ class ModelSettings(Block):
     names ask for, if left out. See also `finetune.dense_epochs`."""
     input_size: tuple[Count, Count, Count] | None = None
     """(channels, height, width) in pixels; the model's own if left out."""
+    part: str | None = None
+    """Module path of the part to prune, such as "backbone", of a model whose forward pass depends on the values of the
+    images; it is measured by its outputs. All of the model if left out."""
 
 
 class DataSettings(Block):

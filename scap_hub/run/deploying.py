@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from scap_hub.deploy.capture import check_judged
 from scap_hub.deploy.formats import FORMATS, ONNX_INT8, format_named
 from scap_hub.deploy.manifest import write_manifest
 from scap_hub.deploy.quantized import Subject, deploy_int8
@@ -79,6 +80,7 @@ def deployed(data: Data, stages: Stages, result: Result) -> Result:
     )
     try:
         with stages("int8"):
+            check_judged(Source.of(subject.model, subject.input_size).net)
             result.report.deploy = deploy_int8(
                 subject, Path(scratch.name), settings.max_loss, result.recipe.evaluate.batch_size
             )

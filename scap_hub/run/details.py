@@ -251,6 +251,8 @@ def _width(model: nn.Module, path: str) -> int:
 
 @torch.no_grad()
 def _answers(loaded: LoadedModel, small: nn.Module, images: Tensor, task: Task) -> Answers | None:
+    if task.from_teacher:
+        return None
     outputs: list[list[Tensor]] = [[], []]
     for batch in images.split(64):
         for found, model in zip(outputs, (loaded.module, small), strict=True):

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from scap_hub.deploy.capture import check_judged
 from scap_hub.deploy.deployment import DOCUMENT, Deployment, with_deployment
 from scap_hub.deploy.formats import format_named, write_checked
 from scap_hub.deploy.manifest import OPENED, write_manifest
@@ -55,7 +56,7 @@ def export(
     dataset: Any = None,
     max_loss: float = 0.01,
 ) -> Exported:
-    """Writes a saved model for another runtime, for any batch size, and compares the file's logits with the model's.
+    """Writes a saved model for another runtime, for any batch size, and compares all its outputs with the model's.
 
     With `int8`, the file in float32 is written too, and both are measured beside the dense model: the task's metric,
     how often they give the same answer, and latency in turns. `deploy.json`, the model card and `report.json` of the
@@ -75,7 +76,8 @@ def export(
     Raises:
         ModelError: An unknown format, or a model that cannot be exported.
         CheckpointError: The folder holds no pruned model, or the file cannot be written.
-        VerificationError: A logit differs from the model's by more than 1e-4 max(1, largest logit); nothing is kept.
+        VerificationError: An output differs from the model's by more than 1e-4 max(1, its largest number); nothing is
+            kept.
         CalibrationError: int8 without calibration images.
         DataError: The images cannot be had.
     """
@@ -90,6 +92,7 @@ def export(
     try:
         with tempfile.TemporaryDirectory() as scratch:
             if int8:
+                check_judged(Source.of(net, size).net)
                 subject = _subject(folder, net, model, dataset)
                 deployment = deploy_int8(subject, Path(scratch), max_loss, to=to)
             else:

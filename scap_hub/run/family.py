@@ -20,6 +20,7 @@ from scap_hub.recipe import Recipe
 from scap_hub.run.identity import identity
 from scap_hub.run.inputs import load_dense, recipe_of
 from scap_hub.run.kept import Kept, bytes_kept
+from scap_hub.run.parts import put_back
 from scap_hub.run.pruning import prune_loaded
 from scap_hub.run.report import Measures, measure
 from scap_hub.run.result import Result
@@ -160,10 +161,10 @@ def prune_family(
             )
         warn_if_guessing(before, loaded, data, tuned)
         members = {
-            name: prune_loaded(
+            name: put_back(prune_loaded(
                 *(loaded, data, own, before), tuned=tuned, work=folder and folder / name,
                 scores=(folder or Path(scratch)) / "scores", stages=Stages(base.seed), callbacks=callbacks,
-            )
+            ))
             for name, own in recipes.items()
         }  # fmt: skip
         family = _told(Family(members))

@@ -13,6 +13,7 @@ import torch
 from scap_hub.criteria.base import Criterion
 from scap_hub.recipe import Recipe
 from scap_hub.run import fingerprints
+from scap_hub.run.parts import LoadedPart
 from scap_hub.timing.clock import device_name
 from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator
@@ -32,6 +33,8 @@ def identity(loaded: LoadedModel, data: Data, recipe: Recipe, criterion: Criteri
             insist on verification.
         criterion: What scores the channels.
     """
+    if isinstance(loaded, LoadedPart):
+        loaded = loaded.whole  # what reaches the part follows from all of it
     document = recipe.model_dump(
         mode="json", exclude={"publish": True, "deploy": True, "evaluate": {"verify"}, "finetune": {"log_with"}}
     )

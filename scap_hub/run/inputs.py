@@ -16,10 +16,11 @@ from scap_hub.placement import placement
 from scap_hub.progress import track
 from scap_hub.recipe import DataSettings, ModelSettings, Recipe
 from scap_hub.run.deploying import check_deploy, check_export
+from scap_hub.run.parts import LoadedPart, check_part, on_part
 from scap_hub.run.selecting import for_the_runtime
 from scap_hub.run.stages import Stages
 from scap_hub.run.tuning import Tuning
-from scap_hub.tasks import Task, task_named, task_of
+from scap_hub.tasks import Outputs, Task, task_named, task_of
 from scap_hub.training.data import Data, load_data
 from scap_hub.training.data.classes import WITHOUT_LABELS, NewHead
 from scap_hub.training.data.handed import image_size
@@ -51,6 +52,7 @@ def recipe_of(
     given = {key: str(name) for key, name in names.items() if isinstance(name, str | Path)}
     resolved = Recipe.resolve(recipe, **{**overrides, **given})
     check_deploy(resolved.deploy)
+    check_part(resolved, task)
     return for_the_runtime(resolved)
 
 
@@ -69,6 +71,8 @@ def load_dense(
     with stages("load"):
         loaded, data, tuning = _loaded(model, dataset, recipe, task)
         check_export(loaded, data, recipe)
+        if recipe.model.part is not None:
+            loaded, data = on_part(loaded, data, recipe.model.part)
     if tuning.trains(recipe.finetune):
         steps_at_ends(data.train, recipe.finetune.lasting(1))  # what cannot be trained on is told before any work
     return loaded, data, tuning
@@ -93,7 +97,11 @@ def _loaded(model: Any, dataset: Any, recipe: Recipe, task: str | Task | None) -
     loaded = load_model(
         source, settings.pretrained, settings.num_classes, size, checkpoint=settings.checkpoint, task=recipe.task
     )
-    data = data_for(loaded, dataset, recipe, task_of(loaded, recipe.task if task is None else task))
+    if settings.part is not None:
+        wanted_task: Task = Outputs()  # of the part; the whole may return what has no row for each image
+    else:
+        wanted_task = task_of(loaded, recipe.task if task is None else task)
+    data = data_for(loaded, dataset, recipe, wanted_task)
     new_head = False
     if data.labels and len(data.labels) != loaded.num_classes:
         loaded, new_head = _with_head(source, data, loaded, settings), True
@@ -131,6 +139,8 @@ def _with_head(source: Any, data: Data, loaded: LoadedModel, settings: ModelSett
 def data_for(loaded: LoadedModel, dataset: Any, recipe: Recipe, task: Task) -> Data:
     """The data as the model wants it for a task; the recipe's seed chooses the calibration images."""
     choices = recipe.data
+    if isinstance(loaded, LoadedPart):
+        loaded = loaded.whole
     if dataset is None and choices.dataset is None:
         choices = _public_images(loaded, choices)
     return load_data(
@@ -163,7 +173,9 @@ def _public_images(loaded: LoadedModel, settings: DataSettings) -> DataSettings:
 def shard_calibration(data: Data, batch_size: int) -> list[Tensor]:
     """This process's calibration images in batches, kept for the whole run; every image is on exactly one process."""
     here = accelerator()
-    images = torch.cat([batch[0] for batch in track(data.calibration, "calibration images")])
+    batches = (batch[0] for batch in track(data.calibration, "calibration images"))
+    found = [data.task.inputs(images) for images in batches if len(images)]
+    images = torch.cat(found) if found else torch.empty(0)
     if len(images) < here.num_processes:
         raise CalibrationError(
             f"{len(images)} calibration images cannot be shared out over {here.num_processes} processes: give more"

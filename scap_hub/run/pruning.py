@@ -25,6 +25,7 @@ from scap_hub.run.forecast import tell_if_long
 from scap_hub.run.identity import about_run, identity
 from scap_hub.run.inputs import example, load_dense, recipe_of, shard_calibration
 from scap_hub.run.kept import Kept, bytes_kept
+from scap_hub.run.parts import LoadedPart, put_back, verified_within
 from scap_hub.run.repairing import repaired
 from scap_hub.run.report import Measures, Selection, Tuned, measure
 from scap_hub.run.result import Result
@@ -74,7 +75,8 @@ def prune(
         callbacks: Called after each epoch of the pruned model's fine-tuning, see `scap_hub.training.callbacks`.
         checkpoint: File with the model's weights, instead of those that its name stands for: .safetensors, or .pth with
             a state dict, alone or under "state_dict", "model" or "model_state_dict". No code in it runs.
-        **overrides: Recipe values that win: target="macs=0.5", criterion="scap", finetune_epochs=3, seed=0, ...
+        **overrides: Recipe values that win: target="macs=0.5", criterion="scap", finetune_epochs=3, seed=0, ...;
+            part="backbone" prunes one part of a model whose forward pass depends on values, such as a whole detector.
 
     Raises:
         ScapHubError: One of its subclasses, for anything wrong with the model, the data, the recipe or the target.
@@ -97,10 +99,10 @@ def prune(
             tell_if_long(loaded, data, recipe, tuning)
         folder = None if work is None else work.folder
         tuned = tune_dense(loaded, data, recipe, tuning, stages, folder)
-        result = deployed(data, stages, prune_loaded(
+        result = deployed(data, stages, put_back(prune_loaded(
             *(loaded, data, recipe), tuned=tuned, work=folder, scores=folder and folder / "scores", stages=stages,
             callbacks=callbacks,
-        ))  # fmt: skip
+        )))  # fmt: skip
         if work is not None:
             from_main(lambda: _save(result, work))
     if (repo_id := recipe.publish.repo_id) is not None:
@@ -175,8 +177,9 @@ def prune_loaded(
     report = report_of(before, after, plan, steps, stages, data)
     report.tuned, report.about = tuned, about_run(loaded, data, recipe)
     report.details = pipeline.details(small, steps[0], plan) if detailed else None
-    # So that another round can follow on this one.
-    remember(replace(loaded, module=small, earlier=loaded.earlier.then(plan) if loaded.earlier else plan))
+    if not isinstance(loaded, LoadedPart):
+        # So that another round can follow on this one.
+        remember(replace(loaded, module=small, earlier=loaded.earlier.then(plan) if loaded.earlier else plan))
     return Result(small, plan, report, recipe, loaded, data.task)
 
 
@@ -291,7 +294,11 @@ class _Pipeline:
 
     def _verdict(self, model: nn.Module, groups: ChannelGroups, plan: PruningPlan) -> Verdict:
         with self.stages("verification"):
-            return verified(model, groups, plan, self.calibration[0], insist=self.recipe.evaluate.verify)
+            insist = self.recipe.evaluate.verify
+            verdict = verified(model, groups, plan, self.calibration[0], insist)
+            if isinstance(self.loaded, LoadedPart):
+                verdict = verified_within(self.loaded, model, plan, verdict, insist)
+            return verdict
 
     def _joined_verdict(self, earlier: Sequence[Step], plan: PruningPlan) -> list[Verdict]:
         """Verifies what all steps do together to the dense model, which is the plan that is saved."""

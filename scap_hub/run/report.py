@@ -100,6 +100,31 @@ class Tuned:
         return f"for {self.epochs} epoch{'s' if self.epochs > 1 else ''}{head}"
 
 
+@dataclass(frozen=True)
+class Whole:
+    """The model of which one part was pruned, dense and pruned.
+
+    Attributes:
+        part: Path of the part; all other figures of the report are its own.
+        params: Parameters.
+        latency_ms: Median milliseconds of one image; None if not asked for.
+    """
+
+    part: str
+    params: tuple[int, int]
+    latency_ms: tuple[float, float] | None = None
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Rows of the report's table."""
+        rows = [
+            ("part", self.part, "", "of which all figures are but these"),
+            ("parameters, whole", *(f"{count:,}" for count in self.params), _change(*self.params)),
+        ]
+        if self.latency_ms is not None:
+            rows.append(("latency, whole", *(f"{ms:.2f} ms" for ms in self.latency_ms), _faster(*self.latency_ms)))
+        return rows  # type: ignore[return-value]
+
+
 @dataclass(repr=False)
 class Report:
     """Dense and pruned model side by side.
@@ -123,6 +148,7 @@ class Report:
         deploy: What was measured of the files for other runtimes; None where there are none.
         about: Of the run: model, library, data, target, criterion, and the versions of what it ran with.
         details: What the page shows beside; None where it was not asked for.
+        whole: The model that the run pruned a part of; None where it pruned all of one.
     """
 
     before: Measures
@@ -141,6 +167,7 @@ class Report:
     deploy: Deployment | None = None
     about: dict[str, Any] = field(default_factory=dict)
     details: Details | None = None
+    whole: Whole | None = None
 
     def __repr__(self) -> str:
         return text_table([("", "dense", "pruned", "change"), *self.rows()])
@@ -192,9 +219,10 @@ class Report:
         both = before.others.keys() & after.others.keys()
         rows += [_figure(name, before.others[name], after.others[name]) for name in before.others if name in both]
         if before.latency_ms is not None and after.latency_ms is not None:
-            speedup = before.latency_ms / after.latency_ms
-            faster = f"{speedup:.2f}x faster" if speedup >= 1 else f"{1 / speedup:.2f}x slower"
+            faster = _faster(before.latency_ms, after.latency_ms)
             rows.append(("latency", f"{before.latency_ms:.2f} ms", f"{after.latency_ms:.2f} ms", faster))
+        if self.whole is not None:
+            rows += self.whole.rows()
         if self.deploy is not None:
             for name, size, quality, _, latency, faster in self.deploy.rows():
                 rows.append((name, self.deploy.runtime, ", ".join(filter(None, (size, quality, latency))), faster))
@@ -242,6 +270,10 @@ def measure(
 def _figure(name: str, before: float, after: float) -> tuple[str, str, str, str]:
     """A row of the table, of what is a fraction of 1."""
     return name, f"{100 * before:.2f} %", f"{100 * after:.2f} %", f"{100 * (after - before):+.2f} points"
+
+
+def _faster(before: float, after: float) -> str:
+    return f"{before / after:.2f}x faster" if before >= after else f"{after / before:.2f}x slower"
 
 
 def _change(before: int, after: int) -> str:

@@ -140,6 +140,7 @@ class Result:
             unverified=self.report.unverified,
             missed=self.report.missed,
             tuned=None if self.report.tuned is None else str(self.report.tuned),
+            part=None if self.report.whole is None else self.report.whole.part,
         )
 
 

@@ -172,6 +172,10 @@ class Task(ABC):
 
     # Training
 
+    def inputs(self, images: Tensor) -> Tensor:
+        """What a model is called with for images, (N, ...): these, unless it is a part of a larger one."""
+        return images
+
     @abstractmethod
     def output(self, model: nn.Module, images: Tensor) -> Any:
         """Runs a model; what it says of images, as `loss`, `distance` and the meter read it."""

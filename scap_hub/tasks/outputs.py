@@ -9,16 +9,23 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from scap_hub.channels.part import offered
 from scap_hub.criteria.variance import Spread, outputs_of
-from scap_hub.errors import DataError
-from scap_hub.placement import fed
+from scap_hub.errors import DataError, ModelError
+from scap_hub.graph.modes import evaluating
+from scap_hub.placement import fed, placement
 from scap_hub.private import tree_leaves
 from scap_hub.tasks.base import Meter, Metric, Task
 from scap_hub.tasks.placed import PlacedTask
+from scap_hub.zoo.base import LoadedModel
 
 OUTPUT_ERROR = Metric(
     "output_error", "relative output error", "Relative output error", "relative_squared_error", lower_is_better=True
 )
+
+
+_IMAGES = 3
+"""As many rows must an output have for so many images; detections for one of them may be two, by chance."""
 
 
 class Outputs(Task):
@@ -34,6 +41,26 @@ class Outputs(Task):
     def pipeline_tag(self) -> str | None:
         """The Hub has none."""
         return None
+
+    def fitted(self, loaded: LoadedModel) -> Task:
+        """This task, for a model that returns something for each image.
+
+        Raises:
+            ModelError: It does not; names parts of it that do.
+        """
+        device, dtype = placement(loaded.module)
+        images = torch.zeros(_IMAGES, *loaded.preprocessing.input_size, device=device, dtype=dtype)
+        with torch.no_grad(), evaluating(loaded.module):
+            try:
+                found = outputs_of(loaded.module, images)
+            except Exception:
+                return self  # it may take images of the data alone, which are tried next
+        if not found:
+            raise ModelError(
+                f"{loaded.name} returns no floating-point tensor with a row for each image, so there is nothing to "
+                f"compare{offered(loaded.module, (images,))}"
+            )
+        return self
 
     def target_column(self, kinds: Mapping[str, str], asked: str | None, listing: str) -> str | None:
         """None: targets mean nothing here."""
@@ -56,7 +83,7 @@ class Outputs(Task):
 
     def output(self, model: nn.Module, images: Tensor) -> Any:
         """float32 tensors (N, ...)."""
-        return [output.float() for output in outputs_of(model, fed(model, images))]
+        return [output.float() for output in outputs_of(model, fed(model, self.inputs(images)))]
 
     def loss(self, output: Any, targets: Any, label_smoothing: float = 0.0) -> Tensor:
         """There is none without a teacher."""
