@@ -23,7 +23,7 @@ HERE = "path/to/this/folder"
 """Stands for the repository until the card is published."""
 PICTURE = "channels.png"
 _CHANNELS = f"![channels before and after]({PICTURE})"
-_FAMILY = f"\n\n![the sizes of this model: quality against multiply-accumulates]({FAMILY_PICTURE})"
+_FAMILY = f"\n\n![the sizes of this model: quality against multiply-accumulates and latency]({FAMILY_PICTURE})"
 BEGIN = "<!-- scap_hub: begin; the next push rewrites this block, write before or after it -->"
 END = "<!-- scap_hub: end -->"
 
@@ -53,6 +53,7 @@ class Measured:
         unverified: Why they could not be compared.
         missed: How a latency budget is missed; None where it is met.
         tuned: How the dense model was trained before it was pruned, "for 5 epochs"; None where it was not.
+        teacher: Who taught the fine-tuning, where it was not the dense model.
     """
 
     dense: Mapping[str, float | None] = field(default_factory=dict)
@@ -65,6 +66,7 @@ class Measured:
     unverified: str | None = None
     missed: str | None = None
     tuned: str | None = None
+    teacher: str | None = None
 
 
 def model_card(
@@ -195,7 +197,8 @@ def _measurements(measured: Measured) -> str:
         )
     missed = f"\n\n**The latency budget is missed**: {escaped(measured.missed)}." if measured.missed else ""
     tuned = f"\n\nThe dense model was tuned {escaped(measured.tuned)}, before it was pruned." if measured.tuned else ""
-    return "\n".join(rows) + missed + tuned
+    taught = f"\n\nIt learned from {escaped(measured.teacher)}." if measured.teacher else ""
+    return "\n".join(rows) + missed + tuned + taught
 
 
 def _removed(plan: PruningPlan) -> str:

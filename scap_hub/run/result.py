@@ -140,6 +140,7 @@ class Result:
             unverified=self.report.unverified,
             missed=self.report.missed,
             tuned=None if self.report.tuned is None else str(self.report.tuned),
+            teacher=self.report.about.get("teacher"),
         )
 
 
