@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from scap_hub.run.compare import compare
     from scap_hub.run.comparison import Comparison
     from scap_hub.run.export import export
-    from scap_hub.run.family import Family, prune_family
+    from scap_hub.run.family import prune_family
     from scap_hub.run.forecast import Forecast, forecast
     from scap_hub.run.pruning import prune
     from scap_hub.run.report import Report
     from scap_hub.run.result import Result
+    from scap_hub.run.sizes import Family
     from scap_hub.run.steps import refine
     from scap_hub.scores import Scores
     from scap_hub.selection.select import select
@@ -40,7 +41,7 @@ _HOMES = {
     "ChannelGroups": "channels",
     "Comparison": "run.comparison",
     "Criterion": "criteria",
-    "Family": "run.family",
+    "Family": "run.sizes",
     "Forecast": "run.forecast",
     "PruningPlan": "plan",
     "Recipe": "recipe",

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from huggingface_hub import HfApi
 import scap_hub
 from scap_hub import errors
 from scap_hub.criteria.rivals.magnitude import L1
+from scap_hub.run import baselines, pruning
 from tests.hub_client import running_hub
 from tests.nets import tiny_net
 
@@ -51,6 +53,7 @@ def test_the_folder_has_a_whole_one_for_each_size_and_the_picture(made):
         assert picture.startswith('<svg xmlns="http://www.w3.org/2000/svg"') and "macs-0.4" in picture
         assert "](family.svg)" in (folder / name / "README.md").read_text()
     assert len(repr(family).splitlines()) == 4 and "macs-0.4" in family._repr_html_()
+    assert family.head() == ["model", "MACs", "parameters", "top-1", "latency"]
 
 
 def test_channels_are_scored_once_and_an_interrupted_family_goes_on(tmp_path, monkeypatch):
@@ -72,6 +75,99 @@ def test_channels_are_scored_once_and_an_interrupted_family_goes_on(tmp_path, mo
     assert len(scored) == 1 and len(family.members) == 2 and (tmp_path / "out" / "macs-0.4").is_dir()
     with pytest.raises(errors.CheckpointError, match="not empty"):
         scap_hub.prune_family(*arguments, targets=TARGETS, output_dir=tmp_path / "out")
+
+
+ZOO = RECIPE | {
+    "finetune": {"epochs": 1, "dense_epochs": 1}, "evaluate": {"latency": True},
+    "model": {"input_size": (3, 16, 16), "pretrained": False},
+}  # fmt: skip
+
+
+def test_smaller_models_of_the_zoo_stand_beside_it(tmp_path, monkeypatch):
+    asked, trained, whole = [], [], baselines.finetune
+    monkeypatch.setattr(baselines, "finetune", lambda *given, **more: trained.append(1) or whole(*given, **more))
+    monkeypatch.setattr("scap_hub.run.family.milliseconds", lambda calls: asked.append(len(calls)) or [8.0, 4.0, 2.0])
+    arguments = dict(targets=["macs=0.5"], siblings=["test_efficientnet"], output_dir=tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("scap_hub.run.siblings.measure", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            scap_hub.prune_family("test_byobnet", "digits", ZOO, **arguments)
+    with pytest.raises(
+        errors.CheckpointError, match=r"weights differ; siblings: was \['test_efficientnet'\], now \[\]"
+    ):
+        scap_hub.prune_family("test_byobnet", "digits", ZOO, **arguments | {"siblings": []})
+    family = scap_hub.prune_family("test_byobnet", "digits", ZOO, **arguments)
+    assert len(trained) == 1, "what was trained is taken up"
+    (sibling,) = family.to_dict()["siblings"]
+    assert sibling["name"] == "test_efficientnet" and 0 <= sibling["top1"] <= 1 and sibling["params"] == 101_766
+    report = family.members["macs-0.5"].report
+    assert asked == [3], "dense, pruned and smaller models take turns"
+    assert (report.before.latency_ms, report.after.latency_ms, sibling["latency_ms"]) == (8.0, 4.0, 2.0)
+    assert [row[0] for row in family.rows()] == ["test_byobnet", "macs-0.5", "test_efficientnet"]
+    folder = tmp_path / "out" / "macs-0.5"
+    picture, page = (folder / "family.svg").read_text(), (folder / "report.html").read_text()
+    for text in (picture, page):
+        assert text.count(">test_efficientnet</text>") == 2, "over MACs and over latency"
+        assert "top-1 over thousand MACs" in text and "top-1 over milliseconds of latency" in text
+    assert ElementTree.fromstring(picture).tag.endswith("svg") and "smaller models of the zoo" in picture
+
+
+def test_siblings_that_cannot_stand_beside_it_are_told(tmp_path):
+    for wanted, changes, message in (
+        ("test_efficientnet", {}, r'give a list such as \["test_efficientnet"\]'),
+        (["test_resnet"], {}, "wants its images as"),
+        (["test_efficientnet"], {"finetune_epochs": 0, "finetune_dense_epochs": 0}, "nothing trains it"),
+    ):
+        with pytest.raises(errors.RecipeError, match=message):
+            scap_hub.prune_family("test_byobnet", "digits", ZOO | {"model": ZOO["model"] | {"num_classes": 10}},
+                                  targets=["macs=0.5"], siblings=wanted, **changes)  # fmt: skip
+
+
+def test_the_next_larger_size_may_teach(monkeypatch, tmp_path):
+    teachers, whole = [], pruning.finetune
+    monkeypatch.setattr(pruning, "finetune", lambda *a, **k: teachers.append(_width(a[3])) or whole(*a, **k))
+    arguments = dict(targets=["macs=0.4", "macs=0.7"], teacher="next-larger", output_dir=tmp_path / "out")
+    family = scap_hub.prune_family(tiny_net(), "digits", RECIPE, **arguments)
+    assert list(family.members) == ["macs-0.4", "macs-0.7"]
+    assert teachers == [16 + 32, _width(family.members["macs-0.7"].model)] and teachers[1] < 48
+    assert "It learned from macs-0.7, the next larger size." in (tmp_path / "out/macs-0.4/README.md").read_text()
+    assert "repeats the run, with the dense model as teacher" in (tmp_path / "out/macs-0.4/report.html").read_text()
+    assert "It learned from" not in (tmp_path / "out/macs-0.7/README.md").read_text()
+
+
+def _width(model):
+    return model[0].out_channels + model[4].out_channels
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": "larger"}, "take dense or next-larger"),
+        ({"teacher": "next-larger", "targets": ["macs=0.5", "params=0.5"]}, "in the same unit"),
+        ({"teacher": "next-larger", "targets": ["threshold=0.5"]}, "in the same unit"),
+        ({"teacher": "next-larger", "finetune_epochs": 0}, "nothing is taught"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_told_before_any_work(changes, message):
+    with pytest.raises(errors.ScapHubError, match=message):
+        scap_hub.prune_family("no-such-model", **{"targets": TARGETS} | changes)
+
+
+def test_a_kill_between_saving_and_cleaning_up_is_finished(tmp_path, monkeypatch):
+    arguments = dict(
+        model=tiny_net(), dataset="digits", recipe=RECIPE, targets=["macs=0.5"], output_dir=tmp_path / "out"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("scap_hub.run.unfinished._remove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            scap_hub.prune_family(**arguments)
+    saved = (tmp_path / "out" / "family.json").read_bytes()
+    with pytest.raises(errors.CheckpointError, match="differs: targets"):
+        scap_hub.prune_family(**arguments | {"targets": ["macs=0.6"]})
+    family = scap_hub.prune_family(**arguments)
+    assert family.members["macs-0.5"].report.after.top1 is not None
+    assert (tmp_path / "out" / "family.json").read_bytes() == saved
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(

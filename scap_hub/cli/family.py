@@ -32,6 +32,13 @@ def family(
     targets: Annotated[
         str, typer.Option(help="What stays of each size, with commas between.")
     ] = "macs=0.75,macs=0.5,macs=0.25",
+    siblings: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Smaller models to stand beside, trained the same way.")
+    ] = None,
+    teacher: Annotated[
+        str,
+        typer.Option(metavar="dense|next-larger", help="Who teaches each size."),
+    ] = "dense",
     recipe: RecipeOption = None,
     part: PartPath = None,
     out: Annotated[Path | None, typer.Option(help="Folder with one in it for each size, absent or empty.")] = None,
@@ -60,12 +67,17 @@ def family(
         if device is not None:
             use_device(device)
         made = scap_hub.prune_family(
-            model, data, recipe, targets=[target.strip() for target in targets.split(",")], output_dir=out,
-            restart=restart, checkpoint=checkpoint, **changes,
+            model, data, recipe, targets=_listed(targets), siblings=_listed(siblings), teacher=teacher,
+            output_dir=out, restart=restart, checkpoint=checkpoint, **changes,
         )  # fmt: skip
     if as_json and is_main_process():
         print(json.dumps({"folder": None if out is None else str(out), **made.to_dict()}))
     elif not quiet and is_main_process():
-        print_table(["size", "MACs", "parameters", "metric", "latency"], made.rows())
+        print_table(made.head(), made.rows())
     if out is not None:
         say(f"saved in {out}", quiet or as_json)
+
+
+def _listed(text: str | None) -> list[str]:
+    """What stands between commas."""
+    return [part.strip() for part in text.split(",")] if text else []

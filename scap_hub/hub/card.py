@@ -23,7 +23,7 @@ HERE = "path/to/this/folder"
 """Stands for the repository until the card is published."""
 PICTURE = "channels.png"
 _CHANNELS = f"![channels before and after]({PICTURE})"
-_FAMILY = f"\n\n![the sizes of this model: quality against multiply-accumulates]({FAMILY_PICTURE})"
+_FAMILY = f"\n\n![the sizes of this model: quality against multiply-accumulates and latency]({FAMILY_PICTURE})"
 BEGIN = "<!-- scap_hub: begin; the next push rewrites this block, write before or after it -->"
 END = "<!-- scap_hub: end -->"
 
@@ -54,6 +54,7 @@ class Measured:
         missed: How a latency budget is missed; None where it is met.
         tuned: How the dense model was trained before it was pruned, "for 5 epochs"; None where it was not.
         part: The part that was pruned and measured; None for all of the model.
+        teacher: Who taught the fine-tuning, where it was not the dense model.
     """
 
     dense: Mapping[str, float | None] = field(default_factory=dict)
@@ -67,6 +68,7 @@ class Measured:
     missed: str | None = None
     tuned: str | None = None
     part: str | None = None
+    teacher: str | None = None
 
 
 def model_card(
@@ -198,7 +200,8 @@ def _measurements(measured: Measured) -> str:
     missed = f"\n\n**The latency budget is missed**: {escaped(measured.missed)}." if measured.missed else ""
     tuned = f"\n\nThe dense model was tuned {escaped(measured.tuned)}, before it was pruned." if measured.tuned else ""
     part = f"\n\n{code(measured.part)} alone was pruned, and these figures are its own." if measured.part else ""
-    return "\n".join(rows) + part + missed + tuned
+    taught = f"\n\nIt learned from {escaped(measured.teacher)}." if measured.teacher else ""
+    return "\n".join(rows) + part + missed + tuned + taught
 
 
 def _removed(plan: PruningPlan) -> str:

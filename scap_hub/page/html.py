@@ -35,23 +35,3 @@ def render(
         style=Markup(own.joinpath("report.css").read_text(encoding="utf-8")),
         script=Markup(own.joinpath("report.js").read_text(encoding="utf-8")),
     )
-
-
-def family_picture(family: Mapping[str, Any], metric: str) -> str | None:
-    """The picture of a family as an SVG file of its own; None where the metric was not measured."""
-    from scap_hub.page.view import family_chart
-
-    chart = family_chart([family["dense"], *family["members"]], metric)
-    if chart is None:
-        return None
-    opening, _, rest = str(chart).partition(">")
-    return f"{opening.replace('<svg', _OPENING, 1)}><style>{_ALONE}</style>{rest}"
-
-
-_OPENING = '<svg xmlns="http://www.w3.org/2000/svg"'
-_ALONE = (
-    "text{font:15px sans-serif;fill:#5b6673}.name{font-size:13px;font-weight:600;fill:#1b2430}.grid{stroke:#dfe3e8}"
-    "circle{fill:#2563b8}polyline{fill:none;stroke:#2563b8;stroke-width:2.5}"
-    "@media(prefers-color-scheme:dark){text{fill:#9aa6b4}.name{fill:#e6eaef}.grid{stroke:#2d3540}}"
-)
-"""Style of a picture that is no part of the page."""

@@ -10,6 +10,7 @@ import yaml
 from markupsafe import Markup
 
 from scap_hub.page import charts
+from scap_hub.page.family import family_view
 
 _CLASSES = 24
 """Classes that are all shown; of more, those that changed most."""
@@ -33,6 +34,7 @@ def view(
         "tiles": _tiles(before, after, metric["name"]),
         "facts": _facts(report),
         "repeat": _command(recipe, None),
+        "taught": bool(about.get("teacher")),
         "layers": _layers(report, details),
         "skyline": _skyline(details),
         "timed": any(layer["ms_before"] is not None for layer in details.get("layers", ())),
@@ -44,7 +46,7 @@ def view(
         "answers": _answers(details),
         "portraits": [_portrait(portrait) for portrait in details.get("portraits", ())],
         "comparison": _comparison(comparison) if comparison else None,
-        "family": _family(family, metric["name"]) if family else None,
+        "family": family_view(family, metric["name"]) if family else None,
         "recipe": recipe,
         "seconds": {name: f"{value:,.1f} s" for name, value in (report.get("stages") or {}).items()},
     }
@@ -96,6 +98,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("data", "data"),
         ("target", "target, what stays"),
         ("criterion", "criterion"),
+        ("teacher", "teacher"),
         ("device", "device"),
     ):
         if about.get(key):
@@ -347,30 +350,3 @@ def _comparison(comparison: Mapping[str, Any]) -> dict[str, Any]:
         ]
         rows.append([row["criterion"], *cells, "" if row["rank"] is None else f"{row['rank']:.2f}"])
     return {"head": ["criterion", *targets, "mean rank"], "rows": rows, "split": split}
-
-
-def _family(family: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    """The picture of `scap-hub family`."""
-    members = [family["dense"], *family["members"]]
-    return {"svg": family_chart(members, metric), "members": members}
-
-
-def family_chart(members: Sequence[Mapping[str, Any]], metric: str) -> Markup | None:
-    """The metric over the MACs of several sizes, named; None where it was not measured."""
-    members = [member for member in members if member.get("top1") is not None]
-    if len(members) < 2:
-        return None
-    members = sorted(members, key=lambda member: member["macs"])
-    xs, ys = [member["macs"] / 1e6 for member in members], [member["top1"] for member in members]
-    frame = charts.Frame([0, *xs], ys, percent=True)
-    points = [frame.at(*point) for point in zip(xs, ys, strict=True)]
-    names = "".join(_beside(x, y, str(member["name"])) for member, (x, y) in zip(members, points, strict=True))
-    label = f"{metric} over MACs of {len(members)} sizes, " + ", ".join(str(member["name"]) for member in members)
-    return frame.svg(frame.line(xs, ys, "stays") + names, "million MACs", label)
-
-
-def _beside(x: float, y: float, name: str) -> str:
-    """A name above to the left of a point, where a rising curve is not; below to the right where there is no room."""
-    room = x - 8 - 9 * len(name) > 58
-    place = (x - 8, y - 8, "end") if room else (x + 10, y + 18, "start")
-    return Markup('<text class="name" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(*place, name)

@@ -142,7 +142,7 @@ def fitting_target(small: LoadedModel, loaded: LoadedModel, targets: Sequence[st
 
 
 def tuned_the_same(
-    small: LoadedModel, loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning
+    small: LoadedModel, loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning, work: Path | None = None
 ) -> tuple[nn.Module, History]:
     """A smaller model of the zoo with the training of both the dense and the pruned model.
 
@@ -152,12 +152,14 @@ def tuned_the_same(
         data: Its data.
         recipe: Of the pruned model.
         tuning: How the dense model was trained.
+        work: Where checkpoints are kept.
 
     Returns:
         The model, and its fine-tuning as `Report.history`.
     """
-    tune_dense(small, data, recipe, tuning, Stages(recipe.seed))
+    tune_dense(small, data, recipe, tuning, Stages(recipe.seed), work)
     history: History = []
     if recipe.finetune.epochs:
-        history = finetune(small.module, data, recipe.finetune, loaded.module, seed=recipe.seed)
+        folder = work and work / "training"
+        history = finetune(small.module, data, recipe.finetune, loaded.module, folder, seed=recipe.seed)
     return small.module, history

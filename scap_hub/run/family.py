@@ -3,109 +3,35 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from scap_hub.criteria.base import criterion as criterion_named
-from scap_hub.errors import CheckpointError, TargetError
-from scap_hub.files import making
-from scap_hub.hub.checkpoint import check_output
-from scap_hub.hub.collection import collect
-from scap_hub.page import FAMILY, family_json
+from scap_hub.errors import RecipeError, TargetError
+from scap_hub.page import family_json
 from scap_hub.recipe import Recipe
-from scap_hub.run.identity import identity
-from scap_hub.run.inputs import load_dense, recipe_of
+from scap_hub.run.identity import identity, weights_of
+from scap_hub.run.inputs import example, load_dense, recipe_of
 from scap_hub.run.kept import Kept, bytes_kept
 from scap_hub.run.parts import put_back
 from scap_hub.run.pruning import prune_loaded
 from scap_hub.run.report import Measures, measure
 from scap_hub.run.result import Result
+from scap_hub.run.siblings import load_siblings, trained
+from scap_hub.run.sizes import Family
 from scap_hub.run.stages import Stages
-from scap_hub.run.tuning import tune_dense, warn_if_guessing
-from scap_hub.run.unfinished import kept_beside
+from scap_hub.run.tuning import Tuning, tune_dense, warn_if_guessing
+from scap_hub.run.unfinished import Unfinished, kept_beside
 from scap_hub.run.verification import failing_plan_beside
-from scap_hub.tables import html_table, text_table
-from scap_hub.text import one_line
+from scap_hub.timing.clock import milliseconds
 from scap_hub.training.callbacks import Callback, check_tracker
+from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator, from_main
-
-_HEAD = ("", "MACs", "parameters", "metric", "latency")
-
-
-@dataclass(repr=False)
-class Family:
-    """Several sizes of one model.
-
-    Attributes:
-        members: What `prune` would have given for each target, by name: "macs-0.5" for the target macs=0.5.
-    """
-
-    members: dict[str, Result]
-
-    def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """The table a person reads: size, MACs, parameters, metric, latency."""
-        return [_row(member) for member in (self.to_dict()["dense"], *self.to_dict()["members"])]
-
-    def to_dict(self) -> dict[str, Any]:
-        """What was measured of the dense model and of each size, as plain JSON-able values; largest first."""
-        first = next(iter(self.members.values()))
-        dense = {"name": first.loaded.name, "target": None, **_figures(first.report.before)}
-        found = [
-            {"name": name, "target": str(own.recipe.target.target), **_figures(own.report.after)}
-            for name, own in self.members.items()
-        ]
-        return {"dense": dense, "members": sorted(found, key=lambda member: -member["macs"])}
-
-    def __repr__(self) -> str:
-        return text_table([_HEAD, *self.rows()])
-
-    def _repr_html_(self) -> str:
-        return html_table(f"family of {self.to_dict()['dense']['name']}", _HEAD, self.rows())
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes a folder with one in it for each size, named after its target, and family.json; all of it or nothing.
-
-        Args:
-            folder: Absent or empty.
-
-        Returns:
-            The folder.
-
-        Raises:
-            CheckpointError: As `Result.save_pretrained`.
-            PlanError: Likewise.
-        """
-        folder = check_output(folder)
-        try:
-            with making(folder) as unfinished:
-                for name, member in self.members.items():
-                    member.save_pretrained(unfinished / name)
-                (unfinished / FAMILY).write_text(family_json(self.to_dict()), encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(f"cannot write {folder}: {one_line(error)}") from error
-        return folder
-
-    def push_to_hub(self, repo_id: str, private: bool = False, token: str | bool | None = None) -> str:
-        """Publishes each size in a repository of its own, "me/name-macs-0.5" and so on, and a collection of them.
-
-        Args:
-            repo_id: What the names of the repositories begin with: "owner/name", or "name" for one's own account.
-            private: Whether new repositories and the collection are private.
-            token: As for `Result.push_to_hub`.
-
-        Returns:
-            The address of the collection.
-
-        Raises:
-            PublishError: As `Result.push_to_hub`; what was published before it stays, and the same call goes on.
-        """
-        repos = {f"{repo_id}-{name}": member for name, member in self.members.items()}
-        urls = [member.push_to_hub(repo, private, token=token) for repo, member in repos.items()]
-        return collect(repo_id, urls, private, token)
+from scap_hub.zoo import LoadedModel
 
 
 def prune_family(
@@ -114,6 +40,8 @@ def prune_family(
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
     *,
     targets: Sequence[str],
+    siblings: Sequence[str] = (),
+    teacher: str = "dense",
     output_dir: str | Path | None = None,
     restart: bool = False,
     callbacks: Sequence[Callback] = (),
@@ -122,13 +50,17 @@ def prune_family(
 ) -> Family:
     """Prunes one model to several sizes; its channels are scored once, and each size is repaired and trained.
 
-    Each member is what `prune` gives for its target, with the dense model as teacher.
+    Each member is what `prune` gives for its target.
 
     Args:
         model: As for `prune`.
         dataset: As for `prune`.
         recipe: As for `prune`; its target does not count.
         targets: What stays of each: ["macs=0.75", "macs=0.5", "macs=0.25"].
+        siblings: Smaller models of the zoo to stand beside them, such as ["resnet34"]: trained like the dense model and
+            then like the pruned ones, with the dense model as teacher. They are measured, and not saved.
+        teacher: Who teaches each size: "dense", the dense model; "next-larger", the finished size before it, so that
+            only the largest one learns from the dense model.
         output_dir: Folder with a folder for each size, absent or empty; an interrupted call goes on, as for `prune`.
         restart: As for `prune`.
         callbacks: As for `prune`.
@@ -137,11 +69,12 @@ def prune_family(
 
     Raises:
         ScapHubError: As for `prune`; a mistake in any of the targets is told before any work.
+        TargetError: Likewise; with "next-larger" also if the targets do not say which size is larger.
     """
     base = recipe_of(model, dataset, recipe, overrides, checkpoint)
     recipes = _recipes(base, targets)
+    order = _order(recipes, teacher)
     check_tracker(base.finetune)
-    criterion = criterion_named(base.criterion.name, base.criterion.options, base.seed)
     stages = Stages(base.seed)
     with (
         kept_beside(output_dir, restart) as work,
@@ -149,30 +82,95 @@ def prune_family(
         tempfile.TemporaryDirectory(prefix="scap-hub-") as scratch,
     ):
         loaded, data, tuning = load_dense(model, dataset, base, stages)
+        with stages("load"):
+            smaller = load_siblings(siblings, loaded, base, tuning)
         if work is not None:
-            need = bytes_kept(loaded.module, tuning.trains(base.finetune)) * len(recipes)
-            work.begin({**identity(loaded, data, base, criterion), "targets": list(targets)}, restart, need)
+            _begin(work, restart, loaded, data, base, tuning, smaller, {"targets": list(targets), "teacher": teacher})
         folder = None if work is None else work.folder
         tuned = tune_dense(loaded, data, base, tuning, stages, folder)
-        with stages("measure dense"):
-            dense, size = loaded.module.to(accelerator().device).eval(), loaded.preprocessing.input_size
-            before = Kept(folder).value(
-                "dense", Measures, lambda: measure(dense, size, data, loaded.num_classes, dense)
-            )
+        before = _measured(loaded, data, stages, folder)
         warn_if_guessing(before, loaded, data, tuned)
-        members = {
-            name: put_back(prune_loaded(
-                *(loaded, data, own, before), tuned=tuned, work=folder and folder / name,
+
+        def pruned(name: str, taught_by: nn.Module | None) -> Result:
+            return prune_loaded(
+                *(loaded, data, recipes[name], before), tuned=tuned, work=folder and folder / name,
                 scores=(folder or Path(scratch)) / "scores", stages=Stages(base.seed), callbacks=callbacks,
-            ))
-            for name, own in recipes.items()
-        }  # fmt: skip
-        family = _told(Family(members))
+                teacher=taught_by,
+            )  # fmt: skip
+
+        members = _members(order, teacher, pruned)
+        measured = trained(smaller, loaded, data, base, tuning, folder)
+        family = _told(_timed(Family({name: members[name] for name in recipes}, measured), smaller, folder))
         if work is not None:
-            from_main(lambda: family.save_pretrained(work.output))
+            from_main(lambda: _save(family, work))
     if (repo_id := base.publish.repo_id) is not None:
         from_main(lambda: family.push_to_hub(repo_id, base.publish.private))
     return family
+
+
+def _members(
+    order: Sequence[str], teacher: str, pruned: Callable[[str, nn.Module | None], Result]
+) -> dict[str, Result]:
+    """Prunes to each size, one taught by the other if so wished, and puts parts back into their wholes."""
+    members: dict[str, Result] = {}
+    larger: tuple[str, nn.Module] | None = None
+    for name in order:
+        own = pruned(name, larger and larger[1])
+        if larger is not None:
+            own.report.about["teacher"] = f"{larger[0]}, the next larger size"
+        if teacher == "next-larger":
+            larger = name, own.model
+        members[name] = put_back(own)
+    return members
+
+
+def _save(family: Family, work: Unfinished) -> None:
+    """Saves a family, unless the run was killed after it had done so."""
+    if not work.saved:
+        work.saving(family_json(family.to_dict()))
+        family.save_pretrained(work.output)
+
+
+def _begin(
+    work: Unfinished,
+    restart: bool,
+    loaded: LoadedModel,
+    data: Data,
+    recipe: Recipe,
+    tuning: Tuning,
+    smaller: Mapping[str, LoadedModel],
+    about: Mapping[str, Any],
+) -> None:
+    """Takes up what the same call has kept, or begins."""
+    criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
+    siblings = {name: small.module for name, small in smaller.items()}
+    kept = [*[loaded.module] * len(about["targets"]), *siblings.values()]
+    need = sum(bytes_kept(module, tuning.trains(recipe.finetune)) for module in kept)
+    run = identity(loaded, data, recipe, criterion) | weights_of(siblings)
+    work.begin({**run, **about, "siblings": list(siblings)}, restart, need)
+
+
+def _measured(loaded: LoadedModel, data: Data, stages: Stages, work: Path | None) -> Measures:
+    """What is measured of the dense model, once for all sizes."""
+    with stages("measure dense"):
+        dense, size = loaded.module.to(accelerator().device).eval(), loaded.preprocessing.input_size
+        return Kept(work).value("dense", Measures, lambda: measure(dense, size, data, loaded.num_classes, dense))
+
+
+def _order(recipes: Mapping[str, Recipe], teacher: str) -> list[str]:
+    """Names of the members in the order in which they are made."""
+    if teacher == "dense":
+        return list(recipes)
+    if teacher != "next-larger":
+        raise RecipeError(f"teacher is {teacher!r}; take dense or next-larger")
+    settings = next(iter(recipes.values())).finetune
+    if not (settings.epochs and settings.distillation.needs_teacher):
+        raise RecipeError("teacher is 'next-larger', but nothing is taught: set finetune.epochs and its distillation")
+    targets = {name: own.target.target for name, own in recipes.items()}
+    kinds = {target.kind for target in targets.values()}
+    if len(kinds) > 1 or "threshold" in kinds or any(isinstance(own.value, Mapping) for own in targets.values()):
+        raise TargetError("teacher is 'next-larger': give all targets in the same unit, such as macs=0.5, macs=0.25")
+    return sorted(targets, key=lambda name: -targets[name].number)
 
 
 def _recipes(base: Recipe, targets: Sequence[str]) -> dict[str, Recipe]:
@@ -189,18 +187,35 @@ def _recipes(base: Recipe, targets: Sequence[str]) -> dict[str, Recipe]:
     return recipes
 
 
+def _timed(family: Family, smaller: Mapping[str, LoadedModel], work: Path | None) -> Family:
+    """The same with the latency of all models measured in turns, if asked for, so that any two compare."""
+    first = next(iter(family.members.values()))
+    if not first.recipe.evaluate.latency:
+        return family
+    models = [
+        first.loaded.module,
+        *(member.model for member in family.members.values()),
+        *(own.module for own in smaller.values()),
+    ]
+    images = [example(model, first.loaded, first.recipe.evaluate.batch_size) for model in models]
+    with Stages(first.recipe.seed)("measure latency"):
+        calls = list(zip(models, images, strict=True))
+        times = Kept(work).value("latency", list[float], lambda: milliseconds(calls))
+    own = dict(zip([*family.members, *smaller], times[1:], strict=True))
+    return Family(
+        {name: _with_times(member, times[0], own[name]) for name, member in family.members.items()},
+        {name: replace(found, latency_ms=own[name]) for name, found in family.siblings.items()},
+    )
+
+
+def _with_times(member: Result, dense: float, own: float) -> Result:
+    before, after = member.report.before, member.report.after
+    report = replace(member.report, before=replace(before, latency_ms=dense), after=replace(after, latency_ms=own))
+    return replace(member, report=report)
+
+
 def _told(family: Family) -> Family:
     """The same, whose members know of each other."""
     document = family.to_dict()
-    return Family({name: replace(member, family=document) for name, member in family.members.items()})
-
-
-def _figures(measures: Measures) -> dict[str, Any]:
-    keys = ("macs", "params", "bytes", "top1", "latency_ms")
-    return {key: getattr(measures, key) for key in keys}
-
-
-def _row(member: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
-    top1 = "" if member["top1"] is None else f"{100 * member['top1']:.2f} %"
-    ms = "" if member["latency_ms"] is None else f"{member['latency_ms']:.2f} ms"
-    return member["name"], f"{member['macs'] / 1e6:,.2f} M", f"{member['params']:,}", top1, ms
+    members = {name: replace(member, family=document) for name, member in family.members.items()}
+    return Family(members, family.siblings)

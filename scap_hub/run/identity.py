@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from scap_hub.criteria.base import Criterion
 from scap_hub.recipe import Recipe
@@ -53,6 +54,11 @@ def identity(loaded: LoadedModel, data: Data, recipe: Recipe, criterion: Criteri
     loaders = {f"the {name} set": getattr(data, name) for name in ("train", "validation", "test")}
     hashes |= fingerprints.of_images(loaders)
     return _plain(found) | {name: _HASH + text for name, text in hashes.items()}
+
+
+def weights_of(models: Mapping[str, nn.Module]) -> dict[str, str]:
+    """What a run's result follows from, where other models by these names take part in it."""
+    return {f"{name}'s weights": _HASH + fingerprints.of_weights(model) for name, model in models.items()}
 
 
 def about_run(loaded: LoadedModel, data: Data, recipe: Recipe) -> dict[str, Any]:

@@ -129,6 +129,7 @@ def prune_loaded(
     stages: Stages | None = None,
     callbacks: Sequence[Callback] = (),
     detailed: bool = True,
+    teacher: nn.Module | None = None,
 ) -> Result:
     """`prune` from where model and data are there to where the result is measured; nothing is saved.
 
@@ -143,6 +144,7 @@ def prune_loaded(
         stages: Where the seconds are counted.
         callbacks: As for `prune`.
         detailed: Whether the report has what the page shows beside measurements.
+        teacher: Who teaches the fine-tuning; the dense model if left out.
     """
     stages, kept = stages or Stages(recipe.seed), Kept(work)
     criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
@@ -156,10 +158,9 @@ def prune_loaded(
 
     dense = raised(given)
     pipeline = _Pipeline(
-        replace(loaded, module=dense), data, recipe, criterion, calibration, kept, scores, stages, callbacks
+        replace(loaded, module=dense), data, recipe, criterion, calibration, kept, scores, stages, callbacks, teacher
     )
-    small: nn.Module = dense
-    steps: list[Step] = []
+    small, steps = dense, list[Step]()
     while len(steps) < recipe.schedule.steps:
         small, step = pipeline.step(small, steps)
         steps.append(step)
@@ -217,6 +218,7 @@ class _Pipeline:
     cache: Path | None
     stages: Stages
     callbacks: Sequence[Callback]
+    teacher: nn.Module | None
 
     def step(self, model: nn.Module, earlier: Sequence[Step]) -> tuple[nn.Module, Step]:
         """Makes a model one step smaller than the earlier ones; without any it is the dense one."""
@@ -254,8 +256,9 @@ class _Pipeline:
         if recipe.finetune.epochs:
             with stages("fine-tuning"):
                 folder = self.kept.folder and self.kept.folder / f"training-{number}"
+                teacher = dense if self.teacher is None else raised(self.teacher)
                 history = finetune(
-                    small, self.data, recipe.finetune, dense, folder, seed=recipe.seed, callbacks=self.callbacks
+                    small, self.data, recipe.finetune, teacher, folder, seed=recipe.seed, callbacks=self.callbacks
                 )
         return small, Step(groups, scores, diagnoses, plan, chosen.selection, chosen.verdicts, history)
 

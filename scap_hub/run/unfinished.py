@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from scap_hub.errors import CheckpointError, ScapHubError, VerificationError
 from scap_hub.files import replacing
 from scap_hub.hub.checkpoint import check_output, placed
-from scap_hub.page import REPORT
+from scap_hub.page import FAMILY, REPORT
 from scap_hub.run.identity import differences
 from scap_hub.run.kept import ADVICE, damaged
 from scap_hub.training.distributed import accelerator, from_main
@@ -89,15 +89,17 @@ class Unfinished:
     @property
     def saved(self) -> bool:
         """Whether the output is what this run has saved: it was killed before it could clean up."""
-        try:
-            return (self.folder / _SAVED).read_bytes() == (self.output / REPORT).read_bytes()
-        except OSError:
-            return False
+        with contextlib.suppress(OSError):
+            saved = (self.folder / _SAVED).read_bytes()
+            for name in (REPORT, FAMILY):
+                with contextlib.suppress(OSError):
+                    return saved == (self.output / name).read_bytes()
+        return False
 
-    def saving(self, report: str) -> None:
-        """Remembers how the result will be known again; call it right before it is saved."""
+    def saving(self, document: str) -> None:
+        """Remembers how the result will be known again, by its report.json or family.json; call it before saving."""
         with replacing(self.folder / _SAVED) as unfinished:
-            unfinished.write_text(report, encoding="utf-8")
+            unfinished.write_text(document, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -125,7 +127,7 @@ def kept_beside(output_dir: str | Path | None, restart: bool = False) -> Iterato
         yield work
     except ScapHubError as error:
         begun = (work.folder / _RUN).exists() and isinstance(error, VerificationError | CheckpointError)
-        if not begun and accelerator().is_main_process and work.fresh and not any(work.folder.glob("training-*")):
+        if not begun and accelerator().is_main_process and work.fresh and not any(work.folder.rglob("training-*")):
             _remove(work.folder, missing)
         raise
     else:
