@@ -248,6 +248,20 @@ def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("options", "message"), [("ro", "Read-only file system"), ("size=64k", "make room")])
+def test_a_real_read_only_or_full_disk_is_told_before_any_work(options, message, tmp_path, monkeypatch):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only an administrator may mount a file system")
+    try:
+        monkeypatch.setattr("scap_hub.run.pruning.prune_loaded", stop)
+        with pytest.raises(CheckpointError, match=message):
+            prune(tmp_path)
+        assert not list(tmp_path.iterdir())
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
 def test_signals_end_a_command_with_one_line_and_it_goes_on(number, code, tmp_path):
     command = [sys.executable, "-m", "scap_hub", *TINY, "--set", "finetune_epochs=500", "--out", str(tmp_path / "out")]

@@ -11,6 +11,12 @@ import torch
 import transformers
 from PIL import Image
 from torch import nn
+from transformers import (
+    AutoModelForImageClassification,
+    ConvNextImageProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 import scap_hub
 from scap_hub.criteria.base import Criterion
@@ -425,6 +431,21 @@ def test_a_run_keeps_the_models_type(tmp_path, dtype, criterion):
     again = scap_hub.load(tmp_path / "saved", model=net().to(dtype))
     images = torch.rand(2, 1, 8, 8, dtype=dtype)
     assert again[0].weight.dtype == dtype and torch.equal(again(images), result.model(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_checkpoint_of_transformers_stays_one(tmp_path, dtype):
+    """Transformers 5 loads what the checkpoint has."""
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=10)
+    ResNetForImageClassification(config).to(dtype).save_pretrained(tmp_path / "dense")
+    ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=1.0).save_pretrained(tmp_path / "dense")
+    quick = {"evaluate_latency": False, "data_calibration_images": 64, "finetune_epochs": 1}
+    result = scap_hub.prune(tmp_path / "dense", "digits", target="macs=0.6", output_dir=tmp_path / "out", **quick)
+    opened = AutoModelForImageClassification.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    assert {weight.dtype for weight in (*opened.parameters(), *result.model.parameters())} == {dtype}
+    images = torch.randn(2, 3, 32, 32).to(dtype)
+    assert torch.equal(opened(images).logits, result.model.cpu().eval()(images).logits)
 
 
 def test_overflow_is_told():

@@ -104,7 +104,8 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         if about.get(key):
             facts.append((name, str(about[key])))
     if tuned := report.get("tuned"):
-        facts.append(("dense model", f"tuned for {tuned['epochs']} epochs before it was pruned"))
+        epochs = f"{tuned['epochs']} epoch{'s' * (tuned['epochs'] != 1)}"
+        facts.append(("dense model", f"tuned for {epochs} before it was pruned"))
     if report.get("unverified"):
         facts.append(("not verified", str(report["unverified"])))
     elif report.get("verified") is not None:

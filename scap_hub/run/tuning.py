@@ -66,7 +66,8 @@ def tune_dense(
     if not tuning.epochs:
         return None
     head = f"gets a new head for the {loaded.num_classes} classes of {data.name!r} and " if tuning.new_head else ""
-    tell(f"{loaded.name} {head}is tuned first, for {tuning.epochs} epochs (finetune.dense_epochs)")
+    epochs = f"{tuning.epochs} epoch{'s' * (tuning.epochs != 1)}"
+    tell(f"{loaded.name} {head}is tuned first, for {epochs} (finetune.dense_epochs)")
     settings = recipe.finetune.lasting(tuning.epochs)
     with stages("tune dense"):
         folder = work and work / "training-dense"
