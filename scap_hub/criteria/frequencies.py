@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from scap_hub.criteria.patches import PatchLayer
 
+_IMAGES = 8
+"""Images that are filtered at a time: their spectra take as much memory as they do."""
+
 
 def channels_first(layer: nn.Module, maps: Tensor) -> Tensor:
     """A layer's input or output as (N, C, *axes); what a linear layer reads has its channels last."""
@@ -63,8 +66,9 @@ def filtered(layer: PatchLayer, x: Tensor, power: Tensor | None) -> tuple[Tensor
         amplitude = _on_input(amplitude, axis, size, int(stride))
     half = amplitude[..., : maps.shape[-1] // 2 + 1]  # of a real signal, the rest follows
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-    spectra = torch.fft.rfftn(maps, dim=axes) * half.to(maps)
-    maps = torch.fft.irfftn(spectra, s=maps.shape[2:], dim=axes)
+    half = half.to(maps)
+    parts = (torch.fft.rfftn(part, dim=axes).mul_(half) for part in maps.split(_IMAGES))
+    maps = torch.cat([torch.fft.irfftn(part, s=maps.shape[2:], dim=axes) for part in parts])
     return (maps.movedim(1, -1) if isinstance(layer, nn.Linear) else maps), float(amplitude.flatten()[0])
 
 
