@@ -136,6 +136,31 @@ def test_images_of_whole_numbers_are_disturbed_too():
         scap_hub.verify(net, other_keep(plan, "head.weight", 1, "1-4"), images)
 
 
+class Standardised(nn.Module):
+    """Divides by the root of a buffer that is positive in every model."""
+
+    def __init__(self, variance=1.0):
+        super().__init__()
+        self.register_buffer("variance", torch.full((8, 1, 1), variance))
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x):
+        return self.head(self.conv(x) / self.variance.sqrt()).mean((2, 3))
+
+
+def test_random_weights_keep_what_is_positive_so():
+    net = randomize(Standardised().eval())
+    assert net.variance.min() > 0 and net(IMAGES).isfinite().all()
+
+
+def test_outputs_that_are_no_numbers_are_told():
+    groups = scap_hub.channel_groups(Standardised(), IMAGES)
+    plan = scap_hub.PruningPlan.from_keep(groups, {"conv": range(4)})
+    assert scap_hub.verify(Standardised().eval(), plan, IMAGES) < 1e-9
+    with pytest.raises(UnverifiableError, match="returns NaN or Inf"):
+        scap_hub.verify(Standardised(-1.0).eval(), plan, IMAGES)
+
+
 def test_a_model_that_reads_no_image_is_told():
     class Deaf(nn.Module):
         def __init__(self):

@@ -108,8 +108,26 @@ class _Masked:
 
     def run(self, n: Node) -> Any:
         """What the node's operator makes of the values so far."""
-        result = self._result(n)
+        result = self._cleared(n, self._result(n))
         return mapped(result, self._rounded) if self.rounding and n.is_operator and allocates(n.target) else result
+
+    def _cleared(self, n: Node, result: Any) -> Any:
+        """A result in which removed channels that are not finite are zero.
+
+        Masked with zeros, a channel may be divided by zero. Nobody should read it, but NaN passes through weights that
+        are zero.
+        """
+        labels = self.labels.get(n)
+        if (
+            isinstance(result, Tensor) and result.is_floating_point() and isinstance(labels, Labels)
+            and not result.sum().isfinite()
+        ):  # fmt: skip
+            kept = torch.ones(labels.shape)
+            for dim, indices in self._kept(labels):
+                kept = kept.take_along_dim(_stretched(indices, kept.shape, dim), dim)
+            gone = self._scatter(kept, labels).to(result.device) == 0
+            result.masked_fill_(gone & ~result.isfinite(), 0)
+        return result
 
     def _rounded(self, value: Any) -> Any:
         """A result with further rounding errors, relative to its elements or to their root mean square."""

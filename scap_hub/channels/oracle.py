@@ -246,8 +246,8 @@ class _DoesNotRunError(Exception):
 def _comparable(model: nn.Module, arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...]]:
     """A copy and its inputs in some type.
 
-    Where it returns the same for any image, such as zeros from a fresh head, all plans look right: it gets random
-    weights.
+    Where it returns the same for any image, such as zeros from a fresh head, all plans look right, and where it returns
+    NaN, all look wrong: it gets random weights.
 
     Raises:
         _DoesNotRunError: The model does not run on these inputs.
@@ -267,14 +267,16 @@ def _comparable(model: nn.Module, arguments: tuple[Any, ...], dtype: torch.dtype
         raise _DoesNotRunError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
     if not returned:
         raise UnverifiableError("the model returns no floating-point tensor, so there is nothing to compare")
+    if not says_something and not _finite(returned):
+        raise UnverifiableError("the model returns NaN or Inf for these inputs, which cannot be compared")
     if not says_something:
         raise UnverifiableError("the model returns the same for any input, in which a wrong plan would hide")
     return dense, given
 
 
 def _says_something(dense: nn.Module, given: tuple[Any, ...], returned: Sequence[Tensor]) -> bool:
-    """Whether outputs depend on the images."""
-    if not any(tensor.any() for tensor in returned):
+    """Whether outputs are numbers that depend on the images."""
+    if not any(tensor.any() for tensor in returned) or not _finite(returned):
         return False
     noise = torch.Generator().manual_seed(0)
 
@@ -291,6 +293,10 @@ def _says_something(dense: nn.Module, given: tuple[Any, ...], returned: Sequence
     except Exception:
         return True  # it takes these images alone
     return len(returned) != len(changed) or not all(map(torch.equal, returned, changed))
+
+
+def _finite(outputs: Sequence[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in outputs)
 
 
 def _check_dense(dense: nn.Module, arguments: tuple[Any, ...], allowed: float) -> None:
@@ -363,12 +369,13 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     equal numbers cannot be seen. Scales stay near 1 so that deep networks neither vanish nor overflow.
     """
     generator = torch.Generator().manual_seed(seed)
+    buffers = dict(model.named_buffers())
     with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        for name, tensor in [*model.named_parameters(), *buffers.items()]:
             if not tensor.is_floating_point():
                 continue
             noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-            if name.endswith("running_var"):
+            if name in buffers and tensor.numel() and tensor.min() > 0:  # a variance, say, of which a root is taken
                 tensor.copy_(0.5 + noise)
             elif tensor.ndim < 2:
                 sign = torch.where(noise * 1000 % 2 < 1, 1.0, -1.0) if tensor.ndim else 1.0

@@ -1,0 +1,43 @@
+"""The page of what repairs give, from benchmarks/results/repairs.json."""
+
+import json
+import statistics
+from pathlib import Path
+
+HEAD = """\
+<!-- Written by docs/generate.py from benchmarks/results/repairs.json; do not edit. -->
+# What repairs give
+
+Each column cuts the same networks by the same plans, and each row repairs what is left, without any labels, from the
+same 256 images. The figures are top-1 in percent on 3,000 images that nobody chose by, the mean over {what}.
+Channels were chosen by two criteria, because a repair should not depend on who chose. `benchmarks/repairs.py` says how.
+
+```bash
+python benchmarks/repairs.py --out out/spectra --json benchmarks/results/repairs.json
+```
+
+- **GRAIL's kind** mixes, by a ridge regression on what a layer reads in the dense model, the channels that stay into
+  those that leave, and merges that into the layer's weight. **AIMET's kind** solves each layer for its outputs in the
+  dense model from what it reads in the pruned one, without a ridge. Both are ours, after their descriptions.
+- **Ours** is `scap_hub.repair`: like the second, with a ridge that pulls towards the weights that are there, a bias
+  that is free of it, and batch norms that take their statistics on the way. **Tuned** adds `scap_hub.tune`, 200 steps.
+
+"""
+
+
+def repairs(results: Path) -> str:
+    """The page."""
+    cells = json.loads((results / "repairs.json").read_text())
+    rows = [key for key in cells[0] if key not in ("net", "seed", "selector", "target")]
+    columns = list(dict.fromkeys((cell["selector"], cell["target"]) for cell in cells))
+    nets = sorted({(cell["net"], cell["seed"]) for cell in cells})
+    lines = ["| repair | " + " | ".join(f"`{selector}`, {target}" for selector, target in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for row in rows:
+        means = (
+            statistics.mean(cell[row] for cell in cells if (cell["selector"], cell["target"]) == column)
+            for column in columns
+        )
+        lines.append(f"| {row} | " + " | ".join(f"{100 * mean:.1f}" for mean in means) + " |")
+    head = HEAD.format(what=", ".join(f"{net} (seed {seed})" for net, seed in nets))
+    return head + "\n".join(lines) + "\n"
