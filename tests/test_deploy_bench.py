@@ -1,6 +1,7 @@
 """Models side by side in the runtimes that people deploy on."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -65,9 +66,23 @@ def test_the_benchmark_compares_four_variants(tmp_path, monkeypatch):
     import deploy  # of benchmarks/
 
     monkeypatch.setattr(deploy, "MODELS", ("test_efficientnet",))
-    rows = deploy.main(["--quick", "--only", "test_", "--json", str(tmp_path / "found.json")])
+    monkeypatch.setattr(deploy, "liked_multiple", lambda *_: 8)
+    arguments = ["--quick", "--only", "test_", "--json", str(tmp_path / "found.json")]
+    rows = deploy.main(arguments)
     assert [(row["model"], row["precision"]) for row in rows] == [
         (model, precision) for model in ("dense", "pruned") for precision in ("fp32", "int8")
     ]
     assert json.loads((tmp_path / "found.json").read_text())["rows"] == rows
+    found = json.loads((tmp_path / "found.json").read_text())
+    other = {**rows[0], "network": "other"}
+    stale = {**rows[1], "ms": -1.0}
+    (tmp_path / "found.json").write_text(json.dumps({**found, "rows": [other, stale]}))
+    again = deploy.main(arguments)
+    kept = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert kept[0] == other and stale not in kept and len(kept) == 5, "what was not measured again stays"
+    assert sorted(map(deploy.key, kept[1:])) == sorted(map(deploy.key, again))
+    assert shlex.split(other["command"])[1] == "benchmarks/deploy.py" and str(tmp_path) not in other["command"]
+    (tmp_path / "found.json").write_text(json.dumps({**found, "torch": "0.1"}))
+    with pytest.raises(SystemExit, match=r"torch 0\.1, now"):
+        deploy.main(arguments)
     assert timm.is_model("test_efficientnet") and rows[0]["file_bytes"] > rows[2]["file_bytes"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,15 @@ class _Stack(nn.Module):
         return self.head(self.body(self.stem(images)).mean((2, 3)))
 
 
+def width_times(
+    runtime: str, int8: bool, timer: Timer = milliseconds, widths: Sequence[int] = (_WIDTH, _WIDTH - 8, _WIDTH - 16)
+) -> dict[int, float]:
+    """Times of small stacks of convolutions by their width, in turns, relative to the first; see `liked_multiple`."""
+    images = torch.randn(1, 3, 14, 14, generator=torch.Generator().manual_seed(0))
+    times = timer([(opened(_Stack(width).eval(), images, runtime, int8), images) for width in widths])
+    return {width: time / times[0] for width, time in zip(widths, times, strict=True)}
+
+
 def liked_multiple(runtime: str, int8: bool, device: torch.device, timer: Timer = milliseconds) -> int:
     """The multiple that channel counts should have: 8, 16 or 32.
 
@@ -41,12 +52,9 @@ def liked_multiple(runtime: str, int8: bool, device: torch.device, timer: Timer 
     """
     if runtime == "torch" and device.type != "cpu":
         return _GPU[int8]
-    images = torch.randn(1, 3, 14, 14, generator=torch.Generator().manual_seed(0))
-    widths = (_WIDTH, _WIDTH - 8, _WIDTH - 16)
-    whole, *narrower = timer([(opened(_Stack(width).eval(), images, runtime, int8), images) for width in widths])
     multiple = 8
-    for width, time in zip(widths[1:], narrower, strict=True):
-        if 1 - time / whole >= (1 - (width / _WIDTH) ** 2) / 2:
+    for width, time in list(width_times(runtime, int8, timer).items())[1:]:
+        if 1 - time >= (1 - (width / _WIDTH) ** 2) / 2:
             break
         multiple *= 2
     return multiple

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -57,17 +58,17 @@ class NncfQuantizer(Quantizer):
         except Exception as error:
             raise ModelError(f"nncf cannot quantise the model with {scheme}: {one_line(error)}") from error
 
-    def _read(self):  # type: ignore[no-untyped-def]
+    def _read(self) -> Any:
         import openvino
 
         return openvino.Core().read_model(self._file)
 
 
-def _is_layer(node) -> bool:  # type: ignore[no-untyped-def]
+def _is_layer(node: Any) -> bool:
     return node.get_type_name() in _OPERATORS
 
 
-def _percentile():  # type: ignore[no-untyped-def]
+def _percentile() -> Any:
     """Ranges without the largest values."""
     from nncf.quantization import range_estimator as nncf_ranges
 
