@@ -88,6 +88,25 @@ def test_every_output_has_its_name_and_is_the_models(name, tmp_path):
             assert (one - other).abs().max() <= 1e-4 * max(1, other.abs().max())
 
 
+SLOW = ("AutoModelForObjectDetection", "AutoModelForDepthEstimation", "stages", "masks")
+
+
+@pytest.mark.parametrize("name", ["AutoModel", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_transformers_own_loader_hands_out_every_output_by_its_name(name, tmp_path):
+    """With neither scap_hub nor trust; a wrong order would hand out boxes as logits."""
+    exporters = pytest.importorskip("transformers.exporters")
+    saved(tmp_path / "out", name)
+    export(tmp_path / "out", "onnx")
+    opened = exporters.ExportedModel.from_pretrained(str(tmp_path / "out"), subfolder="onnx")
+    images = torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        answer, theirs = opened(pixel_values=images), expected(scap_hub.load(tmp_path / "out")(images), NAMES[name])
+    assert set(NAMES[name]) <= set(answer)
+    for own, other in zip(NAMES[name], theirs, strict=True):
+        assert answer[own].shape == other.shape
+        assert (answer[own] - other).abs().max() <= 1e-4 * max(1, other.abs().max())
+
+
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tower") / "out"
@@ -124,6 +143,8 @@ def test_what_has_no_logits_is_not_quantised_blindly(tower):
     ):
         export(tower, "onnx", int8=True, dataset="digits")
     assert not list(tower.glob("onnx/*"))
+    with pytest.raises(ModelError, match="judged by logits alone"):  # before any work
+        scap_hub.forecast(tower, "digits", deploy_int8=True)
 
 
 def test_other_exporters_are_not_asked_for_several_outputs(tower):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from scap_hub.deploy.capture import INPUT, OUTPUT
+from scap_hub.deploy.capture import INPUT
 from scap_hub.deploy.source import Source
 from scap_hub.errors import ModelError, ScapHubError
 from scap_hub.text import one_line
@@ -61,17 +61,17 @@ def _by_timmx(source: Source, name: str, path: Path) -> None:
     options = {"pretrained": True, "verify": False, "input_size": tuple(source.images.shape[1:]), **_TIMM_OPTIONS[name]}
     timmx.export_model(name, f"{where}:{source.folder}", output=str(path), **options)
     if name == "openvino":
-        _name_ports(path)
+        _name_ports(path, source.net.names[0])
 
 
-def _name_ports(path: Path) -> None:
+def _name_ports(path: Path, output: str) -> None:
     """Gives input and output the names that other exporters give them; whoever feeds by name would feed nothing."""
     import openvino
 
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         model = openvino.Core().read_model(path)
         model.inputs[0].get_tensor().set_names({INPUT})
-        model.outputs[0].get_tensor().set_names({OUTPUT})
+        model.outputs[0].get_tensor().set_names({output})
         openvino.save_model(model, Path(scratch, path.name), compress_to_fp16=False)
         for file in Path(scratch).iterdir():
             file.replace(path.parent / file.name)

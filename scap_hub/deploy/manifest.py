@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import ModelOutput
 
-from scap_hub.deploy.capture import INPUT, OUTPUT
+from scap_hub.deploy.capture import INPUT, Named
 from scap_hub.deploy.source import Source
 from scap_hub.private import tree_json
 
@@ -50,15 +50,18 @@ def _document(source: Source, kind: str) -> dict[str, Any]:
         "export_device": "cpu",
         "kwargs": {INPUT: {"rank": images.dim(), "shape": list(images.shape), "dtype": "float32"}},
         "in_spec": tree_json(((), {INPUT: images})),
-        "out_spec": tree_json(_answer(source.net.model, images)),
+        "out_spec": tree_json(_answer(source.net, images)),
     }
     components = {"model": {"file": "", "metadata": metadata}}
     return {"schema_version": 1, "export_format": kind, "components": components}
 
 
-def _answer(model: nn.Module, images: Tensor) -> Tensor | ModelOutput:
-    """Logits in the form in which transformers hands them out; nobody else's classes can be named in a manifest."""
+def _answer(net: Named, images: Tensor) -> Tensor | dict[str, Tensor]:
+    """What the file answers, in the form in which transformers hands it out; nobody else's classes can be named."""
     with torch.no_grad():
-        output = model(images)
+        output, tensors = net.model(images), net(images)
+    named = dict(zip(net.names, tensors if isinstance(tensors, tuple) else (tensors,), strict=True))
     ours = isinstance(output, ModelOutput) and type(output).__module__.startswith("transformers.")
-    return type(output)(**{OUTPUT: output[OUTPUT]}) if ours else images
+    if ours and set(named) <= set(output) and tuple(answer := type(output)(**named)) == net.names:  # in the file's order
+        return answer
+    return named if len(named) > 1 else images

@@ -39,20 +39,23 @@ def check_export(loaded: LoadedModel, data: Data, recipe: Recipe) -> None:
 
     Raises:
         CalibrationError: int8 without calibration images.
-        ModelError: The model cannot be exported; names the operator and the module, if it is one that ONNX lacks.
+        ModelError: The model cannot be exported; names the operator and the module, if it is one that ONNX lacks. Or
+            int8 of such a model cannot be judged.
     """
     exported = recipe.target.target.kind == "latency" and recipe.target.runtime != "torch"
     if recipe.deploy.int8 and not any(len(batch[0]) for batch in data.calibration):
         raise CalibrationError("deploy.int8 needs calibration images, and the data set has none: give one with images")
     if recipe.deploy.int8 or exported:
         with announce("trying the export on the dense model"):
-            from_main(lambda: _try_export(loaded))
+            from_main(lambda: _try_export(loaded, recipe.deploy.int8))
 
 
-def _try_export(loaded: LoadedModel) -> None:
+def _try_export(loaded: LoadedModel, int8: bool) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             source = Source.of(loaded.module, loaded.preprocessing.input_size)
+            if int8:
+                check_judged(source.net)
             FORMATS["onnx"].write(source, Path(scratch, "dense.onnx"))
         except ModelError as error:
             raise ModelError(
