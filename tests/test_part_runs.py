@@ -138,6 +138,16 @@ def test_several_sizes_and_a_training_of_a_part():
     assert all(member.report.history for member in family.members.values())
 
 
+def test_criteria_are_compared_on_a_part():
+    options = {key: value for key, value in QUICK.items() if key not in ("target", "criterion")}
+    splits = {"train": loader(), "validation": loader()}
+    found = scap_hub.compare(
+        detector(SSD), splits, part="backbone", criteria=["l1", "taylor"], targets=["macs=0.6"], seeds=2, **options
+    )
+    assert [cell for cell in found.cells if 0 < cell["validation"] < 1 and cell["macs"] <= 0.6] == found.cells
+    assert len(found.cells) == 4
+
+
 class Ties(nn.Module):
     """Returns as many numbers as rounding makes larger than others that are equal: boxes of equal scores, in short."""
 
