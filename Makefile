@@ -33,8 +33,8 @@ test-lowest:
 # Every model of benchmarks/models.txt and models-tasks.txt; what the JSON holds is not measured again. With Torch-Pruning, if installed:
 # make bench-coverage OPTIONS="--peer torch-pruning"
 bench-coverage: setup
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --reload --json benchmarks/results/coverage.json $(OPTIONS)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --models benchmarks/models-tasks.txt --reload \
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --reload --train --json benchmarks/results/coverage.json $(OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py --models benchmarks/models-tasks.txt --reload --train \
 	  --json benchmarks/results/tasks.json
 	$(BIN)/python docs/generate.py
 

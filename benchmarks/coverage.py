@@ -4,6 +4,7 @@
     python benchmarks/coverage.py --quick --json out/coverage.json            # four models
     python benchmarks/coverage.py --models benchmarks/models-extended.txt --json out/extended.json
     python benchmarks/coverage.py --models benchmarks/models-tasks.txt --json out/tasks.json
+    python benchmarks/coverage.py --reload --train --json out/coverage.json   # rebuilt and trained one step as well
     python benchmarks/coverage.py --peer torch-pruning --json out/coverage.json   # Torch-Pruning beside it
 
 Weights are random and randomised once more (norms and statistics too), so that no zero hides a fault. Every model is
@@ -175,10 +176,9 @@ def drawn(groups: list[Any]) -> tuple[dict[str, Any], dict[str, float]]:
     return scores, {name: float(rng.uniform(0.2, 0.9)) for name in scores}
 
 
-def save_pruned(library: str, name: str, size: int | str, folder: str) -> dict[str, Any]:
-    """Prunes an untrained model at random ratios; leaves its plan, its weights and one output in a folder."""
+def cut_at_random(library: str, name: str, size: int | str) -> tuple[Any, Any, Any]:
+    """An untrained model pruned at random ratios, its plan, and an example of its input."""
     import torch
-    from safetensors.torch import save_file
 
     from scap_hub import apply_plan, channel_groups, select
 
@@ -187,7 +187,40 @@ def save_pruned(library: str, name: str, size: int | str, folder: str) -> dict[s
     example = torch.randn(1, *shape(size))
     groups = channel_groups(model, example)
     plan = select(groups, *drawn(groups), round_to=1, floor=0.0)
-    small = apply_plan(model, plan).eval()
+    return apply_plan(model, plan).eval(), plan, example
+
+
+def train(library: str, name: str, size: int | str) -> dict[str, Any]:
+    """Trains a pruned model for one step on two images, towards outputs of zero; there are no targets for all tasks.
+
+    Returns:
+        loss: Mean square of the outputs, summed over them.
+        gradients: How many parameters get one; all of them are finite, and one of them at least is not zero.
+    """
+    import torch
+
+    small, _, example = cut_at_random(library, name, size)
+    optimizer = torch.optim.SGD(small.train().parameters(), lr=1e-3)
+    outputs = _tensors(small(torch.cat([example, torch.randn_like(example)])))
+    trained = [leaf for leaf in outputs if leaf.is_floating_point() and leaf.requires_grad]
+    loss = torch.stack([leaf.float().square().mean() for leaf in trained]).sum()
+    loss.backward()
+    gradients = [weight.grad for weight in small.parameters() if weight.grad is not None]
+    optimizer.step()
+    found = [loss, *gradients, *small.parameters()]
+    if not all(bool(tensor.isfinite().all()) for tensor in found):
+        raise FloatingPointError("the loss, a gradient or a weight is not finite after one step")
+    if not any(bool(gradient.any()) for gradient in gradients):
+        raise FloatingPointError("no gradient reaches any weight")
+    return {"loss": loss.item(), "gradients": len(gradients)}
+
+
+def save_pruned(library: str, name: str, size: int | str, folder: str) -> dict[str, Any]:
+    """Prunes an untrained model at random ratios; leaves its plan, its weights and one output in a folder."""
+    import torch
+    from safetensors.torch import save_file
+
+    small, plan, example = cut_at_random(library, name, size)
     Path(folder, "plan.json").write_text(plan.to_json())
     weights = {key: tensor.contiguous().clone() for key, tensor in small.state_dict().items()}
     with torch.no_grad():
@@ -298,6 +331,7 @@ def run(
     path: Path | None,
     peer: bool = False,
     reload: bool = False,
+    train_too: bool = False,
 ) -> dict[str, Any]:
     """Measures what is not done yet, and writes after each model."""
     for library, name, size in models:
@@ -309,6 +343,8 @@ def run(
             done[name]["torch_pruning"] = isolated(measure_peer, (library, name, size), limit)
         if reload and "reloaded" not in done[name]:
             done[name]["reloaded"] = reloaded(library, name, size, limit)
+        if train_too and "trained" not in done[name]:
+            done[name]["trained"] = isolated(train, (library, name, size), limit)
         if path:
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(list(done.values()), indent=1) + "\n")
@@ -359,6 +395,7 @@ def main() -> None:
     parser.add_argument("--only", help="only names that contain this")
     parser.add_argument("--limit", type=float, default=300, help="seconds a model")
     parser.add_argument("--reload", action="store_true", help="rebuild every pruned model in another process as well")
+    parser.add_argument("--train", action="store_true", help="train every pruned model for one step as well")
     parser.add_argument("--peer", choices=["torch-pruning"], help="prune with it as well")
     options = parser.parse_args()
     import timm  # noqa: F401
@@ -382,12 +419,15 @@ def main() -> None:
         options.json,
         options.peer is not None,
         options.reload,
+        options.train,
     )
     rows = list(done.values())
     print(f"{sum(row['status'] == 'ok' for row in rows)} of {len(rows)} models pruned and proven")
     if options.reload:
         exact = sum(row.get("reloaded", {}).get("difference") == 0 for row in rows)
         print(f"{exact} of {len(rows)} rebuilt in another process with outputs that differ by 0")
+    if options.train:
+        print(f"{sum('loss' in row.get('trained', {}) for row in rows)} of {len(rows)} trained for one step")
     if options.peer:
         print(compared(rows))
 

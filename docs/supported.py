@@ -20,7 +20,7 @@ Channel groups are found from the operators that a model runs, not from a list o
 random fraction of each. A model counts as **proven** when both times its output, in float64, equals that of the dense
 model with the same channels masked. {proven} of {count} are ({share:.1%}), and {wrong} gave a wrong result. {reloaded}
 of the pruned models were rebuilt in another process from their library's own constructor, the plan and safetensors,
-{exact} of them with outputs that differ by exactly 0.
+{exact} of them with outputs that differ by exactly 0.{trained}
 
 - **conv, linear**: share of the output channels of convolutions and of linear layers that can be removed. In most rows
   only the classifier stays whole. `scap-hub inspect MODEL` says why anything else does.
@@ -45,7 +45,8 @@ FURTHER = """
 proven, and {wrong} gave a wrong result. Here **conv** and **linear** leave out the channels that a model returns; in
 {wide} of {proven}, 0.95 or more of the convolutions' channels can be removed. In the others, what stays is held for a
 reason: a reshape that mixes channels with positions (MAnet), zeros that fill up channels (HighResNet), channels that
-stand alone in their group (ShuffleNet), or attention whose scale follows its width (torchvision's ViT and Swin).
+stand alone in their group (ShuffleNet), or attention whose scale follows its width (torchvision's ViT and
+Swin).{trained}
 
 | model | status | conv | linear | MACs | random | error | groups | seconds |
 |---|---|---|---|---|---|---|---|---|
@@ -57,7 +58,7 @@ Models that are no classifiers, each as small as its library builds it. {count} 
 measured so far, of the {listed} that `benchmarks/models-tasks.txt` lists. {proven} are proven, and {wrong} gave a wrong
 result. **conv** and **linear** leave out the channels that a model returns; a
 backbone returns its stages, a detector also what its encoder has computed. What else stays whole is mostly the stream
-of a transformer to which positions are added that `forward` computes.
+of a transformer to which positions are added that `forward` computes.{trained}
 
 | model | task | status | conv | linear | MACs | random | error | groups | seconds |
 |---|---|---|---|---|---|---|---|---|---|
@@ -75,6 +76,7 @@ def tasks() -> str:
         listed=len(task_of),
         proven=sum(row["status"] == "ok" for row in rows),
         wrong=sum(row["status"] == "VerificationError" for row in rows) or "none",
+        trained=_trained(rows),
     )
     for row in rows:
         name, cells = _coverage_row({**row, "name": _short(row["name"])}).split(" | ", 1)
@@ -104,14 +106,24 @@ def coverage() -> str:
         wrong=sum(row["status"] == "VerificationError" for row in rows) or "none",
         reloaded=sum("difference" in row.get("reloaded", {}) for row in rows),
         exact=sum(row.get("reloaded", {}).get("difference") == 0 for row in rows),
+        trained=_trained(rows),
         peer=f"{compared(rows)}.\n\n" if any("torch_pruning" in row for row in rows) else "",
     )
     further = json.loads((ROOT / "benchmarks" / "results" / "extended.json").read_text(encoding="utf-8"))
     known = [row for row in further if row["status"] == "ok"]
     wide = sum((_shares(row)[0] or 1) >= 0.95 for row in known)
     wrong = sum(row["status"] == "VerificationError" for row in further) or "none"
-    more = FURTHER.format(count=len(further), proven=len(known), wrong=wrong, wide=wide)
+    more = FURTHER.format(count=len(further), proven=len(known), wrong=wrong, wide=wide, trained=_trained(further))
     return text + "".join(map(_coverage_row, rows)) + tasks() + more + "".join(map(_coverage_row, further))
+
+
+def _trained(rows: list[dict[str, Any]]) -> str:
+    """How many pruned models were trained for a step, in a sentence; nothing before any was."""
+    tried = [row["trained"] for row in rows if "trained" in row]
+    if not tried:
+        return ""
+    done = sum("loss" in row for row in tried)
+    return f"\n{done} of the {len(tried)} that were trained for one step have a finite loss, gradients and weights."
 
 
 def _shares(row: dict[str, Any]) -> list[float | None]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import fashion_mnist
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import accuracy  # noqa: E402
+import by_task  # noqa: E402
+import collages  # noqa: E402
 import finetune  # noqa: E402
 import gpu  # noqa: E402
 import latency  # noqa: E402
@@ -179,3 +182,36 @@ def test_errors_count_in_the_frequencies_that_the_outputs_see():
 @pytest.mark.parametrize("name", spectra.NETS)
 def test_the_small_networks_run_at_16_pixels(name):
     assert spectra.NETS[name]().eval()(torch.zeros(2, 1, 16, 16)).shape == (2, 10)
+
+
+@needs_images
+def test_masks_and_boxes_of_collages_say_the_same():
+    splits = collages.collages(24, 6)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 24, "validation": 4, "test": 6}
+    seen = 0
+    for scene in (*splits["train"], *splits["test"]):
+        mask = np.array(scene["annotation"])
+        assert np.array(scene["image"]).shape == (collages.SIDE, collages.SIDE, 3)
+        boxes, categories = scene["objects"]["bbox"], scene["objects"]["category"]
+        assert set(np.unique(mask)) - {0} <= {category + 1 for category in categories}
+        for (x, y, width, height), category in zip(boxes, categories, strict=True):
+            window = mask[int(y) : int(y + height), int(x) : int(x + width)]
+            assert window.shape == (height, width)
+            seen += (window == category + 1).mean() > 0.1
+        if len(boxes) == 1:
+            rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+            assert boxes[0] == [columns[0], rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1]
+    assert seen > 0.9 * sum(len(scene["objects"]["bbox"]) for scene in (*splits["train"], *splits["test"]))
+    again = collages.collages(24, 6)["test"][0]
+    assert np.array_equal(np.array(again["image"]), np.array(splits["test"][0]["image"]))
+
+
+@needs_images
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_the_benchmark_by_task_runs(task, tmp_path):
+    path = tmp_path / "out.json"
+    dense, cut = by_task.main(["--quick", "--tasks", task, "--targets", "macs=0.5", "--json", str(path)])
+    assert dense["target"] == "dense" and 0 < cut["macs"] <= 0.5 and len(cut["latency_ms"]) == 2
+    assert all(0 <= cut[name] <= 1 for name in ("repaired", "tuned", "fine-tuned"))
+    assert json.loads(path.read_text()) == [dense, cut]

@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import scap_hub
 from scap_hub.errors import CalibrationError, DataError, RecipeError
 from scap_hub.run import compare, peers
 from scap_hub.run.comparison import Comparison
 from tests.nets import tiny_net
-from tests.test_pruning import images
+from tests.test_outputs import OPTIONS, Pair, images
+from tests.test_pruning import images as labelled_images
 
 QUICK = dict(
     recipe="quick", model_input_size=(1, 8, 8), data_calibration_images=32, finetune_epochs=0, round_to=1,
@@ -92,6 +94,38 @@ def test_mean_ranks_count_only_cells_that_all_have():
     assert table[-1] == ["c", "60.00 ± 14.14", "failed", "2.75"]
 
 
+def test_less_of_an_error_ranks_first():
+    cells = [
+        {"target": "macs=0.5", "criterion": name, "seed": 0, "validation": error}
+        for name, error in (("a", 0.3), ("b", 0.1), ("c", 0.2))
+    ]
+    about = {"metric": {"name": "relative output error", "lower_is_better": True}}
+    found = Comparison(about, {"validation": 0.0, "test": None}, cells)
+    assert [row["criterion"] for row in found.summary()] == ["b", "c", "a"]
+    assert found.rows()[0][0] == "criterion (relative output error, less is better)"
+
+
+def test_criteria_are_compared_by_the_outputs_of_a_model_without_logits(tmp_path):
+    """Taylor among them; a schedule of training keeps the epoch of the smallest error."""
+    torch.manual_seed(0)
+    halves = images(40).split(20)
+    splits = {
+        name: DataLoader(TensorDataset(half), batch_size=10)
+        for name, half in zip(("train", "validation"), halves, strict=True)
+    }
+    options = {"targets": ["macs=0.6"], "seeds": 1, "output": tmp_path / "out.json", **OPTIONS, "repair_tune_steps": 0}
+    del options["target"]
+    found = scap_hub.compare(Pair(), splits, criteria=["taylor", "random"], finetune_epochs=1, **options)
+    assert not [cell for cell in found.cells if "error" in cell], found.cells
+    assert all(0 < cell["validation"] <= cell["repaired"] for cell in found.cells)
+    best, worst = (row["targets"]["macs=0.6"]["mean"] for row in found.summary())
+    assert best <= worst
+    assert json.loads((tmp_path / "out.json").read_text())["metric"]["lower_is_better"] is True
+    with pytest.raises(RecipeError, match="zoo:test_resnet: relative output error compares outputs"):
+        scap_hub.compare(Pair(), splits, criteria=["zoo:test_resnet"], finetune_epochs=1,
+                         model_pretrained=False, **{**options, "output": None})  # fmt: skip
+
+
 def test_torch_pruning_stands_beside_at_the_same_macs():
     pytest.importorskip("torch_pruning")
     found = scap_hub.compare(
@@ -109,7 +143,7 @@ def test_torch_pruning_stands_beside_at_the_same_macs():
     [
         ({"criteria": ["l3"]}, RecipeError, "unknown criterion 'l3'"),
         ({"targets": ["speed=2"]}, RecipeError, "target 'speed=2' is not understood"),
-        ({"dataset": images(channels=1, size=8, classes=10)}, DataError, "labelled validation images"),
+        ({"dataset": labelled_images(channels=1, size=8, classes=10)}, DataError, "labelled validation images"),
         ({"model": None}, RecipeError, "no model"),
     ],
 )

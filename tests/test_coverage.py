@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 MODELS = [
@@ -44,8 +45,19 @@ def test_a_measurement_that_dies_or_hangs_is_a_row(benchmark):
 def test_one_model_from_end_to_end(benchmark, tmp_path):
     path = tmp_path / "coverage.json"
     models = [("timm", "test_byobnet", 64)]
-    done = benchmark.run(models, {}, 120, path, reload=True)
+    done = benchmark.run(models, {}, 120, path, reload=True, train_too=True)
     row = done["test_byobnet"]
     assert row["reloaded"]["difference"] == 0
+    assert 0 < row["trained"]["loss"] < float("inf") and row["trained"]["gradients"] > 0
     assert row["status"] == "ok" and row["coverage"]["conv"] == 1.0 and row["uniform_macs"] < 0.4
-    assert benchmark.run(models, done, 0, path, reload=True)["test_byobnet"] is row
+    assert benchmark.run(models, done, 0, path, reload=True, train_too=True)["test_byobnet"] is row
+
+
+@pytest.mark.parametrize(("spoil", "message"), [(float("nan"), "not finite"), (0.0, "no gradient reaches")])
+def test_a_training_step_that_does_nothing_is_told(benchmark, monkeypatch, spoil, message):
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 1))
+    for weight in net.parameters():
+        torch.nn.init.constant_(weight, spoil)
+    monkeypatch.setattr(benchmark, "cut_at_random", lambda *_: (net, None, torch.randn(1, 3, 8, 8)))
+    with pytest.raises(FloatingPointError, match=message):
+        benchmark.train("timm", "net", 8)

@@ -1,5 +1,7 @@
 """Whole runs on a part of a model: torchvision's detectors, whose control flow depends on values."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -136,6 +138,31 @@ def test_several_sizes_and_a_training_of_a_part():
     assert all(isinstance(member.model, RetinaNet) for member in family.members.values())
     assert sizes[0] > sizes[1]
     assert all(member.report.history for member in family.members.values())
+
+
+def test_criteria_are_compared_on_a_part():
+    options = {key: value for key, value in QUICK.items() if key not in ("target", "criterion")}
+    splits = {"train": loader(), "validation": loader()}
+    found = scap_hub.compare(
+        detector(SSD), splits, part="backbone", criteria=["l1", "taylor"], targets=["macs=0.6"], seeds=2, **options
+    )
+    assert [cell for cell in found.cells if 0 < cell["validation"] < 1 and cell["macs"] <= 0.6] == found.cells
+    assert len(found.cells) == 4
+
+
+def test_a_part_of_a_model_with_a_name_is_rebuilt_and_taken_up(tmp_path):
+    name, part = "test_resnet", "layer2"
+    options = {**QUICK, "model_pretrained": False, "model_input_size": (3, 32, 32)}
+    found = scap_hub.forecast(name, loader(), part=part, **options)
+    assert found.groups and found.macs[0] > found.macs[1]
+    result = scap_hub.prune(name, loader(), part=part, output_dir=tmp_path / "out", **options)
+    again = scap_hub.load(tmp_path / "out")
+    assert torch.equal(again(IMAGES), result.model(IMAGES))
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["whole"]["part"] == part
+    second = scap_hub.prune(tmp_path / "out", loader(), output_dir=tmp_path / "again", **{**options, "part": part})
+    twice = scap_hub.load(tmp_path / "again")
+    assert torch.equal(twice(IMAGES), second.model(IMAGES))
+    assert second.report.whole.params[1] < result.report.whole.params[1]
 
 
 class Ties(nn.Module):

@@ -103,6 +103,32 @@ def test_taylor_uses_labels_where_there_are_any(net):
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
+class Outputs(nn.Module):
+    """Two outputs of very different size, no logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        maps = self.head(self.body(x).relu())
+        return {"map": maps, "pair": (1000 * maps.mean((2, 3)), len(x))}
+
+
+def test_taylor_of_any_outputs_is_that_of_their_norms():
+    torch.manual_seed(0)
+    net = Outputs().double()
+    found = score(net, [IMAGES], "taylor", groups=channel_groups(net, IMAGES[:1]))["body"]
+    mask = torch.ones(len(IMAGES), 6, 1, 1, dtype=torch.float64, requires_grad=True)
+    handle = net.body.register_forward_hook(lambda module, args, y: y * mask)
+    output = net(IMAGES)
+    handle.remove()
+    squares = [y.float().flatten(1).square().sum(1) for y in (output["map"], output["pair"][0])]
+    loss = sum(own.sum() / own.mean().detach() for own in squares) / 2
+    (gradient,) = torch.autograd.grad(loss, mask)
+    torch.testing.assert_close(found, relative(gradient.abs().mean(0).flatten()), rtol=1e-4, atol=1e-6)
+
+
 def test_frozen_models_have_gradients_too(net):
     groups = channel_groups(net, IMAGES[:1])
     expected = score(net, [IMAGES], "taylor", groups=groups)["stem.0"]

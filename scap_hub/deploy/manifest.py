@@ -62,6 +62,7 @@ def _answer(net: Named, images: Tensor) -> Tensor | dict[str, Tensor]:
         output, tensors = net.model(images), net(images)
     named = dict(zip(net.names, tensors if isinstance(tensors, tuple) else (tensors,), strict=True))
     ours = isinstance(output, ModelOutput) and type(output).__module__.startswith("transformers.")
-    if ours and set(named) <= set(output) and tuple(answer := type(output)(**named)) == net.names:  # in the file's order
+    # The file's order is what tells one tensor from the other.
+    if ours and set(named) <= set(output) and tuple(answer := type(output)(**named)) == net.names:
         return answer
     return named if len(named) > 1 else images

@@ -350,4 +350,6 @@ def _comparison(comparison: Mapping[str, Any]) -> dict[str, Any]:
             for target in targets
         ]
         rows.append([row["criterion"], *cells, "" if row["rank"] is None else f"{row['rank']:.2f}"])
-    return {"head": ["criterion", *targets, "mean rank"], "rows": rows, "split": split}
+    metric = comparison.get("metric") or {}
+    what = f"criterion ({metric['name']}, less is better)" if metric.get("lower_is_better") else "criterion"
+    return {"head": [what, *targets, "mean rank"], "rows": rows, "split": split}

@@ -6,7 +6,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from scap_hub.channels import channel_groups
 from scap_hub.compensation import recalibrate
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.criteria.base import known_criteria
-from scap_hub.errors import DataError, ScapHubError
+from scap_hub.errors import DataError, RecipeError, ScapHubError
 from scap_hub.progress import track
 from scap_hub.recipe import Recipe
 from scap_hub.run import baselines, peers
@@ -55,7 +55,8 @@ def compare(
 
     Args:
         model: As for `prune`.
-        dataset: As for `prune`; with labels.
+        dataset: As for `prune`; with labels, or, for a task that is measured by the dense model's outputs, with images
+            to validate on.
         recipe: As for `prune`; its repair and training are the same for every criterion.
         targets: What stays: "macs=0.5", ...
         criteria: Names, or "all" registered ones; these, and with "all", Torch-Pruning's own pipeline if it is
@@ -81,11 +82,11 @@ def compare(
     set_seed(base.seed)
     stages = Stages(base.seed)
     loaded, data, tuning = load_dense(model, dataset, base, stages)
+    _check_comparable(data, names)
     smaller = baselines.smaller_models(names, loaded, base)
     places = {name: baselines.fitting_target(small, loaded, targets) for name, small in smaller.items()}
     tune_dense(loaded, data, base, tuning, stages)
-    _check_comparable(data)
-    about = {"model": loaded.name, "data": data.name, "recipe": _shared(base)}
+    about = {"model": loaded.name, "data": data.name, "recipe": _shared(base), "metric": asdict(data.task.metric)}
     found = from_main(lambda: found_in(output, about))
     if not found.dense:
         found.dense = _dense(loaded, data)
@@ -110,11 +111,16 @@ def compare(
     return found
 
 
-def _check_comparable(data: Data) -> None:
+def _check_comparable(data: Data, names: Sequence[str]) -> None:
     if data.validation is None:
-        raise DataError("a comparison needs labelled validation images")
-    if data.task.metric.lower_is_better:
-        raise DataError(f"a comparison ranks by a metric of which more is better, {data.task.name} has none")
+        kind = "" if data.task.from_teacher else "labelled "
+        raise DataError(f"a comparison needs {kind}validation images")
+    smaller = [name for name in names if name.startswith(baselines.ZOO)]
+    if smaller and data.task.from_teacher:
+        raise RecipeError(
+            f"{', '.join(smaller)}: {data.task.metric.name} compares outputs with the dense model's, and another model "
+            "has others; leave it out"
+        )
 
 
 def _recipes(base: Recipe, seeds: Sequence[int], targets: Sequence[str], names: Sequence[str]) -> dict[Key, Recipe]:
@@ -262,6 +268,6 @@ def _cell(job: _Job, model: nn.Module, history: list[dict[str, float]], after: M
         "macs": after.macs / job.dense["macs"],
         "params": after.params / job.dense["params"],
         "repaired": tuning[0],
-        "validation": max(tuning),
+        "validation": (min if job.data.task.metric.lower_is_better else max)(tuning),
         "test": after.top1 if job.data.test is not None else None,
     }

@@ -23,9 +23,9 @@ class Comparison:
     """Every criterion at every target, with every seed.
 
     Attributes:
-        about: What was compared: model, data, recipe.
-        dense: The dense model's macs, params, and top1 on "validation" and "test".
-        cells: One row each: target, criterion, seed; then macs and params (shares that stay), top1 after repair
+        about: What was compared: model, data, recipe; and by which metric, top-1 if it does not say.
+        dense: The dense model's macs, params, and the metric on "validation" and "test".
+        cells: One row each: target, criterion, seed; then macs and params (shares that stay), the metric after repair
             ("repaired", validation), at the end on "validation" and "test" (None without a test split), and seconds;
             or "error".
     """
@@ -41,13 +41,13 @@ class Comparison:
             split: "validation", "test" or "repaired"; by default test where there is one.
 
         Returns:
-            criterion; targets: {target: mean and std of top1, its number of seeds}; rank: mean over the targets and
-            seeds where each criterion has a result, None where there is no such.
+            criterion; targets: {target: mean and std of the metric, its number of seeds}; rank: mean over the targets
+            and seeds where each criterion has a result, None where there is no such.
         """
         split = split or self._split
         done = [cell for cell in self.cells if split in cell]
         values = {(cell["target"], cell["seed"], cell["criterion"]): cell[split] for cell in done}
-        targets, ranks = self._targets, self._ranks(values)
+        targets, ranks = self._targets, self._ranks(values, self._less_is_better)
         rows = []
         for criterion in dict.fromkeys(cell["criterion"] for cell in self.cells):
             columns = {}
@@ -61,24 +61,30 @@ class Comparison:
         return sorted(rows, key=lambda row: (row["rank"] is None, row["rank"]))
 
     @staticmethod
-    def _ranks(values: Mapping[tuple[str, int, str], float]) -> dict[str, list[float]]:
+    def _ranks(values: Mapping[tuple[str, int, str], float], less_is_better: bool = False) -> dict[str, list[float]]:
         """Ranks of each criterion that has results, at the targets and seeds where all of these have one.
 
         Args:
             values: By target, seed and criterion.
+            less_is_better: Whether the smallest value ranks first; else the largest.
         """
+        sign = 1 if less_is_better else -1
         criteria = list(dict.fromkeys(criterion for _, _, criterion in values))
         ranks: dict[str, list[float]] = {}
         for target, seed in dict.fromkeys((target, seed) for target, seed, _ in values):
             row = [values.get((target, seed, criterion)) for criterion in criteria]
             if None not in row:
-                for criterion, rank in zip(criteria, rankdata([-value for value in row]), strict=True):  # type: ignore[operator]
+                for criterion, rank in zip(criteria, rankdata([sign * value for value in row]), strict=True):  # type: ignore[operator]
                     ranks.setdefault(criterion, []).append(float(rank))
         return ranks
 
     @property
     def _targets(self) -> list[str]:
         return list(dict.fromkeys(cell["target"] for cell in self.cells))
+
+    @property
+    def _less_is_better(self) -> bool:
+        return bool(self.about.get("metric", {}).get("lower_is_better"))
 
     @property
     def _split(self) -> str:
@@ -90,7 +96,8 @@ class Comparison:
         targets = self._targets
         split = split or self._split
         top1 = self.dense["validation" if split == "repaired" else split]
-        table = [["criterion", *targets, "mean rank"], ["dense", *[f"{100 * top1:.2f}"] * len(targets), ""]]
+        what = f"criterion ({self.about['metric']['name']}, less is better)" if self._less_is_better else "criterion"
+        table = [[what, *targets, "mean rank"], ["dense", *[f"{100 * top1:.2f}"] * len(targets), ""]]
         for row in self.summary(split):
             cells = [_percent(row["targets"].get(target)) for target in targets]
             table.append([row["criterion"], *cells, "" if row["rank"] is None else f"{row['rank']:.2f}"])
@@ -122,6 +129,7 @@ def found_in(output: str | Path | None, about: dict[str, Any]) -> Comparison:
         return Comparison(about, {}, [])
     try:
         document = json.loads(Path(output).read_text())
+        document.setdefault("metric", json.loads(json.dumps(about.get("metric"))))  # an older one did not say
         theirs, version = {key: document[key] for key in about}, document["version"]
         if version == VERSION and theirs == json.loads(json.dumps(about)):
             return Comparison(about, document["dense"], document["cells"])

@@ -14,19 +14,26 @@ from scap_hub.channels.taps import Tap
 from scap_hub.criteria.calibration import images_of, mean_over_processes
 from scap_hub.criteria.layouts import channels_first
 from scap_hub.criteria.rows import RowCriterion
+from scap_hub.criteria.variance import floating_outputs
 from scap_hub.errors import CalibrationError
 from scap_hub.graph.record import evaluating
 from scap_hub.placement import fed, placement
 from scap_hub.private import unobserved
 from scap_hub.progress import track
+from scap_hub.zoo.registry import zoo_of
+
+_LOGITS = ("image-classification", "semantic-segmentation")
+"""Tasks whose logits have the classes in their second dimension."""
 
 
 @dataclass(kw_only=True)
 class Taylor(RowCriterion):
     """Mean over images of |sum over places of z dL/dz|: what the loss would change by without the channel.
 
-    L is the cross-entropy with the batch's labels, or, where a batch has none, with the model's own predictions. z is
-    the output of the tapped module, which for ReLU is as good as what the next layer sees.
+    L of a classifier is the cross-entropy with the batch's labels, or, where a batch has none, with the model's own
+    predictions; of a semantic segmentation, that of each pixel. Of any other model it is half the squared norm of its
+    outputs, each in units of its mean over the batch. z is the output of the tapped module, which for ReLU is as good
+    as what the next layer sees.
     """
 
     name: ClassVar[str] = "taylor"
@@ -62,9 +69,7 @@ class Taylor(RowCriterion):
                     images = fed(model, images_of(batch)).detach().requires_grad_()
                     count = len(images)
                     images_seen += count
-                    output = model(images)
-                    logits = getattr(output, "logits", output)
-                    loss = F.cross_entropy(logits.float(), _labels(batch, logits), reduction="sum")
+                    loss = _loss(model, model(images), batch, count)
                     if not loss.isfinite():
                         raise CalibrationError(
                             f"the loss of batch {number} is {loss.item()}; check the images and labels"
@@ -74,6 +79,18 @@ class Taylor(RowCriterion):
             for handle in handles:
                 handle.remove()
         return mean_over_processes(sums, images_seen)
+
+
+def _loss(model: nn.Module, output: Any, batch: Any, images: int) -> Tensor:
+    """Sum over the images."""
+    task, logits = zoo_of(model).task(model), getattr(output, "logits", output)
+    if isinstance(logits, Tensor) and (task in _LOGITS or (task is None and logits.ndim == 2)):
+        return F.cross_entropy(logits.float(), _labels(batch, logits), reduction="sum")
+    squares = [found.float().flatten(1).square().sum(1) for found in floating_outputs(output, images)]
+    if not squares:
+        raise CalibrationError(f"{type(model).__name__} returns no floating-point tensor with a row for each image")
+    parts = [own.sum() / own.mean().detach().clamp(min=torch.finfo(own.dtype).tiny) for own in squares]
+    return torch.stack(parts).sum() / 2
 
 
 def _labels(batch: Any, logits: Tensor) -> Tensor:

@@ -1,0 +1,158 @@
+"""What pruning costs a segmenter and a detector: trained from scratch on collages, then pruned to two sizes.
+
+    python benchmarks/by_task.py --json out/by_task.json       # about ten CPU minutes a task
+    python benchmarks/by_task.py --tasks segmentation --targets macs=0.5
+    python benchmarks/by_task.py --quick                       # that it runs
+
+Each size is measured as repaired, as tuned on the calibration images without labels, and as fine-tuned with labels
+and the dense model as teacher; the metric (mean IoU, mAP) is that of the test images. Latency is that of one image,
+measured in turns with the dense model. The images are made by `collages.py` from Debian's `dataset-fashion-mnist`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from collages import LABELS, SIDE, collages
+
+from scap_hub.compensation import tune
+from scap_hub.recipe import Recipe
+from scap_hub.run.inputs import load_dense, shard_calibration
+from scap_hub.run.pruning import prune_loaded
+from scap_hub.run.stages import Stages
+from scap_hub.training.data import Data
+from scap_hub.training.evaluate import evaluate
+from scap_hub.training.finetune import finetune
+
+SIZE = (3, SIDE, SIDE)
+
+
+def segmenter() -> nn.Module:
+    """UperNet on a ResNet of basic blocks."""
+    body = transformers.ResNetConfig(
+        embedding_size=24, hidden_sizes=[24, 48, 96, 128], depths=[2, 2, 2, 2], layer_type="basic",
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    names = dict(enumerate(["background", *LABELS]))
+    config = transformers.UperNetConfig(
+        backbone_config=body, hidden_size=48, auxiliary_channels=32, id2label=names, num_labels=len(names),
+        label2id={name: number for number, name in names.items()},
+    )  # fmt: skip
+    return transformers.UperNetForSemanticSegmentation(config)
+
+
+def detector() -> nn.Module:
+    """RT-DETR on its small ResNet."""
+    body = transformers.RTDetrResNetConfig(
+        embedding_size=24, hidden_sizes=[24, 48, 96, 128], depths=[2, 2, 2, 2], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    names = dict(enumerate(LABELS))
+    config = transformers.RTDetrConfig(
+        backbone_config=body, encoder_hidden_dim=64, encoder_in_channels=[48, 96, 128], encoder_attention_heads=4,
+        encoder_ffn_dim=128, d_model=64, num_queries=20, decoder_in_channels=[64, 64, 64], decoder_ffn_dim=128,
+        decoder_layers=2, decoder_attention_heads=4, num_denoising=20, freeze_backbone_batch_norms=False,
+        id2label=names, label2id={name: number for number, name in names.items()},
+    )  # fmt: skip
+    return transformers.RTDetrForObjectDetection(config)
+
+
+TASKS: dict[str, tuple[Callable[[], nn.Module], str, float]] = {
+    "segmentation": (segmenter, "annotation", 2e-3),
+    "detection": (detector, "objects", 1e-3),
+}
+"""The model, the column of its targets, and the learning rate from scratch."""
+
+
+def measured(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for the dense model, and one for each target."""
+    build, column, rate = TASKS[name]
+    torch.manual_seed(0)
+    splits = collages(options.images, options.images // 3).select_columns(["image", column])
+    shared = {"model_input_size": SIZE, "data_calibration_images": min(256, options.images), "data_batch_size": 32,
+              "data_augmentation": "crop", "finetune_epochs": 0, "repair_tune_steps": 0, "criterion": options.criterion,
+              "criterion_diagnostics": False, "round_to": 8}  # fmt: skip
+    recipe = Recipe.resolve(None, **shared)
+    loaded, data, _ = load_dense(build().eval(), splits, recipe, Stages(0))
+    learn = recipe.finetune.model_copy(update={"learning_rate": rate, "schedule": "onecycle"})
+    dense = loaded.module
+    finetune(dense, data, learn.lasting(options.epochs))
+    rows = [{"task": name, "target": "dense", "metric": data.task.metric.name, "dense": quality(dense, data)}]
+    for target in options.targets:
+        cut = Recipe.resolve(recipe, target=target)
+        result = prune_loaded(loaded, data, cut, detailed=False)
+        before, after = result.report.before, result.report.after
+        row = {"task": name, "target": target, "macs": after.macs / before.macs, "params": after.params / before.params,
+               "latency_ms": [before.latency_ms, after.latency_ms], "repaired": after.top1}  # fmt: skip
+        tuned = copy.deepcopy(result.model)
+        tune(dense, tuned, shard_calibration(data, 32), steps=options.steps)
+        row["tuned"] = quality(tuned, data)
+        trained = copy.deepcopy(result.model)
+        finetune(trained, data, learn.model_copy(update={"learning_rate": rate / 2}).lasting(options.finetune), dense)
+        row["fine-tuned"] = quality(trained, data)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def quality(model: nn.Module, data: Data) -> float:
+    """The metric on the test images."""
+    assert data.test is not None
+    return evaluate(model, data.test, task=data.task)[data.task.metric.key]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """In Markdown."""
+    lines = [
+        "| task | target | metric | dense | repaired | tuned | fine-tuned | latency |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    dense: dict[str, Any] = {}
+    for row in rows:
+        if row["target"] == "dense":
+            dense = row
+            continue
+        figures = [dense["dense"], row["repaired"], row["tuned"], row["fine-tuned"]]
+        before, after = row["latency_ms"]
+        shown = " | ".join(f"{100 * figure:.1f}" for figure in figures)
+        lines.append(
+            f"| {row['task']} | {row['target']} | {dense['metric']} | {shown} | {before:.2f} to {after:.2f} ms |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(prog="benchmarks/by_task.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", type=lambda text: text.split(","), default=list(TASKS))
+    parser.add_argument("--targets", type=lambda text: text.split(","), default=["macs=0.5", "macs=0.3"])
+    parser.add_argument("--images", type=int, default=1024, help="scenes to train on")
+    parser.add_argument("--epochs", type=int, default=20, help="of the dense model")
+    parser.add_argument("--finetune", type=int, default=5, help="epochs of a pruned model")
+    parser.add_argument("--steps", type=int, default=200, help="of the tuning without labels")
+    parser.add_argument("--criterion", default="scap-set")
+    parser.add_argument("--quick", action="store_true", help="a few images and steps")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.images, options.epochs, options.finetune, options.steps, options.criterion = 48, 1, 1, 2, "l1"
+    rows = [row for name in options.tasks for row in measured(name, options)]
+    print(table(rows))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
