@@ -21,6 +21,7 @@ def test_a_forecast_leaves_the_model_and_the_run_as_they_were():
     assert all(torch.equal(dense[name], tensor) for name, tensor in before.items())
     assert told.macs[0] == result.report.before.macs and told.params[0] == result.report.before.params
     assert abs(told.macs[1] / result.report.after.macs - 1) < 0.3
+    assert f"parameters {told.params[0] / 1e3:.3g} k to about" in "\n".join(told.lines()), "never 0.0 M"
     unknown = scap_hub.forecast(model, images(), QUICK, criterion="scap", target="threshold=0.5", **arguments)
     assert unknown.macs[1] is None and any("then what the scores say" in line for line in unknown.lines())
 

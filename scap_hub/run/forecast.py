@@ -29,6 +29,7 @@ from scap_hub.run.tuning import Tuning
 from scap_hub.run.unfinished import check_free
 from scap_hub.selection.select import select
 from scap_hub.tasks import Task
+from scap_hub.text import count as in_short
 from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator
 from scap_hub.training.evaluate import count
@@ -77,7 +78,7 @@ class Forecast:
             lines.append(f"target {self.target}: {_left('MACs', *self.macs)}, {_left('parameters', *self.params)}")
         stages = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in self.seconds.items() if seconds)
         lines.append(f"about {stages or 'nothing to train or measure'}; reading, scores and repair come on top")
-        lines.append(f"memory while training: about {self.memory / 1e9:,.1f} GB" if self.memory else "no training")
+        lines.append(f"memory while training: about {in_short(self.memory)}B" if self.memory else "no training")
         return lines
 
 
@@ -247,8 +248,8 @@ def _images(loader: DataLoader | None) -> int:
 
 def _left(what: str, before: int, after: int | None) -> str:
     if after is None:
-        return f"{what} {before / 1e6:,.1f} M now, then what the scores say"
-    return f"{what} {before / 1e6:,.1f} M to about {after / 1e6:,.1f} M"
+        return f"{what} {in_short(before)} now, then what the scores say"
+    return f"{what} {in_short(before)} to about {in_short(after)}"
 
 
 def _duration(seconds: float) -> str:
