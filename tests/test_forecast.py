@@ -16,6 +16,7 @@ def test_a_forecast_leaves_the_model_and_the_run_as_they_were():
     arguments = dict(model_input_size=(3, 32, 32), finetune_epochs=2)
     told = scap_hub.forecast(model, images(), QUICK, **arguments)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert told.seconds["the report's other targets"] > 0
     result = scap_hub.prune(model, images(), QUICK, **arguments)
     dense = result.loaded.module.state_dict()  # a batch of it was timed
     assert all(torch.equal(dense[name], tensor) for name, tensor in before.items())

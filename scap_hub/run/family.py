@@ -14,6 +14,7 @@ from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.errors import RecipeError, TargetError
 from scap_hub.page import family_json
 from scap_hub.recipe import Recipe
+from scap_hub.run.details import Choices
 from scap_hub.run.identity import identity, weights_of
 from scap_hub.run.inputs import example, load_dense, recipe_of
 from scap_hub.run.kept import Kept, bytes_kept
@@ -89,13 +90,13 @@ def prune_family(
         tuned = tune_dense(loaded, data, base, tuning, stages, folder)
         before = _measured(loaded, data, stages, folder)
         warn_if_guessing(before, loaded, data, tuned)
-        members: dict[str, Result] = {}
+        members, choices = dict[str, Result](), Choices()
         for name in order:
             larger = list(members)[-1] if members and teacher == "next-larger" else None
             members[name] = prune_loaded(
                 *(loaded, data, recipes[name], before), tuned=tuned, work=folder and folder / name,
                 scores=(folder or Path(scratch)) / "scores", stages=Stages(base.seed), callbacks=callbacks,
-                teacher=None if larger is None else members[larger].model,
+                teacher=None if larger is None else members[larger].model, choices=choices,
             )  # fmt: skip
             if larger is not None:
                 members[name].report.about["teacher"] = f"{larger}, the next larger size"

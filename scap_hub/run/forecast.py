@@ -23,6 +23,7 @@ from scap_hub.private import tree_leaves
 from scap_hub.progress import announce, tell
 from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
+from scap_hub.run.details import SHARES
 from scap_hub.run.inputs import example, load_dense, recipe_of
 from scap_hub.run.stages import Stages
 from scap_hub.run.tuning import Tuning
@@ -168,16 +169,20 @@ def _with_groups(found: Forecast, loaded: LoadedModel, groups: ChannelGroups, re
     costs = count(loaded.module, loaded.preprocessing.input_size)
     macs: tuple[int, int | None] = (costs["macs"], None)
     params: tuple[int, int | None] = (costs["params"], None)
+    seconds = dict(found.seconds)
     settings = recipe.target
     if settings.target.kind in ("macs", "params", "ratio"):
         scores = {group.name: torch.ones(group.size) for group in groups.prunable}
+        start = time.perf_counter()
         plan = select(groups, scores, settings.target, settings.multiple, floor=settings.floor, scope="uniform")
+        # The report has what other targets would leave: each is chosen in the same way.
+        seconds["the report's other targets"] = len(SHARES) * (time.perf_counter() - start)
         stays = groups.staying({name: plan.kept(name) for name in plan.groups})
         everything = groups.everything()
         macs = (macs[0], round(macs[0] * groups.macs(stays) / groups.macs(everything)))
         params = (params[0], round(params[0] * groups.params(stays) / groups.params(everything)))
     return Forecast(
-        found.seconds,
+        seconds,
         found.memory,
         found.target,
         groups=len(groups.prunable),
