@@ -28,7 +28,7 @@ from scap_hub.run.inputs import example, load_dense, recipe_of
 from scap_hub.run.stages import Stages
 from scap_hub.run.tuning import Tuning
 from scap_hub.run.unfinished import check_free
-from scap_hub.selection.select import select
+from scap_hub.selection.select import chosen
 from scap_hub.tasks import Task
 from scap_hub.text import count as in_short
 from scap_hub.training.data import Data
@@ -174,10 +174,10 @@ def _with_groups(found: Forecast, loaded: LoadedModel, groups: ChannelGroups, re
     if settings.target.kind in ("macs", "params", "ratio"):
         scores = {group.name: torch.ones(group.size) for group in groups.prunable}
         start = time.perf_counter()
-        plan = select(groups, scores, settings.target, settings.multiple, floor=settings.floor, scope="uniform")
+        keep = chosen(groups, scores, settings.target, settings.multiple, settings.floor, "uniform")
         # The report has what other targets would leave: each is chosen in the same way.
         seconds["the report's other targets"] = len(SHARES) * (time.perf_counter() - start)
-        stays = groups.staying({name: plan.kept(name) for name in plan.groups})
+        stays = groups.staying(keep)
         everything = groups.everything()
         macs = (macs[0], round(macs[0] * groups.macs(stays) / groups.macs(everything)))
         params = (params[0], round(params[0] * groups.params(stays) / groups.params(everything)))
