@@ -27,3 +27,11 @@ def first_few(problems: Sequence[str]) -> str:
     """The first three, and how many more there are."""
     more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
     return ", ".join(problems[:3]) + more
+
+
+def count(value: float) -> str:
+    """A large number in short: 4.09 G."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {letter}" if value < 999.5 * size else f"{value / size:,.0f} {letter}"
+    return f"{value:g}"

@@ -2,6 +2,7 @@
 
 import atexit
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from scap_hub.errors import TrainingError
 from scap_hub.recipe import DataSettings, FinetuneSettings
+from scap_hub.run.report import measure
 from scap_hub.training.data import load_data
 from scap_hub.training.distributed import accelerator, from_main, shard
 from scap_hub.training.evaluate import evaluate
@@ -50,6 +52,7 @@ def main(folder: Path) -> None:
             "seen": seen,
             "mixed": mixed,
             "before": before,
+            "measured": asdict(measure(tiny_net(), (1, 8, 8), data, 10)),
             "after": evaluate(model, data.test),
             "history": history,
             "state": model.state_dict(),

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 import scap_hub
 from scap_hub import errors
 from scap_hub.criteria.rivals.magnitude import L1
-from scap_hub.run import baselines, pruning
+from scap_hub.run import baselines, details, pruning
 from tests.hub_client import running_hub
 from tests.nets import tiny_net
 
@@ -126,10 +126,13 @@ def test_siblings_that_cannot_stand_beside_it_are_told(tmp_path):
 def test_the_next_larger_size_may_teach(monkeypatch, tmp_path):
     teachers, whole = [], pruning.finetune
     monkeypatch.setattr(pruning, "finetune", lambda *a, **k: teachers.append(_width(a[3])) or whole(*a, **k))
+    chosen, choose = [], details.Choosing.__call__
+    monkeypatch.setattr(details.Choosing, "__call__", lambda own, to: chosen.append(str(to)) or choose(own, to))
     arguments = dict(targets=["macs=0.4", "macs=0.7"], teacher="next-larger", output_dir=tmp_path / "out")
     family = scap_hub.prune_family(tiny_net(), "digits", RECIPE, **arguments)
     assert list(family.members) == ["macs-0.4", "macs-0.7"]
     assert teachers == [16 + 32, _width(family.members["macs-0.7"].model)] and teachers[1] < 48
+    assert chosen.count("macs=0.95") == chosen.count("macs=0.5") == 1, "other targets are chosen once for all sizes"
     assert "It learned from macs-0.7, the next larger size." in (tmp_path / "out/macs-0.4/README.md").read_text()
     assert "repeats the run, with the dense model as teacher" in (tmp_path / "out/macs-0.4/report.html").read_text()
     assert "It learned from" not in (tmp_path / "out/macs-0.7/README.md").read_text()

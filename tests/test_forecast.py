@@ -16,11 +16,13 @@ def test_a_forecast_leaves_the_model_and_the_run_as_they_were():
     arguments = dict(model_input_size=(3, 32, 32), finetune_epochs=2)
     told = scap_hub.forecast(model, images(), QUICK, **arguments)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert told.seconds["the report's other targets"] > 0
     result = scap_hub.prune(model, images(), QUICK, **arguments)
     dense = result.loaded.module.state_dict()  # a batch of it was timed
     assert all(torch.equal(dense[name], tensor) for name, tensor in before.items())
     assert told.macs[0] == result.report.before.macs and told.params[0] == result.report.before.params
     assert abs(told.macs[1] / result.report.after.macs - 1) < 0.3
+    assert f"parameters {told.params[0] / 1e3:.3g} k to about" in "\n".join(told.lines()), "never 0.0 M"
     unknown = scap_hub.forecast(model, images(), QUICK, criterion="scap", target="threshold=0.5", **arguments)
     assert unknown.macs[1] is None and any("then what the scores say" in line for line in unknown.lines())
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from torchvision.transforms.functional import pil_to_tensor
 
 import scap_hub
 from scap_hub import errors
@@ -98,6 +99,35 @@ def test_layers_classes_and_answers_are_those_of_the_models(run):
     assert portrait.goes.row not in report.groups[portrait.layer].kept
     assert portrait.stays.row in report.groups[portrait.layer].kept
     assert max(map(max, portrait.goes.spectrum)) <= 100 and len(portrait.input) == 4
+
+
+def test_mistakes_are_those_of_the_models(run, chromium):
+    result, folder = run
+    assert result.loaded.labels[3] == EVIL
+    rows = datasets.Dataset.from_parquet(str(DIGITS / "test.parquet"), cache_dir=str(folder.parent / "cache"))
+    pixels = torch.stack([pil_to_tensor(row["image"]).float() for row in rows]) / 255
+    preprocessing = result.loaded.preprocessing
+    mean, std = (torch.tensor(part)[:, None, None] for part in (preprocessing.mean, preprocessing.std))
+    truth = torch.tensor(rows["label"])
+    matrices = []
+    for measures, model in ((result.report.before, result.loaded.module), (result.report.after, result.model)):
+        with torch.no_grad():
+            answers = model((pixels - mean) / std).argmax(1)
+        expected = torch.zeros(10, 10, dtype=torch.int64).index_put_((truth, answers), torch.tensor(1), accumulate=True)
+        found = torch.diag(torch.tensor([right for right, _ in measures.by_class]))
+        for row, own in measures.mistakes.items():
+            for column, count in own.items():
+                found[row, column] = count
+        assert torch.equal(found, expected)
+        matrices.append(expected)
+    page = Page(chromium, folder / "report.html", 1440).page
+    tables = page.locator(".confusion table")
+    assert tables.count() == 2
+    for table, expected in zip(tables.all(), matrices, strict=True):
+        cells = [int(text or 0) for text in table.locator("tbody td").all_inner_texts()]
+        assert cells == expected.flatten().tolist()
+    dense, pruned = (matrix - torch.diag(matrix.diag()) for matrix in matrices)
+    assert page.locator("td.worse").count() == int((pruned > dense).sum())
 
 
 @pytest.mark.parametrize("width", [375, 1440])
@@ -231,5 +261,22 @@ def test_a_large_network_has_a_small_page():
         "layers": layers, "groups": sizes, "choices": choices, "steps": 1, "portraits": portraits,
         "answers": {"images": 64, "changed": 30, "shown": [thumb] * 12}, "classes": ["name"] * 1000,
     }  # fmt: skip
-    report = {"before": measures, "after": measures, "groups": groups, "details": details, "history": []}
-    assert len(render(report).encode()) < 500_000
+    mistakes = [{"7": {str(7 + j): j + more for j in range(1, 10)}} for more in (0, 1)]
+    before, after = ({**measures, "mistakes": own | {"999": {"0": 50}}} for own in mistakes)
+    after["mistakes"]["500"] = {"501": 40}
+    report = {"before": before, "after": after, "groups": groups, "details": details, "history": []}
+    page = render(report)
+    assert len(page.encode()) < 500_000
+    numbers = r'<td class="number">(\d+)</td><td class="number">(\d+)</td>'
+    shown = re.findall(rf'<th scope="row">name</th><td>name</td>{numbers}', page)
+    assert shown[0] == ("0", "40") and ("50", "50") not in shown and len(shown) == 10, "those that changed most"
+
+
+def test_all_metrics_of_the_task_have_a_tile():
+    measures = {"macs": 10**9, "params": 10**7, "bytes": 10**8, "top1": 0.5, "others": {"mAP50": 0.75}}
+    pruned = {**measures, "top1": 0.25, "others": {"mAP50": 0.5}}
+    page = render({"before": measures, "after": pruned, "metric": {"name": "mAP", "key": "map"}})
+    tiles = re.findall(r'<span class="what">(mAP\w*)</span><strong>([^<]*)</strong><span class="more">([^<]*)<', page)
+    assert tiles == [
+        ("mAP", "-25.00 points", "50.00 % to 25.00 %"), ("mAP50", "-25.00 points", "75.00 % to 50.00 %"),
+    ]  # fmt: skip

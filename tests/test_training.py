@@ -15,6 +15,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, 
 import scap_hub
 from scap_hub.errors import DataError, RecipeError, TrainingError
 from scap_hub.recipe import DataSettings, FinetuneSettings
+from scap_hub.run.report import measure
 from scap_hub.training.data import Data, load_data
 from scap_hub.training.distillation import attention_loss, feature_maps
 from scap_hub.training.evaluate import count, evaluate
@@ -382,6 +383,9 @@ def test_two_ranks_train_alike_and_see_each_image_once(tmp_path, digits):
 
     alone = evaluate(tiny_net(), digits.test)
     assert first["before"] == second["before"] == pytest.approx(alone)
+    one = measure(tiny_net(), (1, 8, 8), digits, 10)
+    for rank in (first, second):
+        assert (rank["measured"]["by_class"], rank["measured"]["mistakes"]) == (one.by_class, one.mistakes)
     assert first["after"] == second["after"] and first["after"]["top1"] > 0.85
     for left, right in zip(first["history"], second["history"], strict=True):
         assert {**left, "seconds": 0} == {**right, "seconds": 0}

@@ -105,7 +105,7 @@ def _document(result: Result, out: Path | None) -> dict[str, Any]:
     """What a script reads of a run; what only the page needs is in the folder's report.json."""
     found = result.report.to_dict()
     about = found.pop("about")
-    del found["details"]
+    del found["details"], found["before"]["mistakes"], found["after"]["mistakes"]
     return {**about, "folder": None if out is None else str(out), **found}
 
 

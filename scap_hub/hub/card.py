@@ -17,6 +17,7 @@ from scap_hub.markdown import code, escaped, fenced, metadata
 from scap_hub.page import FAMILY_PICTURE
 from scap_hub.plan import PruningPlan
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Task
+from scap_hub.text import count
 from scap_hub.zoo.base import CODE, LoadedModel
 
 HERE = "path/to/this/folder"
@@ -29,7 +30,7 @@ END = "<!-- scap_hub: end -->"
 
 _MEASUREMENTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "macs": ("MACs", lambda value: f"{value / 1e9:.3f} G" if value >= 1e8 else f"{value / 1e6:.2f} M"),
-    "params": ("Parameters", lambda value: f"{value / 1e6:.2f} M"),
+    "params": ("Parameters", count),
     "bytes": ("File size", lambda value: f"{value / 2**20:.1f} MiB"),
     "latency_ms": ("Latency", lambda value: f"{value:.2f} ms"),
 }

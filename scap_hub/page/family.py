@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ _COSTS = (
     ("macs", 1e-9, "billion MACs"), ("macs", 1e-6, "million MACs"), ("macs", 1e-3, "thousand MACs"),
     ("latency_ms", 1.0, "milliseconds of latency"),
 )  # fmt: skip
-_LETTER = 8.0
+_LETTER = 8.5
 """Width of a letter of a name, in units of a chart."""
 _GAP = 28
 """Height of the line below the charts that stand alone."""
@@ -111,7 +112,7 @@ def _chart(
 
 def _named(points: Sequence[tuple[float, float]], names: Sequence[str], own: int) -> str:
     """Names beside their points, each where it hides least; those after the first `own` are of other models."""
-    taken: list[Box] = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
+    taken = [_around(x, y) for x, y in (*points, *_between(points[:own]))]
     texts: list[str] = []
     for (x, y), name in zip(points, names, strict=True):
         long = _LETTER * len(name)
@@ -128,9 +129,19 @@ def _named(points: Sequence[tuple[float, float]], names: Sequence[str], own: int
     return "".join(texts)
 
 
+def _around(x: float, y: float) -> Box:
+    return x - 4, y - 4, x + 4, y + 4
+
+
+def _between(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Places on the line through points, close enough for names to keep off it."""
+    steps = [part / 12 for part in range(1, 12)]
+    return [(x + s * (u - x), y + s * (v - y)) for (x, y), (u, v) in itertools.pairwise(points) for s in steps]
+
+
 def _hidden(box: Box, taken: Sequence[Box]) -> float:
     """How much of what is drawn already a box covers, and of itself lies outside the chart."""
     left, top, right, bottom = box
-    outside = max(0.0, 60 - left) + max(0.0, right - 478) + max(0.0, bottom - 194)
+    outside = max(0.0, 70 - left) + max(0.0, right - 478) + max(0.0, bottom - 194) + max(0.0, 1 - top)
     over = sum(max(0.0, min(right, r) - max(left, x)) * max(0.0, min(bottom, b) - max(top, y)) for x, y, r, b in taken)
     return over + 100 * outside

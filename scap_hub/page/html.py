@@ -24,7 +24,8 @@ def render(
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    from scap_hub.page.view import count, share, view
+    from scap_hub.page.view import share, view
+    from scap_hub.text import count
 
     own = files(__package__)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -10,10 +10,9 @@ import yaml
 from markupsafe import Markup
 
 from scap_hub.page import charts
+from scap_hub.page.classes import class_name, classes_view, confusion_view
 from scap_hub.page.family import family_view
-
-_CLASSES = 24
-"""Classes that are all shown; of more, those that changed most."""
+from scap_hub.text import count
 
 
 def view(
@@ -42,7 +41,8 @@ def view(
         "slider": _slider(report, details, recipe),
         "steps": details.get("steps", 1),
         "curves": _curves(report, metric),
-        "classes": _classes(before, after, details.get("classes")),
+        "classes": classes_view(before, after, details.get("classes")),
+        "confusion": confusion_view(before, after, details.get("classes")),
         "answers": _answers(details),
         "portraits": [_portrait(portrait) for portrait in details.get("portraits", ())],
         "comparison": _comparison(comparison) if comparison else None,
@@ -72,9 +72,12 @@ def _tiles(before: Mapping[str, Any], after: Mapping[str, Any], metric: str) -> 
         {"name": "size", "value": _change(before["bytes"], after["bytes"]),
          "more": f"{before['bytes'] / 1e6:,.2f} MB to {after['bytes'] / 1e6:,.2f} MB"},
     ]  # fmt: skip
-    if before.get("top1") is not None and after.get("top1") is not None:
-        more = f"{100 * before['top1']:.2f} % to {100 * after['top1']:.2f} %"
-        tiles.append({"name": metric, "value": f"{100 * (after['top1'] - before['top1']):+.2f} points", "more": more})
+    metrics = {metric: (before.get("top1"), after.get("top1"))}
+    metrics |= {name: (value, _others(after).get(name)) for name, value in _others(before).items()}
+    for name, (old, new) in metrics.items():
+        if old is not None and new is not None:
+            more = f"{100 * old:.2f} % to {100 * new:.2f} %"
+            tiles.append({"name": name, "value": f"{100 * (new - old):+.2f} points", "more": more})
     if before.get("latency_ms") and after.get("latency_ms"):
         ratio = before["latency_ms"] / after["latency_ms"]
         value = f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
@@ -83,12 +86,9 @@ def _tiles(before: Mapping[str, Any], after: Mapping[str, Any], metric: str) -> 
     return tiles
 
 
-def count(value: float) -> str:
-    """A large number in short: 4.09 G."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {letter}" if value < 999.5 * size else f"{value / size:,.0f} {letter}"
-    return f"{value:g}"
+def _others(measures: Mapping[str, Any]) -> Mapping[str, float]:
+    """What the task measures beside its metric, by name."""
+    return measures.get("others") or {}
 
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -264,32 +264,6 @@ def _curves(report: Mapping[str, Any], metric: Mapping[str, str]) -> list[dict[s
             )
         found.append({"title": title, "charts": parts})
     return found
-
-
-def class_name(number: int, classes: Sequence[str] | None) -> str:
-    """A class in words."""
-    return str(classes[number]) if classes and number < len(classes) else f"class {number}"
-
-
-def _classes(before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[str] | None) -> dict[str, Any] | None:
-    old, new = before.get("by_class"), after.get("by_class")
-    if not old or not new or len(old) != len(new):
-        return None
-    rows = [
-        {"name": class_name(i, names), "images": images, "before": right / images, "after": now / images,
-         "change": (now - right) / images}
-        for i, ((right, images), (now, _)) in enumerate(zip(old, new, strict=True))
-        if images
-    ]  # fmt: skip
-    rows.sort(key=lambda row: row["change"])
-    hidden = max(0, len(rows) - _CLASSES)
-    worst = sum(row["change"] < 0 for row in rows)
-    shown = rows if not hidden else [*rows[: _CLASSES - 6], *rows[-6:]]
-    largest = max((abs(row["change"]) for row in rows), default=0) or 1
-    for row in shown:
-        row["bar"] = 50 * abs(row["change"]) / largest
-    return {"rows": shown, "hidden": hidden, "lost": worst, "won": sum(row["change"] > 0 for row in rows),
-            "all": len(rows)}  # fmt: skip
 
 
 def _answers(details: Mapping[str, Any]) -> dict[str, Any] | None:

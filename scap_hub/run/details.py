@@ -20,8 +20,9 @@ from scap_hub.errors import TargetError
 from scap_hub.placement import fed
 from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
+from scap_hub.run.fingerprints import of_tensors
 from scap_hub.scores import Scores
-from scap_hub.selection.select import chosen, importance_of
+from scap_hub.selection.select import Choosing, importance_of
 from scap_hub.selection.target import Target
 from scap_hub.tasks import Task
 from scap_hub.text import one_line
@@ -29,7 +30,8 @@ from scap_hub.timing.layers import layer_milliseconds
 from scap_hub.training.data import Data
 from scap_hub.zoo import LoadedModel
 
-_SHARES = [share / 100 for share in range(95, 0, -5)]
+SHARES = [share / 100 for share in range(95, 0, -5)]
+"""Of the dense model, what the targets of `Details.choices` leave."""
 _SPECTRA, _ANSWERS, _THUMBNAILS = 32, 256, 12
 _SIDE = 64  # pixels of a thumbnail
 
@@ -146,6 +148,7 @@ def details_of(
     calibration: Sequence[Tensor],
     recipe: Recipe,
     data: Data,
+    choices: Choices,
 ) -> Details | None:
     """Details of a run, on one process; None, with a warning, where something of them fails.
 
@@ -158,6 +161,7 @@ def details_of(
         calibration: This process's calibration batches.
         recipe: Of the run.
         data: Of the run.
+        choices: Gives those of the details.
     """
     kept = {name: plan.kept(name) for name in plan.groups}
     images = torch.cat(list(calibration))
@@ -177,22 +181,34 @@ def details_of(
         return None
 
 
-def choices(groups: ChannelGroups, scores: Scores, recipe: Recipe) -> list[Choice]:
-    """What `select` would leave at other targets, each with the same rounding, floor and scope; see `Details`."""
-    settings = recipe.target
-    own = settings.target
-    kind = own.kind if own.kind in ("macs", "params", "ratio") and not isinstance(own.value, Mapping) else "macs"
-    targets = {Target(kind, share) for share in _SHARES} | ({own} if own.kind == kind else set())
-    scope = scores.scope if settings.scope == "auto" else settings.scope
-    names = list(_scored(groups, scores))
-    found = [_choice(groups, kind + "=1.0", {}, scores, names)]
-    for target in sorted(targets, key=lambda target: -target.number):
-        try:
-            keep = chosen(groups, scores, target, settings.multiple, settings.floor, scope)
-        except TargetError:
-            break  # every smaller one is out of reach as well
-        found.append(_choice(groups, str(target), keep, scores, names))
-    return found
+class Choices:
+    """What other targets would leave; what runs with the same scores have in common is computed once."""
+
+    def __init__(self) -> None:
+        self._shared: dict[str, tuple[Choosing, dict[Target, Choice]]] = {}
+
+    def __call__(self, groups: ChannelGroups, scores: Scores, recipe: Recipe) -> list[Choice]:
+        """What `select` would leave at other targets, with the same rounding, floor and scope; see `Details`."""
+        settings = recipe.target
+        own = settings.target
+        kind = own.kind if own.kind in ("macs", "params", "ratio") and not isinstance(own.value, Mapping) else "macs"
+        targets = {Target(kind, share) for share in SHARES} | ({own} if own.kind == kind else set())
+        scope = scores.scope if settings.scope == "auto" else settings.scope
+        names = list(_scored(groups, scores))
+        about = (scope, settings.multiple, settings.floor, [(name, groups.by_name[name].size) for name in names])
+        key = of_tensors([scores[name] for name in names], repr(about))
+        if key not in self._shared:
+            self._shared[key] = Choosing(groups, scores, settings.multiple, settings.floor, scope), {}
+        choosing, known = self._shared[key]
+        found = [_choice(groups, kind + "=1.0", {}, scores, names)]
+        for target in sorted(targets, key=lambda target: -target.number):
+            if target not in known:
+                try:
+                    known[target] = _choice(groups, str(target), choosing(target), scores, names)
+                except TargetError:
+                    break  # every smaller one is out of reach as well
+            found.append(known[target])
+        return found
 
 
 def _scored(groups: ChannelGroups, scores: Scores) -> dict[str, int]:

@@ -14,6 +14,7 @@ from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.errors import RecipeError, TargetError
 from scap_hub.page import family_json
 from scap_hub.recipe import Recipe
+from scap_hub.run.details import Choices
 from scap_hub.run.identity import identity, weights_of
 from scap_hub.run.inputs import example, load_dense, recipe_of
 from scap_hub.run.kept import Kept, bytes_kept
@@ -90,12 +91,13 @@ def prune_family(
         tuned = tune_dense(loaded, data, base, tuning, stages, folder)
         before = _measured(loaded, data, stages, folder)
         warn_if_guessing(before, loaded, data, tuned)
+        choices = Choices()
 
         def pruned(name: str, taught_by: nn.Module | None) -> Result:
             return prune_loaded(
                 *(loaded, data, recipes[name], before), tuned=tuned, work=folder and folder / name,
                 scores=(folder or Path(scratch)) / "scores", stages=Stages(base.seed), callbacks=callbacks,
-                teacher=taught_by,
+                teacher=taught_by, choices=choices,
             )  # fmt: skip
 
         members = _members(order, teacher, pruned)

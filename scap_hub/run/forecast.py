@@ -23,12 +23,14 @@ from scap_hub.private import tree_leaves
 from scap_hub.progress import announce, tell
 from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
+from scap_hub.run.details import SHARES
 from scap_hub.run.inputs import example, load_dense, recipe_of
 from scap_hub.run.stages import Stages
 from scap_hub.run.tuning import Tuning
 from scap_hub.run.unfinished import check_free
-from scap_hub.selection.select import select
+from scap_hub.selection.select import chosen
 from scap_hub.tasks import Task
+from scap_hub.text import count as in_short
 from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator
 from scap_hub.training.evaluate import count
@@ -77,7 +79,7 @@ class Forecast:
             lines.append(f"target {self.target}: {_left('MACs', *self.macs)}, {_left('parameters', *self.params)}")
         stages = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in self.seconds.items() if seconds)
         lines.append(f"about {stages or 'nothing to train or measure'}; reading, scores and repair come on top")
-        lines.append(f"memory while training: about {self.memory / 1e9:,.1f} GB" if self.memory else "no training")
+        lines.append(f"memory while training: about {in_short(self.memory)}B" if self.memory else "no training")
         return lines
 
 
@@ -167,16 +169,20 @@ def _with_groups(found: Forecast, loaded: LoadedModel, groups: ChannelGroups, re
     costs = count(loaded.module, loaded.preprocessing.input_size)
     macs: tuple[int, int | None] = (costs["macs"], None)
     params: tuple[int, int | None] = (costs["params"], None)
+    seconds = dict(found.seconds)
     settings = recipe.target
     if settings.target.kind in ("macs", "params", "ratio"):
         scores = {group.name: torch.ones(group.size) for group in groups.prunable}
-        plan = select(groups, scores, settings.target, settings.multiple, floor=settings.floor, scope="uniform")
-        stays = groups.staying({name: plan.kept(name) for name in plan.groups})
+        start = time.perf_counter()
+        keep = chosen(groups, scores, settings.target, settings.multiple, settings.floor, "uniform")
+        # The report has what other targets would leave: each is chosen in the same way.
+        seconds["the report's other targets"] = len(SHARES) * (time.perf_counter() - start)
+        stays = groups.staying(keep)
         everything = groups.everything()
         macs = (macs[0], round(macs[0] * groups.macs(stays) / groups.macs(everything)))
         params = (params[0], round(params[0] * groups.params(stays) / groups.params(everything)))
     return Forecast(
-        found.seconds,
+        seconds,
         found.memory,
         found.target,
         groups=len(groups.prunable),
@@ -247,8 +253,8 @@ def _images(loader: DataLoader | None) -> int:
 
 def _left(what: str, before: int, after: int | None) -> str:
     if after is None:
-        return f"{what} {before / 1e6:,.1f} M now, then what the scores say"
-    return f"{what} {before / 1e6:,.1f} M to about {after / 1e6:,.1f} M"
+        return f"{what} {in_short(before)} now, then what the scores say"
+    return f"{what} {in_short(before)} to about {in_short(after)}"
 
 
 def _duration(seconds: float) -> str:

@@ -20,7 +20,7 @@ from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
 from scap_hub.run.deploying import deployed
-from scap_hub.run.details import Details, details_of
+from scap_hub.run.details import Choices, Details, details_of
 from scap_hub.run.forecast import tell_if_long
 from scap_hub.run.identity import about_run, identity
 from scap_hub.run.inputs import example, load_dense, recipe_of, shard_calibration
@@ -130,6 +130,7 @@ def prune_loaded(
     callbacks: Sequence[Callback] = (),
     detailed: bool = True,
     teacher: nn.Module | None = None,
+    choices: Choices | None = None,
 ) -> Result:
     """`prune` from where model and data are there to where the result is measured; nothing is saved.
 
@@ -145,6 +146,7 @@ def prune_loaded(
         callbacks: As for `prune`.
         detailed: Whether the report has what the page shows beside measurements.
         teacher: Who teaches the fine-tuning; the dense model if left out.
+        choices: Shared by runs that have their scores in common.
     """
     stages, kept = stages or Stages(recipe.seed), Kept(work)
     criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
@@ -164,7 +166,6 @@ def prune_loaded(
     while len(steps) < recipe.schedule.steps:
         small, step = pipeline.step(small, steps)
         steps.append(step)
-
     lower_precision(small, half_precisions(given))
     with stages("measure pruned"):
         after = kept.value("pruned", Measures, lambda: measure(small, size, data, loaded.num_classes, given))
@@ -177,7 +178,7 @@ def prune_loaded(
     plan = joined(steps[0].groups, [step.plan for step in steps])
     report = report_of(before, after, plan, steps, stages, data)
     report.tuned, report.about = tuned, about_run(loaded, data, recipe)
-    report.details = pipeline.details(small, steps[0], plan) if detailed else None
+    report.details = pipeline.details(small, steps[0], plan, choices or Choices()) if detailed else None
     if not isinstance(loaded, LoadedPart):
         # So that another round can follow on this one.
         remember(replace(loaded, module=small, earlier=loaded.earlier.then(plan) if loaded.earlier else plan))
@@ -262,11 +263,13 @@ class _Pipeline:
                 )
         return small, Step(groups, scores, diagnoses, plan, chosen.selection, chosen.verdicts, history)
 
-    def details(self, small: nn.Module, first: Step, plan: PruningPlan) -> Details | None:
+    def details(self, small: nn.Module, first: Step, plan: PruningPlan, choices: Choices) -> Details | None:
         """What the page shows beside the measurements of the finished model."""
         made_from = (self.loaded, small, first.groups, first.scores, plan, self.calibration, self.recipe, self.data)
         with self.stages("report"):
-            return self.kept.value("details", Details | None, lambda: from_main(lambda: details_of(*made_from)))
+            return self.kept.value(
+                "details", Details | None, lambda: from_main(lambda: details_of(*made_from, choices))
+            )
 
     def _chosen(self, model: nn.Module, groups: ChannelGroups, scores: Scores, earlier: Sequence[Step]) -> _Chosen:
         """Selection and refinement, made anew without the groups that the verification finds guilty."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from scap_hub.criteria.diagnostics import Diagnosis
 from scap_hub.deploy.deployment import Deployment
-from scap_hub.run.by_class import ByClass
+from scap_hub.run.by_class import ByClass, Counts, Mistakes
 from scap_hub.run.details import Details
 from scap_hub.tables import html_table, text_table
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Metric
@@ -34,6 +34,7 @@ class Measures:
         latency_ms: Median milliseconds of one forward pass at `evaluate.batch_size`; None if not asked for.
         others: What else the task measures (0 to 1), by its name in a table.
         by_class: Right answers and images of each class, on the images of `top1`; None where there are no classes.
+        mistakes: On the same images, how many of a class got another one for an answer, by class and answer.
     """
 
     macs: int
@@ -42,7 +43,8 @@ class Measures:
     top1: float | None
     latency_ms: float | None = None
     others: dict[str, float] = field(default_factory=dict)
-    by_class: list[tuple[int, int]] | None = None
+    by_class: Counts | None = None
+    mistakes: Mistakes | None = None
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,8 @@ def measure(
     meter = ByClass(task, classes, accelerator().device)
     found = evaluate(model, loader, task=task, teacher=teacher, meter=meter)
     others = {metric.name: found[metric.key] for metric in task.others if metric.key in found}
-    return Measures(**costs, top1=found[task.metric.key], others=others, by_class=meter.counts())
+    by_class, mistakes = meter.counted()
+    return Measures(**costs, top1=found[task.metric.key], others=others, by_class=by_class, mistakes=mistakes)
 
 
 def _figure(name: str, before: float, after: float) -> tuple[str, str, str, str]:

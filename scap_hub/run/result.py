@@ -157,5 +157,5 @@ def _on_hub(dataset: str | None) -> bool:
 def _figures(measures: Measures) -> dict[str, float | None]:
     """What stands on the card; classes do not."""
     values = asdict(measures)
-    del values["by_class"]
+    del values["by_class"], values["mistakes"]
     return values | values.pop("others")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -36,6 +37,8 @@ class BudgetSearch:
     limits: Limits
     scope: str
     cost: ModelCost
+    _known: dict[tuple[int, ...], float] = field(default_factory=dict, init=False)
+    """What numbers cost that were asked for before: the last bisections of a search ask for the same again."""
 
     def counts(self, target: Target) -> Counts:
         """How many channels each group keeps.
@@ -48,7 +51,7 @@ class BudgetSearch:
         budget = target.number * everything
         if least > budget * (1 + 1e-9):
             raise target.unreachable(least / everything)
-        worth = self._worth()
+        worth = self._worth
         under, over = self._bisected(worth, budget)
         return self._topped_up(worth, self._filled(worth, under, over, budget), budget)
 
@@ -57,7 +60,10 @@ class BudgetSearch:
         return {name: self.limits.nearest(group.size, 0) for name, group in self.chooser.groups.items()}
 
     def _spent(self, counts: Counts) -> float:
-        return self.cost(self.chooser.stays(counts))
+        numbers = tuple(counts[name] for name in self.chooser.groups)
+        if numbers not in self._known:
+            self._known[numbers] = self.cost(self.chooser.stays(counts))
+        return self._known[numbers]
 
     def _bisected(self, worth: dict[str, np.ndarray], budget: float) -> tuple[Counts, Counts]:
         """The numbers at the highest knob within the budget, and at the lowest above it."""
@@ -106,6 +112,7 @@ class BudgetSearch:
                 counts = larger
         return counts
 
+    @functools.cached_property
     def _worth(self) -> dict[str, np.ndarray]:
         """What is compared between groups: scores, or with "cost-aware" scores for what one channel costs."""
         if self.scope != "cost-aware":

@@ -62,18 +62,44 @@ def chosen(
     latency: LatencyTable | None = None,
 ) -> dict[str, list[int]]:
     """What `select` keeps of each group that loses any, without the plan; arguments and errors as there."""
-    target, limits, scope = Target.of(target), Limits(round_to, floor), checked_scope(scope, scores)
-    chooser = Chooser(groups, checked_scores(groups, scores))
-    sizes = {name: group.size for name, group in chooser.groups.items()}
-    if target.kind in BUDGETS:
-        search = BudgetSearch(chooser, limits, scope, target.cost(chooser.partition, latency))
-        return chooser.keep(search.counts(target))
-    if target.kind == "threshold":
-        reach = {name: own >= _as_scored(target.number, scores[name]) for name, own in chooser.scores.items()}
-        counts = {name: limits.at_least(sizes[name], int(own.sum())) for name, own in reach.items()}
-        return chooser.keep_above(counts, reach)
-    fractions = target.fractions(sizes)
-    return chooser.keep({name: limits.nearest(sizes[name], fractions[name] * sizes[name]) for name in fractions})
+    target = Target.of(target)
+    return Choosing(groups, scores, round_to, floor, scope, latency)(target)
+
+
+class Choosing:
+    """`chosen` for one target after another; what they have in common is computed once."""
+
+    def __init__(
+        self,
+        groups: Sequence[ChannelGroup],
+        scores: Mapping[str, Tensor],
+        round_to: int,
+        floor: float,
+        scope: str | None,
+        latency: LatencyTable | None = None,
+    ) -> None:
+        """Arguments and errors as for `select`."""
+        self._limits, self._scope, self._latency = Limits(round_to, floor), checked_scope(scope, scores), latency
+        self._scores = scores
+        self._chooser = Chooser(groups, checked_scores(groups, scores))
+        self._searches: dict[str, BudgetSearch] = {}
+
+    def __call__(self, target: Target) -> dict[str, list[int]]:
+        """What is kept of each group that loses any."""
+        limits, chooser = self._limits, self._chooser
+        sizes = {name: group.size for name, group in chooser.groups.items()}
+        if target.kind in BUDGETS:
+            if target.kind not in self._searches:
+                cost = target.cost(chooser.partition, self._latency)
+                self._searches[target.kind] = BudgetSearch(chooser, limits, self._scope, cost)
+            return chooser.keep(self._searches[target.kind].counts(target))
+        if target.kind == "threshold":
+            scores = self._scores
+            reach = {name: own >= _as_scored(target.number, scores[name]) for name, own in chooser.scores.items()}
+            counts = {name: limits.at_least(sizes[name], int(own.sum())) for name, own in reach.items()}
+            return chooser.keep_above(counts, reach)
+        fractions = target.fractions(sizes)
+        return chooser.keep({name: limits.nearest(sizes[name], fractions[name] * sizes[name]) for name in fractions})
 
 
 def _as_scored(threshold: float, scores: Tensor) -> float:
