@@ -17,11 +17,11 @@ group. Fashion-MNIST, shifted and cluttered, at 16 pixels; `benchmarks/spectra.p
 ```bash
 python benchmarks/spectra.py --out out/spectra --json benchmarks/results/spectra.json
 python benchmarks/spectra.py --out out/spectra --json benchmarks/results/spectra.json --seeds 3 \\
-  --nets mobile,resnet,vgg --rows 'scap-set;"gradient spectrum";scap-set, blend 0.5;random'
+  --nets mobile,resnet,vgg --rows 'scap-set;scap-set, frequencies alike;random'
 ```
 
-Rows in quotes are controls, or attempts that are not in the package: the ranks of the fidelity inverted, or drawn at
-random; errors of a layer weighted by how strongly the outputs' gradients see each frequency, or each place, of its map.
+Rows in quotes are controls that are not in the package: the ranks of the fidelity inverted, or drawn at random.
+"Frequencies alike" is `frequency_weights: false`.
 
 """
 TAIL = """
@@ -37,12 +37,14 @@ What follows from it:
   widths, and four points and more above those that judge channels one by one. The widths that follow from the outputs'
   gradients add to that what `scap-set` is above `obs` in the columns of MACs.
 - **Spectral codes in `scap-set` are a tie**, so it does without them unless you set `blend`.
-- **Frequencies weighted by the outputs' gradients gain a little**, where places weighted in the same way gain nothing.
-  It is the only form tried so far in which spectra earn something. It is not in the package yet.
+- **Frequencies weighted by the outputs' gradients help where much goes and the widths are the criterion's own**:
+  {frequencies} points at macs=0.15, over all networks and seeds. In the other columns they are a tie. It is the only
+  form tried so far in which spectra earn something, it needs no autoencoder, and `scap-set` has it by default.
 
 ## Tried and dropped
 
 - Errors weighted by the outputs' gradients place by place: a tie with no weights.
+- Frequency weights in the repair too: half a point in six cells, before any tuning, which gains ten times as much.
 - Errors weighted by these gradients' energy on each output channel of the layer: a tie.
 - A relative tolerance for ties in the ranks of `scap`: fidelities differ by a few hundredths, so it changed the ranks
   that noise makes into others.
@@ -65,19 +67,25 @@ def spectra(results: Path) -> str:
         figures = (f"{100 * statistics.mean(cell[target] for cell in mine):.1f}" for target in targets)
         table.append(f"| {row} | " + " | ".join(figures) + " |")
     pairs = [_pair(cells, row, targets) for row in rows if row != "scap-set"]
+    frequencies = statistics.mean(_gaps(cells, "scap-set, frequencies alike", ["macs=0.15"]))
     head = HEAD.format(what=", ".join(f"{net} (seed {seed})" for net, seed in sorted(shared)))
-    return head + "\n".join(table) + "\n" + TAIL.format(pairs="\n".join(pairs))
+    return head + "\n".join(table) + "\n" + TAIL.format(pairs="\n".join(pairs), frequencies=f"{frequencies:+.1f}")
 
 
-def _pair(cells: list[dict[str, Any]], row: str, targets: list[str]) -> str:
-    """`scap-set` beside another row."""
+def _gaps(cells: list[dict[str, Any]], row: str, targets: list[str]) -> list[float]:
+    """By how many points `scap-set` is above another row, cell by cell."""
     by_key = {(cell["net"], cell["seed"], cell["row"]): cell for cell in cells}
-    gaps = [
+    return [
         100 * (by_key[cell["net"], cell["seed"], "scap-set"][target] - cell[target])
         for cell in cells
         if cell["row"] == row and (cell["net"], cell["seed"], "scap-set") in by_key
         for target in targets
     ]
+
+
+def _pair(cells: list[dict[str, Any]], row: str, targets: list[str]) -> str:
+    """`scap-set` beside another row."""
+    gaps = _gaps(cells, row, targets)
     better = sum(gap > 0 for gap in gaps)
     mean = statistics.mean(gaps)
     return f"- {row}: `scap-set` is better in {better} of {len(gaps)} cells, {mean:+.1f} points on average"

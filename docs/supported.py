@@ -24,8 +24,7 @@ of the pruned models were rebuilt in another process from their library's own co
 
 - **conv, linear**: share of the output channels of convolutions and of linear layers that can be removed. In most rows
   only the classifier stays whole. `scap-hub inspect MODEL` says why anything else does.
-- **MACs**: share that is left when every group is halved. **random**: the same at random fractions. Measured when
-  attention that is fused on the CPU was not counted; it is counted now, so rows with attention will change.
+- **MACs**: share that is left when every group is halved. **random**: the same at random fractions.
 - **error**: the larger of the two differences, relative to the largest output.
 - **seconds**: CPU seconds for finding the groups (recording the model included), and for the surgery.
 
