@@ -17,6 +17,8 @@ from transformers import (
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
     MobileNetV2ImageProcessor,
+    PvtConfig,
+    PvtForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     ViTImageProcessor,
@@ -100,6 +102,13 @@ def test_transformers_folder_and_module(kind, tmp_path):
         with torch.no_grad():
             # Not the loaded module itself: transformers maps the file, and unaligned weights round differently.
             assert torch.equal(logits(copy(images)), logits(module(images)))
+
+
+def test_a_config_may_count_its_classes_without_naming_them():
+    config = PvtConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1])
+    assert config.id2label is None
+    loaded = load_model(PvtForImageClassification(config))
+    assert (loaded.num_classes, loaded.labels) == (config.num_labels, None)
 
 
 def test_transformers_new_head_keeps_the_body(tmp_path):

@@ -80,7 +80,8 @@ def from_module(
         preprocessing = replace(preprocessing, input_size=input_size)
         processor = processor and _resized(processor, preprocessing)
     num_classes = config.num_labels if task_of(type(module)) in (None, *WITH_CLASSES) else 0
-    labels = [config.id2label[index] for index in range(num_classes)]
+    # Some configs, such as PVT's default one, count their classes and name none of them.
+    labels = [config.id2label[index] for index in range(num_classes)] if config.id2label else []
     return LoadedModel(
         module=module.eval(),
         zoo=zoo,
