@@ -26,7 +26,8 @@ of the pruned models were rebuilt in another process from their library's own co
   only the classifier stays whole. `scap-hub inspect MODEL` says why anything else does.
 - **MACs**: share that is left when every group is halved. **random**: the same at random fractions.
 - **error**: the larger of the two differences, relative to the largest output.
-- **seconds**: CPU seconds for finding the groups (recording the model included), and for the surgery.
+- **seconds**: CPU seconds for finding the groups (recording the model included), and for the surgery with the proof
+  that `apply_plan` makes of every plan.
 
 Attention that scales by the width of its queries (`scaled_dot_product_attention` without a scale) keeps its queries and
 keys whole. A softmax over channels keeps them whole too.
