@@ -167,18 +167,6 @@ def test_a_part_that_does_not_fit_into_the_time_is_named(tmp_path):
     assert json.loads((tmp_path / "gpu.json").read_text()) == found
 
 
-def test_errors_count_in_the_frequencies_that_the_outputs_see():
-    class Mean(torch.nn.Sequential):
-        def forward(self, x):
-            return super().forward(x).mean((2, 3))
-
-    torch.manual_seed(0)
-    model = Mean(torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1)).eval()
-    criterion = spectra.Weighted()
-    energy = criterion._energy(model, ["2"], [torch.randn(4, 1, 8, 8)])["2"]
-    assert energy[0, 0] > 0 and energy.sum() == pytest.approx(float(energy[0, 0])), "a mean sees frequency 0 alone"
-
-
 @pytest.mark.parametrize("name", spectra.NETS)
 def test_the_small_networks_run_at_16_pixels(name):
     assert spectra.NETS[name]().eval()(torch.zeros(2, 1, 16, 16)).shape == (2, 10)

@@ -218,6 +218,7 @@ def test_nothing_else_uses_private_names():
         ("from __future__ import annotations", False),
         ("torch.ops.aten._local_scalar_dense", False),
         ("self._held", False),
+        ("torch.cat(self._held).cpu", False),
     ],
 )
 def test_what_counts_as_a_private_name(statement, expected):
@@ -234,7 +235,8 @@ def is_private(node):
     elif isinstance(node, ast.Attribute):
         names = ast.unparse(node).split(".")
         operator = names[:2] == ["torch", "ops"]  # ATen's underscores are part of its public names
-        names = names if names[0] in LIBRARIES and not operator else ATTRIBUTES & {node.attr}
+        plain = names[0] in LIBRARIES and "(" not in ast.unparse(node)  # what a call returns is another object
+        names = names if plain and not operator else ATTRIBUTES & {node.attr}
     else:
         return False
     return any(name.startswith("_") and not name.startswith("__") for name in names)

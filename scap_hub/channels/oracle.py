@@ -375,8 +375,10 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             if not tensor.is_floating_point():
                 continue
             noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-            if name in buffers and tensor.numel() and tensor.min() > 0:  # a variance, say, of which a root is taken
+            if name.endswith("running_var"):
                 tensor.copy_(0.5 + noise)
+            elif name in buffers and tensor.numel() and tensor.min() > 0:
+                tensor.copy_(1 + noise)  # a variance, say, of which a root is taken, or the probability 1
             elif tensor.ndim < 2:
                 sign = torch.where(noise * 1000 % 2 < 1, 1.0, -1.0) if tensor.ndim else 1.0
                 tensor.copy_((0.5 + noise) * sign)

@@ -128,9 +128,8 @@ def found_in(output: str | Path | None, about: dict[str, Any]) -> Comparison:
     if output is None or not Path(output).exists():
         return Comparison(about, {}, [])
     try:
-        document = json.loads(Path(output).read_text())
-        document.setdefault("metric", json.loads(json.dumps(about.get("metric"))))  # an older one did not say
-        theirs, version = {key: document[key] for key in about}, document["version"]
+        document = {"metric": about.get("metric")} | json.loads(Path(output).read_text())  # an older one did not say
+        theirs, version = json.loads(json.dumps({key: document[key] for key in about})), document["version"]
         if version == VERSION and theirs == json.loads(json.dumps(about)):
             return Comparison(about, document["dense"], document["cells"])
         differ = [key for key in about if theirs[key] != json.loads(json.dumps(about[key]))] or ["version"]
