@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from repairs import repairs
 from spectra import spectra
 from supported import coverage
 
@@ -315,6 +316,7 @@ def main(check: bool) -> int:
         ROOT / "docs" / "accuracy.md": accuracy() + training(),
         ROOT / "docs" / "speed.md": speed(),
         ROOT / "docs" / "spectra.md": spectra(ROOT / "benchmarks" / "results"),
+        ROOT / "docs" / "repairs.md": repairs(ROOT / "benchmarks" / "results"),
         ROOT / "recipes" / "recipe.schema.json": json.dumps(recipe_schema(), indent=1) + "\n",
     }
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]

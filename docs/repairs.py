@@ -23,6 +23,11 @@ python benchmarks/repairs.py --out out/spectra --json benchmarks/results/repairs
   that is free of it, and batch norms that take their statistics on the way. **Tuned** adds `scap_hub.tune`, 200 steps.
 
 """
+TAIL = """
+Where little is cut and the channels are chosen well, layers that are solved one after the other come out alike, with a
+ridge or without. The ridge shows where the choice is worse, and tuning where much is cut. A repair that knows only the
+dense model's layers needs new batch-norm statistics, and stays behind.
+"""
 
 
 def repairs(results: Path) -> str:
@@ -40,4 +45,4 @@ def repairs(results: Path) -> str:
         )
         lines.append(f"| {row} | " + " | ".join(f"{100 * mean:.1f}" for mean in means) + " |")
     head = HEAD.format(what=", ".join(f"{net} (seed {seed})" for net, seed in nets))
-    return head + "\n".join(lines) + "\n"
+    return head + "\n".join(lines) + "\n" + TAIL
