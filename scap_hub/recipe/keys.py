@@ -26,9 +26,9 @@ def key_paths(block: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[t
 def inner_block(block: type[BaseModel], key: str) -> type[BaseModel] | None:
     """The block that stands under a key; None where a plain value does, or the key is unknown."""
     annotation = block.model_fields[key].annotation if key in block.model_fields else None
-    # Python 3.10 takes dict[str, Any] for a class, and then refuses to compare it with one.
-    is_class = isinstance(annotation, type) and get_origin(annotation) is None
-    return annotation if is_class and issubclass(annotation, BaseModel) else None
+    if get_origin(annotation) is not None:  # Python 3.10 takes dict[str, Any] for a class, which it is not
+        return None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def key_hint(wrong: str, valid: Mapping[str, tuple[str, ...]]) -> str:
