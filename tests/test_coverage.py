@@ -45,9 +45,10 @@ def test_a_measurement_that_dies_or_hangs_is_a_row(benchmark):
 def test_one_model_from_end_to_end(benchmark, tmp_path):
     path = tmp_path / "coverage.json"
     models = [("timm", "test_byobnet", 64)]
-    done = benchmark.run(models, {}, 120, path, reload=True, train_too=True)
+    done = benchmark.run(models, {}, 400, path, reload=True, train_too=True)
     row = done["test_byobnet"]
     assert row["reloaded"]["difference"] == 0
+    assert "loss" in row["trained"], row["trained"]
     assert 0 < row["trained"]["loss"] < float("inf") and row["trained"]["gradients"] > 0
     assert row["status"] == "ok" and row["coverage"]["conv"] == 1.0 and row["uniform_macs"] < 0.4
     assert benchmark.run(models, done, 0, path, reload=True, train_too=True)["test_byobnet"] is row

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scap_hub.errors import RecipeError
@@ -53,6 +53,7 @@ def test_paper_recipe_is_literal():
     assert (recipe.criterion.name, recipe.repair.least_squares) == ("scap", False)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     budget=st.sampled_from(["macs", "params", "ratio", "threshold"]),
     fraction=st.floats(0.01, 1),
