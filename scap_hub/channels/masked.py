@@ -122,10 +122,7 @@ class _Masked:
             isinstance(result, Tensor) and result.is_floating_point() and isinstance(labels, Labels)
             and not result.sum().isfinite()
         ):  # fmt: skip
-            kept = torch.ones(labels.shape)
-            for dim, indices in self._kept(labels):
-                kept = kept.take_along_dim(_stretched(indices, kept.shape, dim), dim)
-            gone = self._scatter(kept, labels).to(result.device) == 0
+            gone = self._scatter(self._survivors(torch.ones(labels.shape), labels), labels).to(result.device) == 0
             result.masked_fill_(gone & ~result.isfinite(), 0)
         return result
 
@@ -182,9 +179,11 @@ class _Masked:
         if not isinstance(leaf, Node):
             return leaf
         value, labels = self.values[leaf], self.labels[leaf]
-        if isinstance(value, Tensor) and isinstance(labels, Labels):
-            for dim, kept in self._kept(labels):
-                value = value.take_along_dim(_stretched(kept.to(value.device), value.shape, dim), dim)
+        return self._survivors(value, labels) if isinstance(value, Tensor) and isinstance(labels, Labels) else value
+
+    def _survivors(self, value: Tensor, labels: Labels) -> Tensor:
+        for dim, kept in self._kept(labels):
+            value = value.take_along_dim(_stretched(kept.to(value.device), value.shape, dim), dim)
         return value
 
     def _scatter(self, value: Tensor, labels: Labels) -> Tensor:

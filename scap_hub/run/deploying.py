@@ -83,11 +83,12 @@ def deployed(data: Data, stages: Stages, result: Result) -> Result:
     )
     try:
         with stages("int8"):
-            check_judged(Source.of(subject.model, subject.input_size).net)
+            source = subject.source
+            check_judged(source.net)
             result.report.deploy = deploy_int8(
                 subject, Path(scratch.name), settings.max_loss, result.recipe.evaluate.batch_size
             )
-            write_manifest(subject.source, "onnx", Path(scratch.name, ONNX_INT8.file))
+            write_manifest(source, "onnx", Path(scratch.name, ONNX_INT8.file))
     except (ScapHubError, OSError) as error:
         warnings.warn(
             f"the model is pruned, but not in int8: {one_line(error)}; `scap-hub export FOLDER --int8` tries again",

@@ -92,7 +92,7 @@ def export(
     try:
         with tempfile.TemporaryDirectory() as scratch:
             if int8:
-                check_judged(Source.of(net, size).net)
+                check_judged(source.net)
                 subject = _subject(folder, net, model, dataset)
                 deployment = deploy_int8(subject, Path(scratch), max_loss, to=to)
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -131,9 +131,15 @@ class OBS(Criterion):
         batches: Collection[Any],
     ) -> dict[BlockKey, Tensor]:
         """What stands for the second moment of each block's patches, (n, n) float64, the same on all processes."""
-        moments = PatchMoments(blocks, count_images(batches))
+        moments = PatchMoments(blocks, count_images(batches), self._powers(model, blocks, batches))
         read_inputs(model, moments.paths, batches, moments.add)
         return moments.means()
+
+    def _powers(
+        self, model: nn.Module, blocks: Sequence[ConsumerBlock], batches: Collection[Any]
+    ) -> Mapping[str, Tensor]:
+        """How much errors of layers count at each frequency, by path, see `PatchMoments`."""
+        return {}
 
     def _compensated(
         self, model: nn.Module, group: ChannelGroup, blocks: Sequence[ConsumerBlock], moments: dict[BlockKey, Tensor]

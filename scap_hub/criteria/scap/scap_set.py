@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,6 +70,13 @@ class ScapSet(OBS):
 
         return lost
 
+    def _powers(
+        self, model: nn.Module, blocks: Sequence[ConsumerBlock], batches: Collection[Any]
+    ) -> Mapping[str, Tensor]:
+        if not self.frequency_weights:
+            return {}
+        return Outputs(model, batches, self.bins, self.probes).powers(by_layer(blocks))
+
     def _moments(
         self,
         model: nn.Module,
@@ -77,13 +84,9 @@ class ScapSet(OBS):
         blocks: Sequence[ConsumerBlock],
         batches: Collection[Any],
     ) -> dict[BlockKey, Tensor]:
-        powers = {}
-        if self.frequency_weights:
-            powers = Outputs(model, batches, self.bins, self.probes).powers(by_layer(blocks))
-        patches = PatchMoments(blocks, count_images(batches), powers)
         if not self.blend:
-            read_inputs(model, patches.paths, batches, patches.add)
-            return patches.means()
+            return super()._moments(model, groups, blocks, batches)
+        patches = PatchMoments(blocks, count_images(batches), self._powers(model, blocks, batches))
         codes = CodeMoments(blocks, encoders(model, groups, batches, self.bins, self.latent), self.bins)
 
         def read(path: str, layer: PatchLayer, x: Tensor, images: int) -> None:
