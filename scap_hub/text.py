@@ -35,3 +35,8 @@ def count(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g} {letter}" if value < 999.5 * size else f"{value / size:,.0f} {letter}"
     return f"{value:g}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things whose plural ends in s: "1 epoch", "2 epochs"."""
+    return f"{number} {noun}{'s' * (number != 1)}"

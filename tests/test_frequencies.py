@@ -22,15 +22,14 @@ def low_pass(height: int, width: int) -> torch.Tensor:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(3, 9), st.integers(3, 9), st.integers(0, 2**31 - 1))
+@given(st.integers(1, 3), st.sampled_from([1, 3]), st.integers(3, 9), st.integers(3, 9), st.integers(0, 2**31 - 1))
 def test_a_filtered_input_gives_the_filtered_output(stride, kernel, height, width, seed):
     """By another way: the output of a convolution without borders, filtered by the amplitude of its own grid."""
     torch.manual_seed(seed)
     layer = nn.Conv2d(2, 3, kernel, stride, padding_mode="circular", padding=kernel // 2, bias=True).double()
     x = torch.randn(2, 2, stride * height, stride * width).double()
     y = layer(x)
-    if y.shape[2:] != (height, width):  # an even kernel gives one more place
-        return
+    assert y.shape[2:] == (height, width)
     power = torch.rand(height, width).double() + 0.1
     power = power + power.flip(0, 1).roll((1, 1), (0, 1))  # as that of real maps
     smooth, constant = filtered(layer, x, power)

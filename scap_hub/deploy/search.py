@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from scap_hub.deploy.quantizers.base import Scheme
+from scap_hub.text import counted
 
 MOST_KEPT = 0.5
 """Share of the layers that may stay in float32; with more, little of int8 is left."""
@@ -27,7 +28,7 @@ class Attempt:
     loss: float
 
     def __str__(self) -> str:
-        kept = f", {len(self.kept)} layer{'s' * (len(self.kept) > 1)} in float32" if self.kept else ""
+        kept = f", {counted(len(self.kept), 'layer')} in float32" if self.kept else ""
         return f"{self.scheme}{kept}: {100 * self.loss:.2f} points"
 
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from scap_hub.page import charts
 from scap_hub.page.classes import class_name, classes_view, confusion_view
 from scap_hub.page.family import family_view
-from scap_hub.text import count
+from scap_hub.text import count, counted
 
 
 def view(
@@ -104,8 +104,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         if about.get(key):
             facts.append((name, str(about[key])))
     if tuned := report.get("tuned"):
-        epochs = f"{tuned['epochs']} epoch{'s' * (tuned['epochs'] != 1)}"
-        facts.append(("dense model", f"tuned for {epochs} before it was pruned"))
+        facts.append(("dense model", f"tuned for {counted(tuned['epochs'], 'epoch')} before it was pruned"))
     if report.get("unverified"):
         facts.append(("not verified", str(report["unverified"])))
     elif report.get("verified") is not None:

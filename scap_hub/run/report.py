@@ -13,6 +13,7 @@ from scap_hub.run.by_class import ByClass, Counts, Mistakes
 from scap_hub.run.details import Details
 from scap_hub.tables import html_table, text_table
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Metric
+from scap_hub.text import counted
 from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator
 from scap_hub.training.evaluate import count, evaluate
@@ -99,7 +100,7 @@ class Tuned:
 
     def __str__(self) -> str:
         head = "" if self.new_classes is None else f", with a new head for {self.new_classes} classes"
-        return f"for {self.epochs} epoch{'s' if self.epochs > 1 else ''}{head}"
+        return f"for {counted(self.epochs, 'epoch')}{head}"
 
 
 @dataclass(frozen=True)

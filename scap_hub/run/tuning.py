@@ -12,6 +12,7 @@ from scap_hub.progress import tell
 from scap_hub.recipe import FinetuneSettings, Recipe
 from scap_hub.run.report import Measures, Tuned
 from scap_hub.run.stages import Stages
+from scap_hub.text import counted
 from scap_hub.training.data import Data
 from scap_hub.training.finetune import finetune
 from scap_hub.zoo import LoadedModel
@@ -66,8 +67,7 @@ def tune_dense(
     if not tuning.epochs:
         return None
     head = f"gets a new head for the {loaded.num_classes} classes of {data.name!r} and " if tuning.new_head else ""
-    epochs = f"{tuning.epochs} epoch{'s' * (tuning.epochs != 1)}"
-    tell(f"{loaded.name} {head}is tuned first, for {epochs} (finetune.dense_epochs)")
+    tell(f"{loaded.name} {head}is tuned first, for {counted(tuning.epochs, 'epoch')} (finetune.dense_epochs)")
     settings = recipe.finetune.lasting(tuning.epochs)
     with stages("tune dense"):
         folder = work and work / "training-dense"
