@@ -3,9 +3,10 @@
     python benchmarks/analysis.py --json out/analysis.json
     python benchmarks/analysis.py --quick                   # ResNet-50 and MobileNetV2 only
 
-CPU seconds of all threads, the smallest of three. "Groups" is `channel_groups`, all trials included. "Verification" is
-what `prune` does with a plan before repair: the pruned model against the masked dense one, on two images in float64.
-"Forward" is 64 images through the dense model in float32. Weights are random: the cost does not depend on them.
+CPU seconds of all threads, the smallest of three. "Groups" is `channel_groups`, all trials included; "untried" is the
+same with the trials switched off, as a tool pays that takes its first answer for right. "Verification" is what `prune`
+does with a plan before repair: the pruned model against the masked dense one, on two images in float64. "Forward"
+is 64 images through the dense model in float32. Weights are random: the cost does not depend on them.
 """
 
 from __future__ import annotations
@@ -37,10 +38,13 @@ def seconds(work: Callable[[], Any], repeats: int = 3) -> float:
 
 def measure(name: str) -> dict[str, float]:
     """Analyses, verifies and runs one model."""
+    from unittest.mock import patch
+
     import timm
     import torch
 
     from scap_hub import channel_groups, select, verify
+    from scap_hub.channels import discovery
     from scap_hub.channels.oracle import randomize
 
     model = randomize(timm.create_model(name)).eval()
@@ -49,9 +53,12 @@ def measure(name: str) -> dict[str, float]:
     groups = channel_groups(model, example)
     scores = {group.name: torch.rand(group.size) for group in groups.prunable}
     plan = select(groups, scores, target="ratio=0.5")
+    with patch.object(discovery._Analysis, "_stuck", lambda *_: None):
+        untried = seconds(lambda: channel_groups(model, example))
     with torch.no_grad():
         return {
             "groups": seconds(lambda: channel_groups(model, example)),
+            "untried": untried,
             "verification": seconds(lambda: verify(model, plan, images[:2]), repeats=1),
             "forward": seconds(lambda: model(images), repeats=1),
         }
@@ -64,12 +71,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: dict[str, dict[str, float]] = {}
-    print(f"{'model':32}{'groups':>10}{'verification':>14}{'forward, 64':>14}{'verification / forward':>24}")
+    heads = f"{'groups':>10}{'untried':>10}{'verification':>14}{'forward, 64':>14}{'verification / forward':>24}"
+    print(f"{'model':32}{heads}")
     for name in QUICK if options.quick else MODELS:
         row = rows[name] = measure(name)
         share = row["verification"] / row["forward"]
         print(
-            f"{name:32}{row['groups']:10.2f}{row['verification']:14.2f}{row['forward']:14.2f}{share:24.2f}", flush=True
+            f"{name:32}{row['groups']:10.2f}{row['untried']:10.2f}{row['verification']:14.2f}{row['forward']:14.2f}"
+            f"{share:24.2f}",
+            flush=True,
         )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -29,8 +29,8 @@ of the pruned models were rebuilt in another process from their library's own co
 - **seconds**: CPU seconds for finding the groups (recording the model included), and for the surgery with the proof
   that `apply_plan` makes of every plan.
 
-Attention that scales by the width of its queries (`scaled_dot_product_attention` without a scale) keeps its queries and
-keys whole. A softmax over channels keeps them whole too.
+Attention that scales by the width of its queries (`scaled_dot_product_attention` without a scale) keeps the scale of
+the dense model when queries and keys shrink. A softmax over channels keeps them whole.
 
 {peer}Repeat it: `make bench-coverage` (weights are random, nothing is downloaded).
 

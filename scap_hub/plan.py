@@ -67,7 +67,7 @@ class CallNumber(_Strict):
     """A number that a module's forward pass gives to a torch function, and the one that it gives once it is pruned.
 
     It is for sizes that are written into the code, such as 400 in `x.view(-1, 400)`. Numbers of arithmetic never
-    change.
+    change; but an attention that leaves out its scale, and so takes 1/√width, must be told the scale of the dense one.
 
     Attributes:
         function: Name of the function, such as "view" or "__getitem__".
@@ -75,14 +75,14 @@ class CallNumber(_Strict):
             count too.
         position: Position of the number among the numbers in the call's arguments.
         old: The number that comes from the code; another one means that the model is used in a way that the plan was
-            not made for, and is an error.
+            not made for, and is an error. None for the scale of an attention whose code leaves it out.
         new: The number to use.
     """
 
     function: Annotated[str, StringConstraints(pattern=r"^[a-z_0-9]{1,40}$")]
     call: PositiveInt
     position: NonNegativeInt
-    old: StrictInt | FiniteFloat
+    old: StrictInt | FiniteFloat | None = None
     new: StrictInt | FiniteFloat
 
 

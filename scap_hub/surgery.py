@@ -20,8 +20,12 @@ _SIZED = (
     "__setitem__", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "layer_norm", "rms_norm", "group_norm",
     "conv1d", "conv2d", "conv3d",
 )  # fmt: skip
-CHANGEABLE = frozenset(_SIZED)
-"""Functions of which a plan may change numbers, because they are sizes; arithmetic stays as it is."""
+SCALED = "scaled_dot_product_attention"
+CHANGEABLE = frozenset((*_SIZED, SCALED))
+"""Functions of which a plan may change numbers, because they are sizes; arithmetic stays as it is.
+
+An attention that leaves its scale out takes it from a width, so it gets the one of the dense model, after its numbers.
+"""
 
 
 _WIDTHS = frozenset((
@@ -75,14 +79,19 @@ class Numbers(TorchFunctionMode):
             self.calls[name] += 1
             args = self.changed(args, name, place)
             kwargs = {key: self.changed(value, name, place) for key, value in (kwargs or {}).items()}
+            if (scale := self.number(kwargs.get("scale"), name, place)) is not None:
+                kwargs["scale"] = scale
         return func(*args, **kwargs or {})
+
+    def number(self, value: Any, name: str, place: Any) -> Any:
+        old, new = self.changes.get((name, self.calls[name], next(place)), (value, value))
+        if value != old:
+            raise ValueError(f"pruned for a forward pass that computes {old} where it now computes {value}")
+        return new
 
     def changed(self, value: Any, name: str, place: Any) -> Any:
         if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
-            old, new = self.changes.get((name, self.calls[name], next(place)), (value, value))
-            if value != old:
-                raise ValueError(f"pruned for a forward pass that computes {old} where it now computes {value}")
-            return new
+            return self.number(value, name, place)
         if isinstance(value, slice):
             return slice(*(self.changed(part, name, place) for part in (value.start, value.stop, value.step)))
         if isinstance(value, tuple | list):
@@ -95,6 +104,10 @@ def renumbered(module: nn.Module, changes: Any, *args: Any, **kwargs: Any) -> An
     """The forward pass of a module's class, with other numbers in some calls of torch functions."""
     with Numbers(changes):
         return type(module).forward(module, *args, **kwargs)
+
+
+_Call = tuple[str, int, int, "float | None", float]
+"""The fields of a `CallNumber`."""
 
 
 def apply_plan(model: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -165,14 +178,14 @@ def _rows(path: str, module: Any, plan: PruningPlan) -> list[str]:
     return list(kept)
 
 
-def set_calls(model: nn.Module, calls: Mapping[str, Sequence[tuple[str, int, int, float, float]]]) -> None:
+def set_calls(model: nn.Module, calls: Mapping[str, Sequence[_Call]]) -> None:
     """Gives calls of torch functions in the forward passes of modules their new numbers; see `CallNumber`."""
     for path, changes in calls.items():
         module = model.get_submodule(path)
         module.forward = functools.partial(renumbered, module, _composed(earlier_calls(module), changes))
 
 
-def earlier_calls(module: nn.Module) -> Sequence[tuple[str, int, int, float, float]]:
+def earlier_calls(module: nn.Module) -> Sequence[_Call]:
     """Changes that an earlier plan has made in a module's calls."""
     forward: Any = vars(module).get("forward")
     # What loads without this file has a function of that name of its own.
@@ -180,9 +193,7 @@ def earlier_calls(module: nn.Module) -> Sequence[tuple[str, int, int, float, flo
     return forward.args[1] if renumbers else ()
 
 
-def _composed(
-    earlier: Sequence[tuple[str, int, int, float, float]], later: Sequence[tuple[str, int, int, float, float]]
-) -> tuple[tuple[str, int, int, float, float], ...]:
+def _composed(earlier: Sequence[_Call], later: Sequence[_Call]) -> tuple[_Call, ...]:
     """Changes after changes: of one place, the last one counts."""
     changes = {tuple(change[:3]): change for change in (*earlier, *later)}
     return tuple(changes.values())
@@ -223,6 +234,8 @@ def _check(model: nn.Module, plan: PruningPlan) -> None:
         for change in changes:
             if change.function not in CHANGEABLE:
                 raise PlanError(f"the plan changes numbers of {change.function!r} in {path!r}, which no plan may")
+            if (change.function == SCALED) != (change.old is None) or (change.old is None and not 0 < change.new <= 1):
+                raise PlanError(f"the plan gives {change.function!r} in {path!r} {change.new} instead of {change.old}")
     shrinks = narrower(model, {id(_tensor(model, name)) for name in plan.tensors})
     for path, values in plan.attributes.items():
         module = _module(model, path)

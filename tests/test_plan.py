@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from scap_hub.channels import channel_groups
 from scap_hub.errors import PlanError
-from scap_hub.plan import PruningPlan, _ranges, _span, ranges
+from scap_hub.plan import CallNumber, PruningPlan, _ranges, _span, ranges
 from scap_hub.surgery import apply_plan
 from scap_hub.zoo import modeling_scap
 from tests.nets import Residual, random_plan
@@ -190,6 +190,33 @@ def test_buffers_keep_what_there_is(kept):
     with pytest.raises(ValueError):
         modeling_scap.shrink(model, cut)
     assert model.scale.shape == (8,)
+
+
+ATTENTION = "scaled_dot_product_attention"
+
+
+@pytest.mark.parametrize(
+    ("function", "old", "new"),
+    [
+        ("mul", 2, 3),
+        ("view", None, 4),
+        ("dropout", 0.5, 0.1),
+        (ATTENTION, 0.5, 0.25),  # only a scale that is left out, no number of its code's
+        (ATTENTION, None, 2.0),  # one over the root of a width
+        (ATTENTION, None, -0.5),
+    ],
+)
+def test_a_plan_changes_only_sizes_and_a_scale_that_is_left_out(function, old, new):
+    dense = Residual()
+    keep = {group.name: [0] for group in channel_groups(dense, X) if group.prunable}
+    plan = PruningPlan.from_keep(channel_groups(dense, X), keep)
+    number = CallNumber(function=function, call=1, position=0, old=old, new=new)
+    with pytest.raises(PlanError, match=function):
+        apply_plan(dense, plan.model_copy(update={"calls": {"": (number,)}}))
+    cut = {"version": modeling_scap.VERSION, "shapes": {}, "attributes": {}}
+    with pytest.raises(ValueError, match=function):
+        modeling_scap.shrink(dense, {**cut, "calls": {"": [[function, 1, 0, old, new]]}})
+    assert "forward" not in vars(dense)
 
 
 def test_a_plan_does_not_fit_another_width(groups):

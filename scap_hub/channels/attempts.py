@@ -80,6 +80,9 @@ def _positions(kinds: Mapping[str, type], number: Number) -> Iterator[CallUse]:
     site = number.node.site
     if site is None or site.function not in CHANGEABLE:
         return
+    if number.dense is None:  # it takes the place after the numbers that are given
+        yield CallUse(kinds[number.node.owner], site.function, site.number, len(site.numbers), number.argument, None)
+        return
     places = [position for position, value in enumerate(site.numbers) if value == number.dense]
     # A list of as many numbers stands in the same order.
     places.sort(key=lambda position: position != number.index)

@@ -158,13 +158,18 @@ def forward_of(model: nn.Module, inputs: tuple[Any, ...], runs: tuple[Run, ...],
         if layer.weight in partition.tensors and not isinstance(layer.module, nn.GroupNorm)
     }
     counted = [
-        (node, size.labels.size, partition.channel_of[size.labels], f"{node.name}: {size.argument} {size.item}")
+        (node, size, partition.channel_of[size.labels], f"{node.name}: {size.argument} {size.item}")
         for run in runs
         for node in run.captured.called
         if node.owner not in standard
         for size in sizes_of(Call(node, run.found))
     ]
-    integers = tuple(integer for number in counted for integer in _held(*number, modules))
+    integers = tuple(
+        integer
+        for node, size, channels, role in counted
+        if size.left_out is None
+        for integer in _held(node, size.labels.size, channels, role, modules)
+    )
     return Forward(model, inputs, runs, partition, integers, tuple((node.owner, own) for node, _, own, _ in counted))
 
 

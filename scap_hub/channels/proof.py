@@ -50,15 +50,15 @@ class Number:
         node: The call in the dense model.
         argument: Name of the argument.
         index: Position in it, if it is a list.
-        dense: The number in the dense model.
+        dense: The number in the dense model; None where the call leaves it to torch.
         pruned: The number that the pruned model must compute with.
     """
 
     node: Node
     argument: str
     index: int | None
-    dense: float
-    pruned: float
+    dense: float | None
+    pruned: float | None
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,10 @@ def expected_numbers(call: Call, stays: np.ndarray) -> Iterator[Number]:
     """
     for size in sizes_of(call):
         if size.argument:
+            if size.left_out is not None:
+                shrinks = not stays[size.labels].all()
+                yield Number(call.node, size.argument, None, None, size.left_out if shrinks else None)
+                continue
             value = call[size.argument]
             dense = value if size.item is None else value[size.item]
             left = int(stays[size.labels].sum())
@@ -224,11 +228,11 @@ class _Proof(Recorder):
 
     def _agrees(self, node: Node, number: Number, own: Any) -> bool:
         """Whether the pruned model's number is right; the end of a slice may lie beyond the tensor."""
-        if own == number.pruned and type(own) is type(number.dense):
+        if own == number.pruned and type(own) is type(number.pruned if number.dense is None else number.dense):
             return True
         if node.name == "slice" and number.argument == "end" and isinstance(own, int):
             size = node.arguments["self"].value.shape[node.arguments["dim"]]
-            return own >= size and number.pruned >= size
+            return own >= size and number.pruned is not None and number.pruned >= size
         return False
 
     def _check_sources(self, ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> None:

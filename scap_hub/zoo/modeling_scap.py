@@ -21,8 +21,12 @@ _SIZED = (
     "__setitem__", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "layer_norm", "rms_norm", "group_norm",
     "conv1d", "conv2d", "conv3d",
 )  # fmt: skip
-CHANGEABLE = frozenset(_SIZED)
-"""Functions of which a plan may change numbers, because they are sizes; arithmetic stays as it is."""
+SCALED = "scaled_dot_product_attention"
+CHANGEABLE = frozenset((*_SIZED, SCALED))
+"""Functions of which a plan may change numbers, because they are sizes; arithmetic stays as it is.
+
+An attention that leaves its scale out takes it from a width, so it gets the one of the dense model, after its numbers.
+"""
 
 
 _WIDTHS = frozenset((
@@ -76,14 +80,19 @@ class Numbers(TorchFunctionMode):
             self.calls[name] += 1
             args = self.changed(args, name, place)
             kwargs = {key: self.changed(value, name, place) for key, value in (kwargs or {}).items()}
+            if (scale := self.number(kwargs.get("scale"), name, place)) is not None:
+                kwargs["scale"] = scale
         return func(*args, **kwargs or {})
+
+    def number(self, value: Any, name: str, place: Any) -> Any:
+        old, new = self.changes.get((name, self.calls[name], next(place)), (value, value))
+        if value != old:
+            raise ValueError(f"pruned for a forward pass that computes {old} where it now computes {value}")
+        return new
 
     def changed(self, value: Any, name: str, place: Any) -> Any:
         if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
-            old, new = self.changes.get((name, self.calls[name], next(place)), (value, value))
-            if value != old:
-                raise ValueError(f"pruned for a forward pass that computes {old} where it now computes {value}")
-            return new
+            return self.number(value, name, place)
         if isinstance(value, slice):
             return slice(*(self.changed(part, name, place) for part in (value.start, value.stop, value.step)))
         if isinstance(value, tuple | list):
@@ -137,13 +146,10 @@ def shrink(model: nn.Module, cut: dict[str, Any], prefix: str = "") -> None:
         setattr(module, name, value)
 
 
-def _change(function: str, call: int, position: int, old: float, new: float) -> tuple[Any, ...]:
-    if (
-        function not in CHANGEABLE
-        or {type(call), type(position)} != {int}
-        or not type(old) is type(new) in (int, float)
-        or not -1e18 < old - new < 1e18
-    ):
+def _change(function: str, call: int, position: int, old: Any, new: Any) -> tuple[Any, ...]:
+    sized = function in _SIZED and type(old) is type(new) in (int, float) and -1e18 < old - new < 1e18
+    scaled = function == SCALED and old is None and type(new) is float and 0 < new <= 1
+    if {type(call), type(position)} != {int} or not (sized or scaled):
         raise ValueError(f"config.json changes numbers of {function!r}, which it may not")
     return function, call, position, old, new
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from scap_hub.channels.operators.table import (
     Cost,
     Integers,
     Producer,
+    Size,
     always,
     module_integers,
     operator,
@@ -128,15 +130,17 @@ def einsum(call: Call) -> Labels:
     return contraction(call, operands, letters, out)
 
 
-@operator("scaled_dot_product_attention", counts=always)
+def _scale(call: Call) -> Iterator[Size]:
+    """Without an explicit scale, the width of q and k sets it: 1/√width."""
+    query = call.labels("query")
+    if call["scale"] is None and (width := query.along(-1)) is not None:
+        yield Size("scale", None, width, left_out=query.shape[-1] ** -0.5)
+
+
+@operator("scaled_dot_product_attention", counts=always, sizes=_scale)
 def attention(call: Call) -> Labels:
-    """softmax(q kᵀ · scale) v; without an explicit scale the width of q and k is part of the function."""
+    """softmax(q kᵀ · scale) v."""
     q, k, v = (call.labels(name) for name in ("query", "key", "value"))
-    if call["scale"] is None:
-        for operand in (q, k):
-            if (width := operand.along(-1)) is not None:
-                call.ledger.pin(width, f"sets the scale of an attention ({call.place})")
-        q, k = (operand.only(*range(len(operand.shape) - 1)) for operand in (q, k))
     for operand in (q, k):
         if (tokens := operand.along(-2)) is not None:
             call.ledger.pin(tokens, f"is normalised over by a softmax ({call.place})")

@@ -177,11 +177,14 @@ class Size(NamedTuple):
         argument: Name of the argument; "" for a number that code often computes another argument from.
         item: Position in the argument, if that is a list.
         labels: (n,) labels of what it counts; how many of them stay is the number in the pruned model.
+        left_out: For an argument that the call leaves out, what torch takes in its place because of how many there
+            are. The pruned model must say it, where fewer stay.
     """
 
     argument: str
     item: int | None
     labels: np.ndarray
+    left_out: float | None = None
 
 
 Rule = Callable[[Call], Any]
