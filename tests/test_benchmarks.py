@@ -64,6 +64,7 @@ def test_validation_images_are_held_out_of_training():
     assert images.shape == (50, 3, 64, 64) and images.dtype == torch.float32 and labels.dtype == torch.int64
 
 
+@pytest.mark.slow
 @needs_images
 def test_accuracy_runs_without_the_datasets_package_and_takes_up_where_it_stopped(tmp_path):
     code = (

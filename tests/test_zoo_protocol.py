@@ -213,7 +213,13 @@ def resnet(**options):
 
 
 @pytest.mark.parametrize(
-    "build", [detr, lambda: detr("ConditionalDetr"), mask2former, lambda: resnet(return_dict=False)]
+    "build",
+    [
+        detr,
+        lambda: detr("ConditionalDetr"),
+        pytest.param(mask2former, marks=pytest.mark.slow),
+        lambda: resnet(return_dict=False),
+    ],
 )
 def test_outputs_without_hidden_states(build):
     model, x = build().eval(), torch.randn(1, *SIZE)
