@@ -23,6 +23,8 @@ def test_a_forecast_leaves_the_model_and_the_run_as_they_were():
     assert told.macs[0] == result.report.before.macs and told.params[0] == result.report.before.params
     assert abs(told.macs[1] / result.report.after.macs - 1) < 0.3
     assert f"parameters {told.params[0] / 1e3:.3g} k to about" in "\n".join(told.lines()), "never 0.0 M"
+    assert told.seconds["repair"] > told.seconds["scores"] > 0
+    assert "reading images comes on top" in told.lines()[-2]
     unknown = scap_hub.forecast(model, images(), QUICK, criterion="scap", target="threshold=0.5", **arguments)
     assert unknown.macs[1] is None and any("then what the scores say" in line for line in unknown.lines())
 
@@ -43,4 +45,25 @@ def test_a_long_run_says_what_it_takes_first_and_a_short_one_nothing(monkeypatch
     monkeypatch.setattr("scap_hub.run.forecast.LONG", 0.0)
     scap_hub.prune(**arguments)
     said = capsys.readouterr().err
-    assert said.index("about fine-tuning") < said.index("memory while training") < said.index("epoch 1 of 1")
+    assert said.index("fine-tuning") < said.index("memory while training") < said.index("epoch 1 of 1")
+
+
+def test_a_run_without_training_says_what_scores_and_repair_take(monkeypatch, capsys, tmp_path):
+    arguments = dict(model_input_size=(3, 32, 32), finetune_epochs=0, repair_tune_steps=100)
+    told = scap_hub.forecast(Residual(), images(), QUICK, criterion="scap-set", **arguments)
+    assert told.seconds["scores"] > 0 and told.memory > 0
+    untuned = scap_hub.forecast(
+        Residual(), images(), QUICK, criterion="scap-set", **arguments | {"repair_tune_steps": 0}
+    )
+    assert told.seconds["repair"] > 3 * untuned.seconds["repair"] > 0 and untuned.memory == 0
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import torch\nfrom scap_hub.criteria import Criterion\n"
+        "class Flat(Criterion):\n    name = 'flat'\n    def score(self, model, groups, batches):\n"
+        "        return {group.name: torch.ones(group.size) for group in groups}\n"
+    )
+    own = scap_hub.forecast(Residual(), images(), QUICK, criterion=f"{file}:Flat", **arguments)
+    assert "scores" not in own.seconds and "reading images and scores come on top" in own.lines()[-2]
+    monkeypatch.setattr("scap_hub.run.forecast.LONG", 0.0)
+    scap_hub.prune(Residual(), images(), QUICK, **arguments | {"repair_tune_steps": 2})
+    assert "about scores 0 s" in capsys.readouterr().err

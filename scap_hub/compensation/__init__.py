@@ -12,6 +12,9 @@ from scap_hub.compensation.least_squares import compensate
 from scap_hub.compensation.tuning import tune
 from scap_hub.plan import PruningPlan
 
+PASSES = 4.0
+"""As how many forward passes over the calibration images a repair takes about as long, for the forecast of a run."""
+
 __all__ = ["compensate", "recalibrate", "repair", "tune"]
 
 

@@ -24,7 +24,8 @@ from scap_hub.progress import track
 
 STEPS = 200
 """How many steps `prune` takes where nothing is trained afterwards."""
-_BATCH = 32
+BATCH = 32
+"""Images in a step."""
 _SHIFT = 0.1  # of an image's sides, at most
 
 
@@ -65,7 +66,7 @@ def tune(
     try:
         with evaluating(dense), evaluating(small):
             with torch.no_grad():
-                scales = inverse_variances(_outputs(dense, batch) for batch in images.split(_BATCH))
+                scales = inverse_variances(_outputs(dense, batch) for batch in images.split(BATCH))
             before = _error(dense, small, images, scales)
             state = copy.deepcopy(small.state_dict())
             _train(dense, small, images, scales, steps, learning_rate, seed)
@@ -94,7 +95,7 @@ def _train(
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed + state.process_index)
         for _ in track(range(steps), "tuning"):
-            batch = shift(_mixed(images[torch.randint(len(images), (_BATCH,))]))
+            batch = shift(_mixed(images[torch.randint(len(images), (BATCH,))]))
             with torch.no_grad():
                 wanted = _outputs(dense, batch)
             loss = _distance(_outputs(small, batch), wanted, scales) * images_in_all / len(batch)
@@ -131,5 +132,5 @@ def _distance(outputs: Sequence[Tensor], wanted: Sequence[Tensor], scales: Seque
 @torch.no_grad()
 def _error(dense: nn.Module, small: nn.Module, images: Tensor, scales: Sequence[float]) -> float:
     """The mean relative error of the outputs for the calibration images of all processes."""
-    parts = (_distance(_outputs(small, batch), _outputs(dense, batch), scales) for batch in images.split(_BATCH))
+    parts = (_distance(_outputs(small, batch), _outputs(dense, batch), scales) for batch in images.split(BATCH))
     return float(sum_over_processes(torch.stack([part.double() for part in parts]).sum()))

@@ -26,6 +26,8 @@ class Criterion(ABC):
     Attributes:
         name: Of the criterion.
         scope: How `target.scope: auto` compares its scores across groups, see `select`.
+        passes: As how many forward passes over the calibration images scoring takes about as long, for the forecast of
+            a run; None where nobody has measured it.
 
     Raises:
         RecipeError: While a subclass is defined: another class has its name. A definition that runs again, such as a
@@ -34,6 +36,7 @@ class Criterion(ABC):
 
     name: ClassVar[str]
     scope: ClassVar[str] = "global"
+    passes: ClassVar[float | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from scap_hub.channels import ChannelGroups
+from scap_hub.compensation import PASSES
+from scap_hub.compensation.tuning import BATCH
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.errors import DataError
 from scap_hub.placement import raise_precision, raised
@@ -25,6 +27,7 @@ from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
 from scap_hub.run.details import SHARES
 from scap_hub.run.inputs import example, load_dense, recipe_of
+from scap_hub.run.repairing import tuning_steps
 from scap_hub.run.stages import Stages
 from scap_hub.run.tuning import Tuning
 from scap_hub.run.unfinished import check_free
@@ -50,7 +53,8 @@ class Forecast:
 
     Attributes:
         seconds: By stage, for this process's share of the images: what the model computes, without the reading of
-            images, scoring and repair. Of training, what it takes at the dense model's size.
+            images. Of training, what it takes at the dense model's size; of scores and repair, what they took of other
+            models, in forward passes. Without scores where nobody knows what the criterion takes.
         memory: Bytes that training holds at once, at the dense model's size: weights, gradients, moments, the teacher
             and what a batch leaves for its backward pass.
         target: What shall stay, in short form.
@@ -78,7 +82,8 @@ class Forecast:
             lines += [f"  {number} pinned: {reason}" for reason, number in self.pinned.items()]
             lines.append(f"target {self.target}: {_left('MACs', *self.macs)}, {_left('parameters', *self.params)}")
         stages = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in self.seconds.items() if seconds)
-        lines.append(f"about {stages or 'nothing to train or measure'}; reading, scores and repair come on top")
+        rest = "reading images comes" if "scores" in self.seconds else "reading images and scores come"
+        lines.append(f"about {stages or 'nothing'}; {rest} on top")
         lines.append(f"memory while training: about {in_short(self.memory)}B" if self.memory else "no training")
         return lines
 
@@ -135,28 +140,34 @@ def expected(
         groups: Its channel groups, if they are to be told of.
     """
     model, images = loaded.module.to(accelerator().device).eval(), _sample(data)
+    trains, tuned = tuning.trains(recipe.finetune), tuning_steps(recipe)
     forward, train, saved = _seconds_forward(model, data, images), 0.0, 0
-    if tuning.trains(recipe.finetune):
-        train, saved = _training(model, data, images)
+    if trains or tuned:
+        train, saved = _training(model, data, images, trains)
     epoch = _images(data.train) * train + _images(data.validation) * forward
     epochs = recipe.schedule.steps * recipe.finetune.epochs
     taught = _images(data.train) * forward if recipe.finetune.distillation.needs_teacher else 0.0
+    calibration, steps = _images(data.calibration) * forward, recipe.schedule.steps
+    passes = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed).passes
+    rebuilt = PASSES if recipe.repair.least_squares else float(recipe.repair.batch_norm)
+    scores = {} if passes is None else {"scores": steps * passes * calibration}
     seconds = {
         f"tuning the dense model{' and its new head' if tuning.new_head else ''}": tuning.epochs * epoch,
+        **scores,
+        "repair": steps * (rebuilt * calibration + tuned * BATCH * (train + forward)),
         "fine-tuning": epochs * (epoch + taught),
         "measuring": 2 * _images(data.measured_on) * forward,
     }
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
-    networks = _ADAMW + recipe.finetune.distillation.needs_teacher
-    memory = networks * size + saved * recipe.data.batch_size // len(images) if train else 0
+    networks = _ADAMW + (recipe.finetune.distillation.needs_teacher or bool(tuned))
+    batch = recipe.data.batch_size if trains else BATCH
+    memory = networks * size + saved * batch // len(images) if train else 0
     found = Forecast(seconds, memory, str(recipe.target.target))
     return found if groups is None else _with_groups(found, loaded, groups, recipe)
 
 
 def tell_if_long(loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning) -> None:
-    """Says what a run that trains will take, where that is more than `LONG`."""
-    if not tuning.trains(recipe.finetune):
-        return
+    """Says what a run will take, where that is more than `LONG`."""
     with announce("timing a batch"):
         found = expected(loaded, data, recipe, tuning)
     if sum(found.seconds.values()) > LONG:
@@ -209,11 +220,14 @@ def _seconds_forward(model: nn.Module, data: Data, images: Tensor) -> float:
     return _timed(lambda: data.task.output(model, images)) / len(images)
 
 
-def _training(model: nn.Module, data: Data, images: Tensor) -> tuple[float, int]:
-    """Seconds of one image, and bytes that these images leave for the backward pass; a copy is trained."""
+def _training(model: nn.Module, data: Data, images: Tensor, mode: bool) -> tuple[float, int]:
+    """Seconds of one image, and bytes that these images leave for the backward pass; a copy is trained.
+
+    `mode`: in training mode, or in eval mode as while tuning.
+    """
     pupil = copy.deepcopy(model)
     raise_precision(pupil)
-    pupil.train()
+    pupil.train(mode)
     held: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

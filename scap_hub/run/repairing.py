@@ -25,8 +25,12 @@ def repaired(
         plan: What stays in this step.
         images: This process's calibration images, in batches.
     """
-    settings, tuning = recipe.repair, recipe.repair.tune
-    repair(dense, small, plan, images, **settings.model_dump(exclude={"tune"}))
+    repair(dense, small, plan, images, **recipe.repair.model_dump(exclude={"tune"}))
+    if steps := tuning_steps(recipe):
+        tune(teacher, small, images, steps=steps, learning_rate=recipe.repair.tune.learning_rate, seed=recipe.seed)
+
+
+def tuning_steps(recipe: Recipe) -> int:
+    """How many steps a pruned model is tuned for on the calibration images."""
     default = 0 if recipe.finetune.epochs else STEPS
-    if steps := default if tuning.steps is None else tuning.steps:
-        tune(teacher, small, images, steps=steps, learning_rate=tuning.learning_rate, seed=recipe.seed)
+    return default if recipe.repair.tune.steps is None else recipe.repair.tune.steps

@@ -54,6 +54,7 @@ class OBS(Criterion):
     """
 
     name: ClassVar[str] = "obs"
+    passes: ClassVar[float | None] = 6.0
     ridge: float = 1e-2
     sequential: bool = False
 

@@ -18,6 +18,7 @@ class Activation(RowCriterion):
     """Mean absolute activation of the channel, as the next layer sees it, over images and places."""
 
     name: ClassVar[str] = "activation"
+    passes: ClassVar[float | None] = 1.0
 
     def rows(self, model: nn.Module, taps: Sequence[Tap], batches: Iterable[Any]) -> list[Tensor]:
         """See `RowCriterion.rows`."""

@@ -28,6 +28,7 @@ class BNScale(Criterion):
     """
 
     name: ClassVar[str] = "bn_scale"
+    passes: ClassVar[float | None] = 0.0
     normalisation: str = "mean"
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ class FPGM(RowCriterion):
     """Sum of the filter's Euclidean distances to its layer's filters: those near all others are said by them."""
 
     name: ClassVar[str] = "fpgm"
+    passes: ClassVar[float | None] = 0.0
 
     def rows(self, model: nn.Module, taps: Sequence[Tap], batches: Iterable[Any]) -> list[Tensor]:
         """See `RowCriterion.rows`; the batches are not read."""

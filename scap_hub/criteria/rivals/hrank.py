@@ -20,6 +20,7 @@ class HRank(RowCriterion):
     """Mean over images of the matrix rank of the channel's map; without two axes it is 0 or 1."""
 
     name: ClassVar[str] = "hrank"
+    passes: ClassVar[float | None] = 4.0
 
     def rows(self, model: nn.Module, taps: Sequence[Tap], batches: Iterable[Any]) -> list[Tensor]:
         """See `RowCriterion.rows`."""

@@ -25,6 +25,7 @@ class L1(RowCriterion):
     """L1 norm of the filter that computes the channel."""
 
     name: ClassVar[str] = "l1"
+    passes: ClassVar[float | None] = 0.0
 
     def rows(self, model: nn.Module, taps: Sequence[Tap], batches: Iterable[Any]) -> list[Tensor]:
         """See `RowCriterion.rows`; the batches are not read."""
@@ -36,6 +37,7 @@ class L2(RowCriterion):
     """L2 norm of the filter that computes the channel."""
 
     name: ClassVar[str] = "l2"
+    passes: ClassVar[float | None] = 0.0
 
     def rows(self, model: nn.Module, taps: Sequence[Tap], batches: Iterable[Any]) -> list[Tensor]:
         """See `RowCriterion.rows`; the batches are not read."""

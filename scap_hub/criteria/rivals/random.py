@@ -29,6 +29,7 @@ class Random(Criterion):
     """
 
     name: ClassVar[str] = "random"
+    passes: ClassVar[float | None] = 0.0
     seed: int = 0
 
     def score(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> Scores:

@@ -37,6 +37,7 @@ class Taylor(RowCriterion):
     """
 
     name: ClassVar[str] = "taylor"
+    passes: ClassVar[float | None] = 3.5
 
     def rows(self, model: nn.Module, taps: Sequence[Tap], batches: Iterable[Any]) -> list[Tensor]:
         """See `RowCriterion.rows`.

@@ -55,6 +55,7 @@ class Scap(Criterion):
     """
 
     name: ClassVar[str] = "scap"
+    passes: ClassVar[float | None] = 2.0
     bins: int = 7
     latent: int = 16
     autoencoder: Kind = "residual"

@@ -44,6 +44,7 @@ class ScapSet(OBS):
     """
 
     name: ClassVar[str] = "scap-set"
+    passes: ClassVar[float | None] = 6.0
     scope: ClassVar[str] = "cost-aware"
     bins: int = 7
     latent: int = 16
