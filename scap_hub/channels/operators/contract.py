@@ -21,6 +21,7 @@ from scap_hub.channels.operators.table import (
     module_integers,
     operator,
 )
+from scap_hub.surgery import SCALED
 
 
 def contraction(call: Call, operands: list[Labels], letters: list[str], out: str, weight: str | None = None) -> Labels:
@@ -137,10 +138,18 @@ def _scale(call: Call) -> Iterator[Size]:
         yield Size("scale", None, width, left_out=query.shape[-1] ** -0.5)
 
 
+def _own_call(call: Call) -> bool:
+    """Whether the forward pass calls the operator itself, and not a function of torch's around it."""
+    return call.node.site is not None and call.node.site.function == SCALED
+
+
 @operator("scaled_dot_product_attention", counts=always, sizes=_scale)
 def attention(call: Call) -> Labels:
     """softmax(q kᵀ · scale) v."""
     q, k, v = (call.labels(name) for name in ("query", "key", "value"))
+    if call["scale"] is None and not _own_call(call):
+        for size in _scale(call):
+            call.ledger.pin(size.labels, f"sets the scale of an attention that is out of reach ({call.place})")
     for operand in (q, k):
         if (tokens := operand.along(-2)) is not None:
             call.ledger.pin(tokens, f"is normalised over by a softmax ({call.place})")
