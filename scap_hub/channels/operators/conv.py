@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,8 @@ def conv(call: Call) -> Labels:
         call.trace.costs.append(Cost(x, int(np.prod(w.shape[2:])), name))
         return x
     channels = x.along(1) if batched else None
-    _pin_all_but(call, x, (1,) if batched else ())
+    passing = _passing(call, x, w) if batched and groups == 1 else {}
+    _pin_all_but(call, x, *((1,), *((dim,) for dim in passing)) if batched else ())
     _pin_all_but(call, w, (0,), (1,), (0, 1))
     if groups == 1:
         rows = _plain(call, x, w, channels)
@@ -57,7 +58,23 @@ def conv(call: Call) -> Labels:
     else:
         rows = _grouped(call, x, w, channels)
     depthwise = groups > 1 and x.shape[1 if batched else 0] == groups
-    return _finish(call, w, rows, channels, name, depthwise=depthwise)
+    made = _finish(call, w, rows, channels, name, depthwise=depthwise, passing=passing)
+    return Labels(made.shape, (*made.arrays, *(line(own, dim, len(made.shape)) for dim, own in passing.items())))
+
+
+def _passing(call: Call, x: Labels, w: Labels) -> dict[int, np.ndarray]:
+    """What lies along a dimension of positions that the convolution takes one by one, by dimension."""
+    passing = {}
+    for dim, labels in x.lines():
+        steps = (_at(call[name], dim - 2) for name in ("stride", "padding")) if dim > 1 else ()
+        if dim > 1 and w.shape[dim] == 1 and [*steps] in ([1, 0], [1, "valid"]):
+            passing[dim] = labels
+    return passing
+
+
+def _at(value: Any, index: int) -> Any:
+    """An argument of a convolution along one dimension; a list of one is for all of them."""
+    return value[index % len(value)] if isinstance(value, list | tuple) else value
 
 
 def _plain(call: Call, x: Labels, w: Labels, channels: np.ndarray | None) -> np.ndarray | None:
@@ -155,8 +172,14 @@ def _depthwise_transposed(call: Call, x: Labels, w: Labels, name: str | None) ->
 
 
 def _finish(call: Call, w: Labels, rows: np.ndarray | None, channels: np.ndarray | None, name: str | None, *,
-            depthwise: bool, positions_of: tuple[int, ...] | None = None) -> Labels:  # fmt: skip
-    call.trace.costs.append(Cost(w, positions(positions_of or call.shape), name))
+            depthwise: bool, positions_of: tuple[int, ...] | None = None,
+            passing: Mapping[int, np.ndarray] | None = None) -> Labels:  # fmt: skip
+    many, costs = positions(positions_of or call.shape), w
+    for own in (passing or {}).values():  # each position costs as much as any other
+        many //= own.size
+        arrays = (*(array[..., None] for array in costs.arrays), line(own, len(costs.shape), len(costs.shape) + 1))
+        costs = Labels((*costs.shape, own.size), arrays)
+    call.trace.costs.append(Cost(costs, many, name))
     if name and rows is not None and not depthwise:
         call.trace.producers.append(Producer(call.node, name, rows))
     if name and channels is not None and not depthwise:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from scap_hub.channels.labels import Labels, line, support
-from scap_hub.channels.operators.table import Call, Size, operator
+from scap_hub.channels.operators.table import Call, Size, flat, operator
 from scap_hub.channels.operators.view import moved
 from scap_hub.graph.node import Node
 
@@ -115,13 +115,19 @@ def _picked(call: Call, x: Labels, dim: int, index: Node) -> Labels:
 
 @operator("index")
 def index(call: Call) -> Labels:
-    """Numbers along one dimension, such as a fixed permutation of channels that a buffer holds."""
+    """Numbers along one dimension, such as a fixed permutation of channels that a buffer holds, or rows of a table."""
     x = call.labels("self")
     indices = [(dim, node) for dim, node in enumerate(call["indices"]) if node is not None]
-    if len(indices) == 1 and not indices[0][1].varies and len(indices[0][1].value.shape) == 1:
-        return _picked(call, x, *indices[0])
-    call.ledger.pin_all(call.tensors, f"is taken apart by index ({call.place})")
-    return Labels(call.shape)
+    if len(indices) != 1:
+        call.ledger.pin_all(call.tensors, f"is taken apart by index ({call.place})")
+        return Labels(call.shape)
+    dim, numbers = indices[0]
+    rank = len(numbers.value.shape)
+    if rank == 1 and not numbers.varies:
+        return _picked(call, x, dim, numbers)
+    call.ledger.pin_all(flat(call.trace.labels[numbers]), f"takes another tensor apart by index ({call.place})")
+    free = call.free_along(x, dim, "is taken apart by index")
+    return Labels(call.shape, tuple(own.reshape(*own.shape[:dim], *(1,) * rank, *own.shape[dim + 1 :]) for own in free))
 
 
 @operator("index_select")
