@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from by_task import by_task
 from repairs import repairs
 from spectra import spectra
 from supported import coverage
@@ -313,7 +314,7 @@ def main(check: bool) -> int:
     texts = {
         ROOT / "docs" / "recipes.md": reference(),
         ROOT / "docs" / "coverage.md": coverage(),
-        ROOT / "docs" / "accuracy.md": accuracy() + training(),
+        ROOT / "docs" / "accuracy.md": accuracy() + training() + by_task(ROOT / "benchmarks" / "results"),
         ROOT / "docs" / "speed.md": speed(),
         ROOT / "docs" / "spectra.md": spectra(ROOT / "benchmarks" / "results"),
         ROOT / "docs" / "repairs.md": repairs(ROOT / "benchmarks" / "results"),

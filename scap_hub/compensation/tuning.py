@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ STEPS = 200
 BATCH = 32
 """Images in a step."""
 _SHIFT = 0.1  # of an image's sides, at most
+Distance = Callable[[nn.Module, nn.Module, Tensor], Tensor]
 
 
 def tune(
@@ -37,6 +39,7 @@ def tune(
     steps: int = STEPS,
     learning_rate: float = 1e-3,
     seed: int = 0,
+    distance: Distance | None = None,
 ) -> tuple[float, float]:
     """Moves the weights of a pruned model in place, so that its outputs come near the dense model's.
 
@@ -51,10 +54,12 @@ def tune(
         steps: Of AdamW, over one cycle of the learning rate; 0 does nothing.
         learning_rate: The highest one.
         seed: Of what is drawn.
+        distance: Of the outputs of the pruned model from the dense one's for some images, given both models and these;
+            mean over the images. Left out, outputs are compared place by place: their squared distance, relative to the
+            variance over the images, mean over the outputs.
 
     Returns:
-        The error of the outputs for the calibration images, before and after: their squared distance from the dense
-        model's, relative to the variance over the images, mean over the outputs.
+        The distance for the calibration images, before and after.
 
     Raises:
         CalibrationError: Fewer than 2 images over all processes, or outputs that are not finite.
@@ -67,10 +72,11 @@ def tune(
         with evaluating(dense), evaluating(small):
             with torch.no_grad():
                 scales = inverse_variances(_outputs(dense, batch) for batch in images.split(BATCH))
-            before = _error(dense, small, images, scales)
+            apart = distance or functools.partial(_place_by_place, scales, total_images(len(images)))
+            before = _error(dense, small, images, apart)
             state = copy.deepcopy(small.state_dict())
-            _train(dense, small, images, scales, steps, learning_rate, seed)
-            after = _error(dense, small, images, scales)
+            _train(dense, small, images, apart, steps, learning_rate, seed)
+            after = _error(dense, small, images, apart)
             if not after < before:
                 small.load_state_dict(state)
                 after = before
@@ -82,12 +88,11 @@ def tune(
 
 
 def _train(
-    dense: nn.Module, small: nn.Module, images: Tensor, scales: Sequence[float], steps: int, rate: float, seed: int
+    dense: nn.Module, small: nn.Module, images: Tensor, distance: Distance, steps: int, rate: float, seed: int
 ) -> None:
     weights = [weight for weight in small.parameters() if weight.requires_grad]
     if not steps or not weights:
         return
-    images_in_all = total_images(len(images))
     optimizer = AdamW(weights, lr=rate, weight_decay=0.0)
     schedule = OneCycleLR(optimizer, rate, total_steps=steps)
     shift = RandomAffine(0, translate=(_SHIFT, _SHIFT)) if images.ndim == 4 else nn.Identity()
@@ -96,9 +101,7 @@ def _train(
         torch.manual_seed(seed + state.process_index)
         for _ in track(range(steps), "tuning"):
             batch = shift(_mixed(images[torch.randint(len(images), (BATCH,))]))
-            with torch.no_grad():
-                wanted = _outputs(dense, batch)
-            loss = _distance(_outputs(small, batch), wanted, scales) * images_in_all / len(batch)
+            loss = distance(small, dense, batch)
             if not loss.requires_grad:
                 warnings.warn("no gradient of the outputs reaches the weights: they are not tuned", stacklevel=3)
                 return
@@ -124,13 +127,18 @@ def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
     return [z.float() for z in outputs_of(model, images)]
 
 
-def _distance(outputs: Sequence[Tensor], wanted: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-    parts = [scale * (z - y).square().sum() for z, y, scale in zip(outputs, wanted, scales, strict=True)]
-    return torch.stack(parts).sum() if parts else torch.zeros(())
+def _place_by_place(scales: Sequence[float], in_all: int, small: nn.Module, dense: nn.Module, images: Tensor) -> Tensor:
+    """The squared distance of outputs, each times its scale, which is for all calibration images together."""
+    with torch.no_grad():
+        wanted = _outputs(dense, images)
+    parts = [
+        scale * (z - y).square().sum() for z, y, scale in zip(_outputs(small, images), wanted, scales, strict=True)
+    ]
+    return torch.stack(parts).sum() * in_all / len(images) if parts else torch.zeros(())
 
 
 @torch.no_grad()
-def _error(dense: nn.Module, small: nn.Module, images: Tensor, scales: Sequence[float]) -> float:
-    """The mean relative error of the outputs for the calibration images of all processes."""
-    parts = (_distance(_outputs(small, batch), _outputs(dense, batch), scales) for batch in images.split(BATCH))
-    return float(sum_over_processes(torch.stack([part.double() for part in parts]).sum()))
+def _error(dense: nn.Module, small: nn.Module, images: Tensor, distance: Distance) -> float:
+    """The distance for the calibration images of all processes."""
+    parts = [distance(small, dense, batch).double() * len(batch) for batch in images.split(BATCH)]
+    return float(sum_over_processes(torch.stack(parts).sum())) / total_images(len(images))

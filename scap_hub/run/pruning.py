@@ -251,7 +251,9 @@ class _Pipeline:
         dense = self.loaded.module
         with stages("repair"):
             self.kept.weights(
-                f"repaired-{number}", small, lambda: repaired(recipe, dense, model, small, plan, calibration)
+                f"repaired-{number}",
+                small,
+                lambda: repaired(recipe, self.data.task, dense, model, small, plan, calibration),
             )
         history = []
         if recipe.finetune.epochs:
