@@ -69,6 +69,21 @@ def test_flags_that_people_type_reach_the_recipe(run, tmp_path):
     assert (recipe.data.batch_size, recipe.seed) == (16, 3)
 
 
+def test_a_family_takes_the_flags_that_prune_takes(run, tmp_path):
+    out, tiny = tmp_path / "out", [word for word in TINY[1:] if word not in ("--target", "macs=0.6")]
+    flags = ["--epochs", 0, "--lr", 0.02, "--batch-size", 16, "--precision", "bf16", "--seed", 3, "--device", "cpu"]
+    more = ["--criterion", "random", "--task", "image-classification"]
+    code, _, error = run("family", *tiny, "--targets", "macs=0.6", *flags, *more, "--out", out, "--quiet")
+    assert (code, error) == (0, "")
+    recipe = Recipe.from_yaml(out / "macs-0.6" / "recipe.yaml")
+    assert (recipe.finetune.epochs, recipe.finetune.learning_rate, recipe.finetune.precision) == (0, 0.02, "bf16")
+    assert (recipe.data.batch_size, recipe.seed, recipe.task) == (16, 3, "image-classification")
+    prune, family = (
+        set(re.findall(r"^  (?:-q, )?(--[a-z-]+)", run(verb, "--help")[1], re.M)) for verb in ("prune", "family")
+    )
+    assert "--dry-run" in family and prune - family == {"--target"}
+
+
 def test_version(run):
     code, out, _ = run("--version")
     assert code == 0 and f"scap_hub {scap_hub.__version__}, torch {torch.__version__.partition('+')[0]}" in out
@@ -268,6 +283,25 @@ def test_a_dry_run_tells_what_the_run_does_and_writes_nothing(run, tmp_path):
     assert "11 prunable, with 672 channels" in run(*TINY, "--dry-run")[1]
 
 
+def test_a_dry_run_of_a_family_tells_each_size_and_what_all_of_them_take(run, tmp_path):
+    tiny = [word for word in TINY[1:] if word not in ("--target", "macs=0.6")]
+    arguments = ["family", *tiny, "--targets", "macs=0.8,macs=0.6", "--epochs", 3, "--out", tmp_path / "out"]
+    code, out, _ = run(*arguments, "--siblings", "test_resnet", "--dry-run", "--json")
+    told = json.loads(out)
+    assert code == 0 and not list(tmp_path.iterdir())
+    assert list(told["sizes"]) == ["macs-0.8", "macs-0.6"]
+    shares = [size["macs"][1] / size["macs"][0] for size in told["sizes"].values()]
+    assert 0.7 < shares[0] < 0.8 and 0.5 < shares[1] < 0.6
+    one, whole = told["sizes"]["macs-0.6"]["seconds"], told["seconds"]
+    assert whole["fine-tuning"] == pytest.approx(2 * one["fine-tuning"])
+    assert whole["measuring"] == pytest.approx(1.5 * one["measuring"])
+    assert whole["training and measuring test_resnet"] > 0
+    lines = run(*arguments, "--dry-run")[1].splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("target")] == ["target macs=0.8", "target macs=0.6"]
+    code, _, error = run(*arguments, "--teacher", "larger", "--dry-run")
+    assert code == 2 and "take dense or next-larger" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -280,6 +314,8 @@ def test_a_dry_run_tells_what_the_run_does_and_writes_nothing(run, tmp_path):
         (["inspect", "no/model"], "cannot reach the Hub for 'no/model', there is no such folder, and it is not in the"),
         (["prune", "test_resnet", "--target", "0.5"], "'0.5' is not understood; macs=0.5 keeps that share of"),
         (["prune", "test_resnet", "--set", "epochs=2"], "unknown option 'epochs'; did you mean 'finetune_epochs'?"),
+        (["family", "test_resnet", "--set", "targets=[macs=0.5]"], "unknown option 'targets'"),
+        (["family", "test_resnet", "--targets", "macs=2"], "target macs is 2"),
         (["prune", "test_resnet", "--set", "epochs"], "--set 'epochs': write KEY=VALUE"),
         (["prune", "test_resnet", "--set", "seed={"], "--set 'seed={': '{' is not a YAML value"),
         (["prune", "test_resnet", "--recipe", "half-mac"], "did you mean 'half-macs'?"),
@@ -318,6 +354,7 @@ def test_interrupting_says_how_to_go_on(run, monkeypatch):
 
 VERBS = [
     *(["prune"], ["compare"], ["inspect"], ["verify"], ["bench"], ["push"], ["export"], ["demo"]),
+    *(["family"], ["report"]),
     *(["recipe", "list"], ["recipe", "show"], ["recipe", "schema"]),
 ]
 

@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 
 from scap_hub.criteria.base import criterion as criterion_named
-from scap_hub.errors import RecipeError, TargetError
 from scap_hub.page import family_json
 from scap_hub.recipe import Recipe
 from scap_hub.run.details import Choices
 from scap_hub.run.identity import identity, weights_of
 from scap_hub.run.inputs import example, load_dense, recipe_of
 from scap_hub.run.kept import Kept, bytes_kept
+from scap_hub.run.members import making_order, member_recipes
 from scap_hub.run.parts import put_back
 from scap_hub.run.pruning import prune_loaded
 from scap_hub.run.report import Measures, measure
@@ -73,8 +73,8 @@ def prune_family(
         TargetError: Likewise; with "next-larger" also if the targets do not say which size is larger.
     """
     base = recipe_of(model, dataset, recipe, overrides, checkpoint)
-    recipes = _recipes(base, targets)
-    order = _order(recipes, teacher)
+    recipes = member_recipes(base, targets)
+    order = making_order(recipes, teacher)
     check_tracker(base.finetune)
     stages = Stages(base.seed)
     with (
@@ -157,36 +157,6 @@ def _measured(loaded: LoadedModel, data: Data, stages: Stages, work: Path | None
     with stages("measure dense"):
         dense, size = loaded.module.to(accelerator().device).eval(), loaded.preprocessing.input_size
         return Kept(work).value("dense", Measures, lambda: measure(dense, size, data, loaded.num_classes, dense))
-
-
-def _order(recipes: Mapping[str, Recipe], teacher: str) -> list[str]:
-    """Names of the members in the order in which they are made."""
-    if teacher == "dense":
-        return list(recipes)
-    if teacher != "next-larger":
-        raise RecipeError(f"teacher is {teacher!r}; take dense or next-larger")
-    settings = next(iter(recipes.values())).finetune
-    if not (settings.epochs and settings.distillation.needs_teacher):
-        raise RecipeError("teacher is 'next-larger', but nothing is taught: set finetune.epochs and its distillation")
-    targets = {name: own.target.target for name, own in recipes.items()}
-    kinds = {target.kind for target in targets.values()}
-    if len(kinds) > 1 or "threshold" in kinds or any(isinstance(own.value, Mapping) for own in targets.values()):
-        raise TargetError("teacher is 'next-larger': give all targets in the same unit, such as macs=0.5, macs=0.25")
-    return sorted(targets, key=lambda name: -targets[name].number)
-
-
-def _recipes(base: Recipe, targets: Sequence[str]) -> dict[str, Recipe]:
-    """The recipe of each member, by its name; none of them publishes by itself."""
-    if isinstance(targets, str) or not targets:
-        raise TargetError(f'targets is {targets!r}; give a list such as ["macs=0.75", "macs=0.5"]')
-    recipes: dict[str, Recipe] = {}
-    for target in targets:
-        own = Recipe.resolve(base, target=target, publish_repo_id=None)
-        name = str(own.target.target).replace("=", "-")
-        if name in recipes:
-            raise TargetError(f"target {target!r} is given twice; give each size once")
-        recipes[name] = own
-    return recipes
 
 
 def _timed(family: Family, smaller: Mapping[str, LoadedModel], work: Path | None) -> Family:

@@ -38,6 +38,8 @@ from scap_hub.zoo import LoadedModel
 
 LONG = 60.0
 """Seconds from which on a run says beforehand what it takes."""
+FINE_TUNING, MEASURING, OTHER_TARGETS = "fine-tuning", "measuring", "the report's other targets"
+"""Stages by name."""
 _ENOUGH = 8
 """Images that are timed on a CPU."""
 _ADAMW = 4
@@ -72,15 +74,29 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """In words."""
-        lines = []
-        if self.groups is not None:
-            lines.append(f"channel groups: {self.groups} prunable, with {self.channels:,} channels")
-            lines += [f"  {number} pinned: {reason}" for reason, number in self.pinned.items()]
-            lines.append(f"target {self.target}: {_left('MACs', *self.macs)}, {_left('parameters', *self.params)}")
-        stages = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in self.seconds.items() if seconds)
-        lines.append(f"about {stages or 'nothing to train or measure'}; reading, scores and repair come on top")
-        lines.append(f"memory while training: about {in_short(self.memory)}B" if self.memory else "no training")
-        return lines
+        return [*self.group_lines(), *self.target_lines(), *cost_lines(self.seconds, self.memory)]
+
+    def group_lines(self) -> list[str]:
+        """What can be pruned at all, in words; nothing where it was not looked for."""
+        if self.groups is None:
+            return []
+        found = f"channel groups: {self.groups} prunable, with {self.channels:,} channels"
+        return [found, *(f"  {number} pinned: {reason}" for reason, number in self.pinned.items())]
+
+    def target_lines(self) -> list[str]:
+        """What the target leaves, in words; nothing where it was not looked for."""
+        if self.groups is None:
+            return []
+        return [f"target {self.target}: {_left('MACs', *self.macs)}, {_left('parameters', *self.params)}"]
+
+
+def cost_lines(seconds: Mapping[str, float], memory: int) -> list[str]:
+    """What a run takes, in words."""
+    stages = ", ".join(f"{stage} {_duration(taken)}" for stage, taken in seconds.items() if taken)
+    return [
+        f"about {stages or 'nothing to train or measure'}; reading, scores and repair come on top",
+        f"memory while training: about {in_short(memory)}B" if memory else "no training",
+    ]
 
 
 def forecast(
@@ -143,14 +159,14 @@ def expected(
     taught = _images(data.train) * forward if recipe.finetune.distillation.needs_teacher else 0.0
     seconds = {
         f"tuning the dense model{' and its new head' if tuning.new_head else ''}": tuning.epochs * epoch,
-        "fine-tuning": epochs * (epoch + taught),
-        "measuring": 2 * _images(data.measured_on) * forward,
+        FINE_TUNING: epochs * (epoch + taught),
+        MEASURING: 2 * _images(data.measured_on) * forward,
     }
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     networks = _ADAMW + recipe.finetune.distillation.needs_teacher
     memory = networks * size + saved * recipe.data.batch_size // len(images) if train else 0
     found = Forecast(seconds, memory, str(recipe.target.target))
-    return found if groups is None else _with_groups(found, loaded, groups, recipe)
+    return found if groups is None else with_groups(found, loaded, groups, recipe)
 
 
 def tell_if_long(loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning) -> None:
@@ -164,7 +180,7 @@ def tell_if_long(loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning
             tell(line)
 
 
-def _with_groups(found: Forecast, loaded: LoadedModel, groups: ChannelGroups, recipe: Recipe) -> Forecast:
+def with_groups(found: Forecast, loaded: LoadedModel, groups: ChannelGroups, recipe: Recipe) -> Forecast:
     """With what is known of the cut: how much of what stays depends on the scores, for which equal ones stand."""
     costs = count(loaded.module, loaded.preprocessing.input_size)
     macs: tuple[int, int | None] = (costs["macs"], None)
@@ -176,7 +192,7 @@ def _with_groups(found: Forecast, loaded: LoadedModel, groups: ChannelGroups, re
         start = time.perf_counter()
         keep = chosen(groups, scores, settings.target, settings.multiple, settings.floor, "uniform")
         # The report has what other targets would leave: each is chosen in the same way.
-        seconds["the report's other targets"] = len(SHARES) * (time.perf_counter() - start)
+        seconds[OTHER_TARGETS] = len(SHARES) * (time.perf_counter() - start)
         stays = groups.staying(keep)
         everything = groups.everything()
         macs = (macs[0], round(macs[0] * groups.macs(stays) / groups.macs(everything)))
@@ -184,7 +200,7 @@ def _with_groups(found: Forecast, loaded: LoadedModel, groups: ChannelGroups, re
     return Forecast(
         seconds,
         found.memory,
-        found.target,
+        str(settings.target),
         groups=len(groups.prunable),
         channels=sum(group.size for group in groups.prunable),
         pinned=dict(Counter(group.pinned_because for group in groups if group.pinned_because)),
