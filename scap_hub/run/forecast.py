@@ -25,10 +25,10 @@ from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
 from scap_hub.run.details import SHARES
 from scap_hub.run.inputs import example, load_dense, recipe_of
+from scap_hub.run.selecting import keep_of_equal_scores
 from scap_hub.run.stages import Stages
 from scap_hub.run.tuning import Tuning
 from scap_hub.run.unfinished import check_free
-from scap_hub.selection.select import chosen
 from scap_hub.tasks import Task
 from scap_hub.text import count as in_short
 from scap_hub.training.data import Data
@@ -186,11 +186,8 @@ def with_groups(found: Forecast, loaded: LoadedModel, groups: ChannelGroups, rec
     macs: tuple[int, int | None] = (costs["macs"], None)
     params: tuple[int, int | None] = (costs["params"], None)
     seconds = dict(found.seconds)
-    settings = recipe.target
-    if settings.target.kind in ("macs", "params", "ratio"):
-        scores = {group.name: torch.ones(group.size) for group in groups.prunable}
-        start = time.perf_counter()
-        keep = chosen(groups, scores, settings.target, settings.multiple, settings.floor, "uniform")
+    start = time.perf_counter()
+    if (keep := keep_of_equal_scores(groups, recipe.target)) is not None:
         # The report has what other targets would leave: each is chosen in the same way.
         seconds[OTHER_TARGETS] = len(SHARES) * (time.perf_counter() - start)
         stays = groups.staying(keep)
@@ -200,7 +197,7 @@ def with_groups(found: Forecast, loaded: LoadedModel, groups: ChannelGroups, rec
     return Forecast(
         seconds,
         found.memory,
-        str(settings.target),
+        str(recipe.target.target),
         groups=len(groups.prunable),
         channels=sum(group.size for group in groups.prunable),
         pinned=dict(Counter(group.pinned_because for group in groups if group.pinned_because)),
