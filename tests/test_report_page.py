@@ -130,6 +130,24 @@ def test_mistakes_are_those_of_the_models(run, chromium):
     assert page.locator("td.worse").count() == int((pruned > dense).sum())
 
 
+def test_mistakes_of_many_classes_are_bounded_to_the_same_pairs_of_both_models(monkeypatch):
+    def mistakes():
+        report = scap_hub.prune(tiny_net(), "digits", RECIPE, finetune_epochs=0, evaluate_latency=False).report
+        return [
+            {(truth, answer): count for truth, own in found.mistakes.items() for answer, count in own.items()}
+            for found in (report.before, report.after)
+        ]
+
+    whole = mistakes()
+    monkeypatch.setattr("scap_hub.run.by_class.PAIRS", 5)
+    bounded = mistakes()
+    kept = bounded[0].keys() | bounded[1].keys()
+    assert len(kept) == 5 < len(whole[0].keys() | whole[1].keys())
+    assert bounded == [{pair: count for pair, count in found.items() if pair in kept} for found in whole]
+    changes = {pair: abs(whole[1].get(pair, 0) - whole[0].get(pair, 0)) for pair in whole[0].keys() | whole[1].keys()}
+    assert min(changes[pair] for pair in kept) >= max(change for pair, change in changes.items() if pair not in kept)
+
+
 @pytest.mark.parametrize("width", [375, 1440])
 def test_the_page_in_a_browser(run, chromium, width):
     result, folder = run

@@ -35,7 +35,8 @@ class Measures:
         latency_ms: Median milliseconds of one forward pass at `evaluate.batch_size`; None if not asked for.
         others: What else the task measures (0 to 1), by its name in a table.
         by_class: Right answers and images of each class, on the images of `top1`; None where there are no classes.
-        mistakes: On the same images, how many of a class got another one for an answer, by class and answer.
+        mistakes: On the same images, how many of a class got another one for an answer, by class and answer; in a
+            report for at most 500 pairs, the same of both models: those whose number changed most.
     """
 
     macs: int
