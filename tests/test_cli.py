@@ -42,9 +42,19 @@ def run(capsys, monkeypatch):
     return call
 
 
-def test_prune_prints_a_table_and_saves(run, tmp_path):
-    code, out, _ = run(*TINY, "--set", "finetune_epochs=0", "--out", tmp_path / "out")
-    assert code == 0 and "MACs" in out and f"saved in {tmp_path / 'out'}" in out
+def test_prune_prints_a_table_with_words_and_saves(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(*TINY, "--epochs", 0, "--set", "evaluate_latency=true", "--out", tmp_path / "out")
+    assert code == 0 and f"saved in {tmp_path / 'out'}" in out
+    assert max(len(line) for line in out.splitlines() if "saved in" not in line) <= 80
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows] == ["MACs", "parameters", "size", "top-1", "latency"]
+    assert all(re.search(r"[a-zA-Z%]$", row[3]) for row in rows), "each change has a unit"
+    words = " ".join(out.split())
+    for told in ("MACs are multiply-accumulate operations for one image.", "top-1 (Top-1 accuracy) is measured on 360",
+                 "Latency is the median time of one forward pass with 1 image on ", "Verified: before repair",
+                 "of all importance was in the channels that went."):  # fmt: skip
+        assert told in words
     assert scap_hub.load(tmp_path / "out")(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 
 
@@ -126,6 +136,7 @@ def test_compare(run, tmp_path):
     assert (code, error) == (0, "") and [row["criterion"] for row in found["cells"]] == ["l1", "random"]
     code, out, _ = run(*arguments, "--out", tmp_path / "out.json")
     assert code == 0 and "mean rank" in out and "dense" in out
+    assert "top-1 on the test images, more is better." in out and "1 is best." in " ".join(out.split())
     code, _, error = run(*arguments[:-2], "--criteria", "l3")
     assert code == 2 and "unknown criterion 'l3'" in error
 

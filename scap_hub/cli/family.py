@@ -50,7 +50,7 @@ def family(
     if as_json and is_main_process():
         print(json.dumps({"folder": None if out is None else str(out), **made.to_dict()}))
     elif not quiet and is_main_process():
-        print_table(made.head(), made.rows())
+        print_table(made.head(), made.rows(), made.notes())
     if out is not None:
         say(f"saved in {out}", quiet or as_json)
 

@@ -112,7 +112,7 @@ def compare(
         print(json.dumps(found.to_dict()))
     elif not quiet and is_main_process():
         head, *rows = found.rows()
-        print_table(head, rows)
+        print_table(head, rows, found.notes())
 
 
 def demo(out: Out = Path("out/demo"), quiet: Quiet = False, as_json: AsJson = False) -> None:
