@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from scap_hub.run.comparison import Comparison
     from scap_hub.run.export import export
     from scap_hub.run.family import prune_family
+    from scap_hub.run.family_forecast import FamilyForecast, forecast_family
     from scap_hub.run.forecast import Forecast, forecast
     from scap_hub.run.pruning import prune
     from scap_hub.run.report import Report
@@ -42,6 +43,7 @@ _HOMES = {
     "Comparison": "run.comparison",
     "Criterion": "criteria",
     "Family": "run.sizes",
+    "FamilyForecast": "run.family_forecast",
     "Forecast": "run.forecast",
     "PruningPlan": "plan",
     "Recipe": "recipe",
@@ -57,6 +59,7 @@ _HOMES = {
     "export": "run.export",
     "finetune": "training.finetune",
     "forecast": "run.forecast",
+    "forecast_family": "run.family_forecast",
     "latency_table": "timing.table",
     "load": "hub.checkpoint",
     "prune": "run.pruning",
@@ -75,6 +78,7 @@ __all__ = [
     "Comparison",
     "Criterion",
     "Family",
+    "FamilyForecast",
     "Forecast",
     "PruningPlan",
     "Recipe",
@@ -90,6 +94,7 @@ __all__ = [
     "export",
     "finetune",
     "forecast",
+    "forecast_family",
     "latency_table",
     "load",
     "prune",

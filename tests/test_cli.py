@@ -42,9 +42,19 @@ def run(capsys, monkeypatch):
     return call
 
 
-def test_prune_prints_a_table_and_saves(run, tmp_path):
-    code, out, _ = run(*TINY, "--set", "finetune_epochs=0", "--out", tmp_path / "out")
-    assert code == 0 and "MACs" in out and f"saved in {tmp_path / 'out'}" in out
+def test_prune_prints_a_table_with_words_and_saves(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(*TINY, "--epochs", 0, "--set", "evaluate_latency=true", "--out", tmp_path / "out")
+    assert code == 0 and f"saved in {tmp_path / 'out'}" in out
+    assert max(len(line) for line in out.splitlines() if "saved in" not in line) <= 80
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows] == ["MACs", "parameters", "size", "top-1", "latency"]
+    assert all(re.search(r"[a-zA-Z%]$", row[3]) for row in rows), "each change has a unit"
+    words = " ".join(out.split())
+    for told in ("MACs are multiply-accumulate operations for one image.", "top-1 (Top-1 accuracy) is measured on 360",
+                 "Latency is the median time of one forward pass with 1 image on ", "Verified: before repair",
+                 "of all importance was in the channels that went."):  # fmt: skip
+        assert told in words
     assert scap_hub.load(tmp_path / "out")(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 
 
@@ -67,6 +77,21 @@ def test_flags_that_people_type_reach_the_recipe(run, tmp_path):
     recipe = Recipe.from_yaml(out / "recipe.yaml")
     assert (recipe.finetune.epochs, recipe.finetune.learning_rate, recipe.finetune.precision) == (0, 0.02, "bf16")
     assert (recipe.data.batch_size, recipe.seed) == (16, 3)
+
+
+def test_a_family_takes_the_flags_that_prune_takes(run, tmp_path):
+    out, tiny = tmp_path / "out", [word for word in TINY[1:] if word not in ("--target", "macs=0.6")]
+    flags = ["--epochs", 0, "--lr", 0.02, "--batch-size", 16, "--precision", "bf16", "--seed", 3, "--device", "cpu"]
+    more = ["--criterion", "random", "--task", "image-classification"]
+    code, _, error = run("family", *tiny, "--targets", "macs=0.6", *flags, *more, "--out", out, "--quiet")
+    assert (code, error) == (0, "")
+    recipe = Recipe.from_yaml(out / "macs-0.6" / "recipe.yaml")
+    assert (recipe.finetune.epochs, recipe.finetune.learning_rate, recipe.finetune.precision) == (0, 0.02, "bf16")
+    assert (recipe.data.batch_size, recipe.seed, recipe.task) == (16, 3, "image-classification")
+    prune, family = (
+        set(re.findall(r"^  (?:-q, )?(--[a-z-]+)", run(verb, "--help")[1], re.M)) for verb in ("prune", "family")
+    )
+    assert "--dry-run" in family and prune - family == {"--target"}
 
 
 def test_version(run):
@@ -111,6 +136,7 @@ def test_compare(run, tmp_path):
     assert (code, error) == (0, "") and [row["criterion"] for row in found["cells"]] == ["l1", "random"]
     code, out, _ = run(*arguments, "--out", tmp_path / "out.json")
     assert code == 0 and "mean rank" in out and "dense" in out
+    assert "top-1 on the test images, more is better." in out and "1 is best." in " ".join(out.split())
     code, _, error = run(*arguments[:-2], "--criteria", "l3")
     assert code == 2 and "unknown criterion 'l3'" in error
 
@@ -268,6 +294,25 @@ def test_a_dry_run_tells_what_the_run_does_and_writes_nothing(run, tmp_path):
     assert "11 prunable, with 672 channels" in run(*TINY, "--dry-run")[1]
 
 
+def test_a_dry_run_of_a_family_tells_each_size_and_what_all_of_them_take(run, tmp_path):
+    tiny = [word for word in TINY[1:] if word not in ("--target", "macs=0.6")]
+    arguments = ["family", *tiny, "--targets", "macs=0.8,macs=0.6", "--epochs", 3, "--out", tmp_path / "out"]
+    code, out, _ = run(*arguments, "--siblings", "test_resnet", "--dry-run", "--json")
+    told = json.loads(out)
+    assert code == 0 and not list(tmp_path.iterdir())
+    assert list(told["sizes"]) == ["macs-0.8", "macs-0.6"]
+    shares = [size["macs"][1] / size["macs"][0] for size in told["sizes"].values()]
+    assert 0.7 < shares[0] < 0.8 and 0.5 < shares[1] < 0.6
+    one, whole = told["sizes"]["macs-0.6"]["seconds"], told["seconds"]
+    assert whole["fine-tuning"] == pytest.approx(2 * one["fine-tuning"])
+    assert whole["measuring"] == pytest.approx(1.5 * one["measuring"])
+    assert whole["training and measuring test_resnet"] > 0
+    lines = run(*arguments, "--dry-run")[1].splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("target")] == ["target macs=0.8", "target macs=0.6"]
+    code, _, error = run(*arguments, "--teacher", "larger", "--dry-run")
+    assert code == 2 and "take dense or next-larger" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -280,6 +325,8 @@ def test_a_dry_run_tells_what_the_run_does_and_writes_nothing(run, tmp_path):
         (["inspect", "no/model"], "cannot reach the Hub for 'no/model', there is no such folder, and it is not in the"),
         (["prune", "test_resnet", "--target", "0.5"], "'0.5' is not understood; macs=0.5 keeps that share of"),
         (["prune", "test_resnet", "--set", "epochs=2"], "unknown option 'epochs'; did you mean 'finetune_epochs'?"),
+        (["family", "test_resnet", "--set", "targets=[macs=0.5]"], "unknown option 'targets'"),
+        (["family", "test_resnet", "--targets", "macs=2"], "target macs is 2"),
         (["prune", "test_resnet", "--set", "epochs"], "--set 'epochs': write KEY=VALUE"),
         (["prune", "test_resnet", "--set", "seed={"], "--set 'seed={': '{' is not a YAML value"),
         (["prune", "test_resnet", "--recipe", "half-mac"], "did you mean 'half-macs'?"),
@@ -318,6 +365,7 @@ def test_interrupting_says_how_to_go_on(run, monkeypatch):
 
 VERBS = [
     *(["prune"], ["compare"], ["inspect"], ["verify"], ["bench"], ["push"], ["export"], ["demo"]),
+    *(["family"], ["report"]),
     *(["recipe", "list"], ["recipe", "show"], ["recipe", "schema"]),
 ]
 

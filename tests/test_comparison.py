@@ -87,11 +87,15 @@ def test_mean_ranks_count_only_cells_that_all_have():
     table = found.rows()
     assert table[0] == ["criterion", "macs=0.5", "macs=0.3", "mean rank"] and table[1] == [
         "dense",
-        "90.00",
-        "90.00",
+        "90.00 %",
+        "90.00 %",
         "",
     ]
-    assert table[-1] == ["c", "60.00 ± 14.14", "failed", "2.75"]
+    assert table[-1] == ["c", "60.00 ± 14.14 %", "failed", "2.75"]
+    words = " ".join(found.notes())
+    assert (
+        "validation images, more is better; mean and standard deviation of 2 seeds" in words and "failed: why" in words
+    )
 
 
 def test_less_of_an_error_ranks_first():
@@ -102,7 +106,7 @@ def test_less_of_an_error_ranks_first():
     about = {"metric": {"name": "relative output error", "lower_is_better": True}}
     found = Comparison(about, {"validation": 0.0, "test": None}, cells)
     assert [row["criterion"] for row in found.summary()] == ["b", "c", "a"]
-    assert found.rows()[0][0] == "criterion (relative output error, less is better)"
+    assert "relative output error on the validation images, less is better." in found.notes()[0]
 
 
 def test_criteria_are_compared_by_the_outputs_of_a_model_without_logits(tmp_path):

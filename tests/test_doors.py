@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from transformers import AutoModelForImageClassification, MobileNetV2ImageProces
 import scap_hub
 from scap_hub.channels import channel_groups
 from scap_hub.errors import PlanError
+from scap_hub.hub.card import Measured, model_card
 from scap_hub.hub.checkpoint import load, save_checkpoint
 from scap_hub.hub.publish import push_to_hub
 from scap_hub.hub.uniform import plain_config
@@ -83,10 +85,12 @@ def world(tmp_path_factory):
         patch.setattr("scap_hub.hub.publish.HfApi", functools.partial(HfApi, endpoint=hub.endpoint))
         for name, (small, loaded, plan) in made.items():
             patch.setattr("scap_hub.hub.checkpoint.SHARD", "5KB" if name in SHARDED else "5GB")
-            save_checkpoint(root / name, small, loaded, plan)
+            card = {"README.md": model_card(loaded, plan, Measured())}
+            save_checkpoint(root / name, small, loaded, plan, extra_files=card)
             push_to_hub(root / name, f"me/{name}", token="hf_write")
         for name, (small, loaded, plan) in plain.items():
-            save_checkpoint(root / name, small, loaded, plan, plain=plain_config(loaded, small))
+            card = {"README.md": model_card(loaded, plan, Measured(), plain=True)}
+            save_checkpoint(root / name, small, loaded, plan, extra_files=card, plain=plain_config(loaded, small))
             push_to_hub(root / name, f"me/{name}", token="hf_write")
         answers = {f"me/{name}": small(IMAGES) for name, (small, _, _) in {**made, **plain}.items()}
         logits = {name: getattr(answer, "logits", answer).detach() for name, answer in answers.items()}
@@ -186,6 +190,42 @@ with torch.no_grad():
         name = key if isinstance(key, str) else key[0]
         if name not in WRONG:
             assert_close(answer, world[2][name])
+
+
+SNIPPETS = """
+import json
+with torch.no_grad():
+    for name, place, number, snippet in json.load(open(root + "/snippets.json"))[mine]:
+        found = {}
+        exec(snippet, found)
+        answer = found["model"].eval()(images)
+        out[name, place, number] = getattr(answer, "logits", answer)
+"""
+
+
+def test_each_snippet_of_a_card_loads_the_model_from_the_folder_and_from_the_hub(world, others):
+    """Those without scap_hub run where it is not installed."""
+    hub, root, expected = world
+    api = HfApi(endpoint=hub.endpoint)
+    found = {"ours": [], "others": []}
+    for name in ("timm-resnet", "hf-resnet", "plain", "plain-vit"):
+        here = (root / name / "README.md").read_text().replace("path/to/this/folder", str(root / name))
+        there = Path(api.hf_hub_download(f"me/{name}", "README.md", cache_dir=root / "cards")).read_text()
+        for place, card in (("folder", here), ("hub", there)):
+            snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+            for number, snippet in enumerate(snippets):
+                who = "ours" if "import scap_hub" in snippet else "others"
+                found[who].append((f"me/{name}", place, number, snippet))
+        assert "path/to" not in there and ("local-dir:" in there, "hf-hub:" in there) == (
+            False,
+            "vit" not in name and "hf" not in name,
+        )
+    (root / "snippets.json").write_text(json.dumps(found))
+    for who, packages in (("ours", None), ("others", others)):
+        out = fresh(world, f"mine = {who!r}\n{SNIPPETS}", packages)
+        assert len(out) == len(found[who]) > 4
+        for (name, *_), answer in out.items():
+            assert_close(answer, expected[name])
 
 
 def test_large_transformers_models_are_sharded(world):

@@ -1,6 +1,7 @@
 """Exported files compute what the pruned model computes, for any batch size."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,11 +58,13 @@ def test_an_onnx_file_says_how_it_is_fed_and_what_it_answers(tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     names = ["a", "b", "<c>", "d"]
-    folder = save_checkpoint(tmp_path / "out", *pruned("test_resnet", num_classes=4, labels=names))
+    small, loaded, plan = pruned("test_resnet", num_classes=4, labels=names)
+    shown = replace(loaded.preprocessing, mean=(0.25, 0.5, 0.75), std=(0.125, 0.25, 0.5))
+    folder = save_checkpoint(tmp_path / "out", small, replace(loaded, preprocessing=shown), plan)
     file = onnx.load(export(folder, "onnx"))
     notes = {note.key: json.loads(note.value) for note in file.metadata_props}
     assert notes["class_names"] == names and notes["input_size"] == list(SIZE)
-    assert len(notes["mean"]) == len(notes["std"]) == 3 and "crop_pct" in notes
+    assert (notes["mean"], notes["std"]) == (list(shown.mean), list(shown.std)) and notes["crop_pct"] == shown.crop_pct
     for value in (*file.graph.input, *file.graph.output):
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
 

@@ -3,6 +3,8 @@
 import functools
 import json
 import re
+from dataclasses import dataclass
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -52,7 +54,7 @@ def test_the_folder_has_a_whole_one_for_each_size_and_the_picture(made):
         assert "The family" in page and "macs-0.7" in page and "macs-0.4" in page
         assert picture.startswith('<svg xmlns="http://www.w3.org/2000/svg"') and "macs-0.4" in picture
         assert "](family.svg)" in (folder / name / "README.md").read_text()
-    assert len(repr(family).splitlines()) == 4 and "macs-0.4" in family._repr_html_()
+    assert len(repr(family).splitlines()) < 10 and "macs-0.4" in family._repr_html_()
     assert family.head() == ["model", "MACs", "parameters", "top-1", "latency"]
 
 
@@ -75,6 +77,43 @@ def test_channels_are_scored_once_and_an_interrupted_family_goes_on(tmp_path, mo
     assert len(scored) == 1 and len(family.members) == 2 and (tmp_path / "out" / "macs-0.4").is_dir()
     with pytest.raises(errors.CheckpointError, match="not empty"):
         scap_hub.prune_family(*arguments, targets=TARGETS, output_dir=tmp_path / "out")
+
+
+@dataclass(kw_only=True)
+class FailsOnce(L1):
+    """A criterion of somebody else that fails in the second size, before that is trained; once."""
+
+    name = "fails-once-in-the-second-size"
+    refined = 0
+
+    def refine(self, *given, **more):
+        FailsOnce.refined += 1
+        if FailsOnce.refined == 2:
+            raise errors.RecipeError("the criterion is at its end")
+        return super().refine(*given, **more)
+
+
+def test_a_mistake_in_a_later_size_leaves_the_training_of_those_before(tmp_path, capsys):
+    arguments = dict(targets=TARGETS, output_dir=tmp_path / "out", criterion=FailsOnce.name)
+    with pytest.raises(errors.RecipeError, match="at its end"):
+        scap_hub.prune_family(tiny_net(), "digits", RECIPE, **arguments)
+    first = capsys.readouterr().err
+    family = scap_hub.prune_family(tiny_net(), "digits", RECIPE, **arguments)
+    then = capsys.readouterr().err
+    assert first.count("epoch 1 of 1") == then.count("epoch 1 of 1") == 1, "the first size is trained once"
+    assert f"{family.members['macs-0.7'].report.history[-1]['loss']:.3f}" in first
+
+
+def test_a_size_that_cannot_be_reached_is_told_before_any_work(tmp_path):
+    def work(*_):
+        raise AssertionError("it has begun")
+
+    watch = SimpleNamespace(on_epoch_end=work)
+    with pytest.raises(errors.TargetError, match=r"macs=0\.001 cannot be reached"):
+        scap_hub.prune_family(tiny_net(), "digits", RECIPE | {"criterion": {"name": "l1"}},
+                              targets=["macs=0.7", "macs=0.001"], output_dir=tmp_path / "out", callbacks=[watch],
+                              finetune_dense_epochs=1)  # fmt: skip
+    assert not list(tmp_path.iterdir()), "nothing is left beside it either"
 
 
 ZOO = RECIPE | {
@@ -104,6 +143,9 @@ def test_smaller_models_of_the_zoo_stand_beside_it(tmp_path, monkeypatch):
     assert asked == [3], "dense, pruned and smaller models take turns"
     assert (report.before.latency_ms, report.after.latency_ms, sibling["latency_ms"]) == (8.0, 4.0, 2.0)
     assert [row[0] for row in family.rows()] == ["test_byobnet", "macs-0.5", "test_efficientnet"]
+    notes = family.notes()
+    assert "Latency is the median time" in notes[0] and "test_efficientnet, not pruned" in notes[2]
+    assert all(note.splitlines()[0][:60] in repr(family) for note in notes)
     folder = tmp_path / "out" / "macs-0.5"
     picture, page = (folder / "family.svg").read_text(), (folder / "report.html").read_text()
     for text in (picture, page):

@@ -69,7 +69,7 @@ def test_a_detector_is_pruned_by_its_backbone(kind, tmp_path):
     whole, rest = result.report.whole, sum(w.numel() for w in dense.parameters())
     assert (whole.part, whole.params[0]) == ("backbone", rest)
     assert whole.params[1] == sum(w.numel() for w in result.model.parameters()) < rest
-    assert any("backbone" in row for row in result.report.rows())
+    assert any("part 'backbone'" in note for note in result.report.notes())
     # Only the part has changed, and the file holds the whole.
     others = [name for name in before if not name.startswith("backbone.")]
     assert all(torch.equal(before[name], result.model.state_dict()[name]) for name in others)

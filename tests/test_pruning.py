@@ -183,7 +183,7 @@ def test_the_report_tells_what_rounding_costs(round_to, target, price):
     (selection,) = report.selections
     assert 0 < selection.importance < 1 and price[0] <= selection.rounding_price <= price[1]
     lost = f"{100 * (1 - selection.importance):.2g} %"
-    assert report.rows()[-1] == ("predicted loss", "", lost, "of all importance was in what went")
+    assert report.notes()[-1].endswith(f": {lost} of all importance was in the channels that went.")
     assert report.to_dict()["selections"][0]["latency"] is None
 
 
@@ -265,7 +265,8 @@ def test_a_classifier_that_does_not_fit_is_replaced_and_tuned_first_once(tmp_pat
     report = scap_hub.prune(**arguments).report
     assert capsys.readouterr().err.count("validation loss") == 1  # the dense model's epochs are kept
     assert report.before.top1 > 0.5 and report.tuned.new_classes == 10 and report.tuned.history[-1]["top1"] > 0.5
-    assert report.rows()[4][:2] == ("tuned first", "for 3 epochs, with a new head for 10 classes")
+    told = "Before it was pruned, the dense model was tuned for 3 epochs, with a new head for 10 classes."
+    assert told in report.notes()
     assert "tuned for 3 epochs, with a new head for 10 classes, before" in (tmp_path / "out" / "README.md").read_text()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["num_classes"], config["label_names"]) == (10, [str(digit) for digit in range(10)])

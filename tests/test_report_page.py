@@ -130,6 +130,24 @@ def test_mistakes_are_those_of_the_models(run, chromium):
     assert page.locator("td.worse").count() == int((pruned > dense).sum())
 
 
+def test_mistakes_of_many_classes_are_bounded_to_the_same_pairs_of_both_models(monkeypatch):
+    def mistakes():
+        report = scap_hub.prune(tiny_net(), "digits", RECIPE, finetune_epochs=0, evaluate_latency=False).report
+        return [
+            {(truth, answer): count for truth, own in found.mistakes.items() for answer, count in own.items()}
+            for found in (report.before, report.after)
+        ]
+
+    whole = mistakes()
+    monkeypatch.setattr("scap_hub.run.by_class.PAIRS", 5)
+    bounded = mistakes()
+    kept = bounded[0].keys() | bounded[1].keys()
+    assert len(kept) == 5 < len(whole[0].keys() | whole[1].keys())
+    assert bounded == [{pair: count for pair, count in found.items() if pair in kept} for found in whole]
+    changes = {pair: abs(whole[1].get(pair, 0) - whole[0].get(pair, 0)) for pair in whole[0].keys() | whole[1].keys()}
+    assert min(changes[pair] for pair in kept) >= max(change for pair, change in changes.items() if pair not in kept)
+
+
 @pytest.mark.parametrize("width", [375, 1440])
 def test_the_page_in_a_browser(run, chromium, width):
     result, folder = run
@@ -172,8 +190,47 @@ def test_the_page_follows_the_dark_scheme_and_prints(run, chromium):
     dark = opened.style("body", "backgroundColor")
     opened.page.emulate_media(media="print")
     assert opened.style("body", "backgroundColor") == "rgb(255, 255, 255)" != dark
-    assert opened.style("#theme", "display") == "none"
+    assert opened.page.locator("button:visible, input:visible, select:visible").count() == 0
+    assert "Move the slider" not in opened.text("section[aria-labelledby=other]")
+    opened.page.set_viewport_size({"width": 703, "height": 1000})  # A4 between its margins
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= 703, "nothing is cut off"
+    cut = (
+        "boxes => boxes.filter(box => box.scrollWidth > box.clientWidth + 1 || box.getBoundingClientRect().right > 704)"
+    )
+    assert (
+        opened.page.locator("main *:not(svg *):not(.hidden):visible").evaluate_all(
+            f"{cut[:-1]}).map(box => box.outerHTML)"
+        )
+        == []
+    )
+    assert opened.style("tbody tr", "breakInside") == opened.style(".confusion", "breakInside") == "avoid"
     assert all(shown.is_visible() for shown in opened.page.locator(".portrait").all())
+
+
+@pytest.mark.parametrize("width", [375, 1440])
+def test_the_table_of_a_family_fits_the_screen(run, chromium, tmp_path, width):
+    _, folder = run
+    sizes = [
+        {"name": name, "macs": macs, "params": 2 * macs, "top1": 0.9, "others": {"mean IoU": 0.8}, "latency_ms": 1.5}
+        for name, macs in (("a_network_with_a_long_name.of_the_zoo", 4_000_000), ("macs-0.5", 2_000_000))
+    ]
+    family = {"metric": "top-1", "dense": sizes[0], "members": sizes[1:], "siblings": []}
+    path = tmp_path / "report.html"
+    path.write_text(render(json.loads((folder / "report.json").read_text()), family=family))
+    opened = Page(chromium, path, width)
+    table = opened.page.locator(".family")
+    assert table.evaluate("box => box.scrollWidth <= box.clientWidth"), "nobody has to scroll sideways"
+    row = table.locator("tbody tr").last
+    seen = row.evaluate(
+        "row => [...row.cells].map(cell => getComputedStyle(cell, '::before').content.replaceAll('\"', '')"
+        ".replace('none', '') + '|' + cell.innerText)"
+    )
+    values = [("", "macs-0.5"), ("MACs", "2 M"), ("parameters", "4 M"), ("top-1", "90.00 %"), ("mean IoU", "80.00 %"),
+              ("latency", "1.50 ms")]  # fmt: skip
+    assert seen == [f"{label if width == 375 else ''}|{value}" for label, value in values]
+    boxes = [cell.bounding_box() for cell in row.locator("td").all()]
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes)
+    assert opened.faults == []
 
 
 def test_a_comparison_in_the_folder_is_shown(run, tmp_path):

@@ -403,7 +403,7 @@ def test_a_missed_latency_budget_is_told():
     measures = Measures(1, 1, 1, None)
     missed = Report(measures, measures, selections=[Selection(0.9, 0.0, 0.62, False, 0.5)])
     assert missed.missed == "0.620 of the dense model's time is left, and 0.5 was asked for"
-    assert any("budget missed" in row[0] for row in missed.rows())
+    assert any("The budget is missed" in note for note in missed.notes())
     assert Report(measures, measures, selections=[Selection(0.9, 0.0, 0.5, True, 0.5)]).missed is None
     loaded = load_model(net(), input_size=(1, 8, 8))
     plan = scap_hub.PruningPlan.from_keep(scap_hub.channel_groups(net(), (torch.zeros(1, 1, 8, 8),)), {})

@@ -8,25 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from scap_hub.cli.options import (
-    AsJson,
-    Checkpoint,
-    DataSource,
-    Device,
-    OptionalModel,
-    PartPath,
-    PushToHub,
-    Quiet,
-    RecipeOption,
-    Restart,
-    Settings,
-    overrides,
-    use_device,
-)
-from scap_hub.cli.output import is_main_process, output, print_table, say
+from scap_hub.cli.options import DataSource, OptionalModel
+from scap_hub.cli.output import is_main_process, output, print_forecast, print_table, say
+from scap_hub.cli.pruning import PruningOptions, with_pruning_options
 
 
+@with_pruning_options
 def family(
+    *,
     model: OptionalModel = None,
     data: DataSource = None,
     targets: Annotated[
@@ -35,20 +24,9 @@ def family(
     siblings: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="Smaller models to stand beside, trained the same way.")
     ] = None,
-    teacher: Annotated[
-        str,
-        typer.Option(metavar="dense|next-larger", help="Who teaches each size."),
-    ] = "dense",
-    recipe: RecipeOption = None,
-    part: PartPath = None,
+    teacher: Annotated[str, typer.Option(metavar="dense|next-larger", help="Who teaches each size.")] = "dense",
     out: Annotated[Path | None, typer.Option(help="Folder with one in it for each size, absent or empty.")] = None,
-    device: Device = None,
-    push_to_hub: PushToHub = None,
-    checkpoint: Checkpoint = None,
-    restart: Restart = False,
-    settings: Settings = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
+    options: PruningOptions,
 ) -> None:
     """Prune a model to several sizes: its channels are scored once, and each size is repaired and trained.
 
@@ -56,24 +34,23 @@ def family(
 
     Example: scap-hub family resnet50 --data me/flowers --targets macs=0.75,macs=0.5,macs=0.25 --out resnet50-family
     """
+    quiet, as_json = options.quiet, options.as_json
     with output(quiet):
         import scap_hub
 
-        changes: dict[str, Any] = overrides(settings)
-        if part is not None:
-            changes["part"] = part
-        if push_to_hub is not None:
-            changes["publish_repo_id"] = push_to_hub
-        if device is not None:
-            use_device(device)
-        made = scap_hub.prune_family(
-            model, data, recipe, targets=_listed(targets), siblings=_listed(siblings), teacher=teacher,
-            output_dir=out, restart=restart, checkpoint=checkpoint, **changes,
-        )  # fmt: skip
+        recipe = options.resolved()
+        given: dict[str, Any] = {
+            "targets": _listed(targets), "siblings": _listed(siblings), "teacher": teacher,
+            "output_dir": out, "checkpoint": options.checkpoint,
+        }  # fmt: skip
+        if options.dry_run:
+            print_forecast(scap_hub.forecast_family(model, data, recipe, **given), quiet, as_json)
+            return
+        made = scap_hub.prune_family(model, data, recipe, restart=options.restart, **given)
     if as_json and is_main_process():
         print(json.dumps({"folder": None if out is None else str(out), **made.to_dict()}))
     elif not quiet and is_main_process():
-        print_table(made.head(), made.rows())
+        print_table(made.head(), made.rows(), made.notes())
     if out is not None:
         say(f"saved in {out}", quiet or as_json)
 

@@ -23,17 +23,22 @@ from scap_hub.progress import clear_bars, set_quiet
 
 def show_report(report: Any) -> None:
     """Prints the table of a run."""
-    print_table(["", "dense", "pruned", "change"], report.rows())
+    print_table(["", "dense", "pruned", "change"], report.rows(), report.notes())
 
 
-def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], fitted: bool = True) -> None:
-    """Prints a table with a head; fitted to the terminal, or as wide as it needs to be."""
+def print_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], notes: Iterable[str] = (), fitted: bool = True
+) -> None:
+    """Prints a table with a head, and sentences below; fitted to the terminal, or as wide as it needs to be."""
     table = Table()
     for name in head:
         table.add_column(name, overflow="fold")  # a name that is cut is of no use
     for row in rows:
         table.add_row(*map(escape, row))
-    Console(width=None if fitted else 100_000).print(table)
+    console = Console(width=None if fitted else 100_000)
+    console.print(table)
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
 
 
 def print_report(report: Any, document: dict[str, Any], quiet: bool, as_json: bool) -> None:

@@ -9,25 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scap_hub.cli.options import (
-    AsJson,
-    Checkpoint,
-    DataSource,
-    Device,
-    DryRun,
-    OptionalModel,
-    Out,
-    PartPath,
-    PushToHub,
-    Quiet,
-    RecipeOption,
-    Restart,
-    Settings,
-    TaskName,
-    overrides,
-    use_device,
-)
+from scap_hub.cli.options import AsJson, DataSource, OptionalModel, Out, Quiet, Settings, overrides
 from scap_hub.cli.output import is_main_process, output, print_forecast, print_report, print_table, say
+from scap_hub.cli.pruning import PruningOptions, with_pruning_options
 from scap_hub.errors import PlanError
 from scap_hub.selection.target import EXAMPLES
 
@@ -35,30 +19,14 @@ if TYPE_CHECKING:
     from scap_hub.run.result import Result
 
 
+@with_pruning_options
 def prune(
+    *,
     model: OptionalModel = None,
     data: DataSource = None,
-    recipe: RecipeOption = None,
     target: Annotated[str | None, typer.Option(help=f"What stays: {EXAMPLES}.")] = None,
-    criterion: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE.py:CLASS", help="What scores the channels; also one of your own.")
-    ] = None,
-    task: TaskName = None,
-    part: PartPath = None,
     out: Annotated[Path | None, typer.Option(help="Output folder, absent or empty.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images; 0 trains nothing.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate of the fine-tuning.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images at once, on each device.")] = None,
-    precision: Annotated[str | None, typer.Option(metavar="bf16|fp16|no", help="Of the fine-tuning.")] = None,
-    device: Device = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything that is random.")] = None,
-    push_to_hub: PushToHub = None,
-    checkpoint: Checkpoint = None,
-    restart: Restart = False,
-    dry_run: DryRun = False,
-    settings: Settings = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
+    options: PruningOptions,
 ) -> None:
     """Prune a model: score, remove, repair, fine-tune, measure, save.
 
@@ -66,31 +34,16 @@ def prune(
 
     On two devices: torchrun --nproc_per_node 2 -m scap_hub prune resnet50 --data me/flowers --out resnet50-half
     """
-    with output(quiet):
+    with output(options.quiet):
         import scap_hub
 
-        flags = {
-            "task": task,
-            "part": part,
-            "target": target,
-            "finetune_epochs": epochs,
-            "finetune_learning_rate": lr,
-            "data_batch_size": batch_size,
-            "finetune_precision": precision,
-            "seed": seed,
-            "publish_repo_id": push_to_hub,
-        }
-        # The criterion first, because a new one replaces the old one's options.
-        changes: dict[str, Any] = {"criterion": criterion} if criterion is not None else {}
-        changes |= overrides(settings) | {key: value for key, value in flags.items() if value is not None}
-        if device is not None:
-            use_device(device)
-        given = {"output_dir": out, "checkpoint": checkpoint, **changes}
-        if dry_run:
-            print_forecast(scap_hub.forecast(model, data, recipe, **given), quiet, as_json)
+        recipe = options.resolved(target=target)
+        given: dict[str, Any] = {"output_dir": out, "checkpoint": options.checkpoint}
+        if options.dry_run:
+            print_forecast(scap_hub.forecast(model, data, recipe, **given), options.quiet, options.as_json)
             return
-        result = scap_hub.prune(model, data, recipe, restart=restart, **given)
-    _print_result(result, out, quiet, as_json)
+        result = scap_hub.prune(model, data, recipe, restart=options.restart, **given)
+    _print_result(result, out, options.quiet, options.as_json)
 
 
 def _print_result(result: Result, out: Path | None, quiet: bool, as_json: bool) -> None:
@@ -159,7 +112,7 @@ def compare(
         print(json.dumps(found.to_dict()))
     elif not quiet and is_main_process():
         head, *rows = found.rows()
-        print_table(head, rows)
+        print_table(head, rows, found.notes())
 
 
 def demo(out: Out = Path("out/demo"), quiet: Quiet = False, as_json: AsJson = False) -> None:

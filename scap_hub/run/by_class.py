@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,6 +16,34 @@ Counts = list[tuple[int, int]]
 """Right answers and images of each class."""
 Mistakes = dict[int, dict[int, int]]
 """How many images of a class got another one for an answer, by class and answer; only those of which there are any."""
+
+PAIRS = 500
+"""Of how many pairs of class and answer a report counts the mistakes at most: all of up to 22 classes."""
+
+
+def foremost(before: Mistakes, after: Mistakes) -> tuple[Mistakes, Mistakes]:
+    """The mistakes of dense and pruned model for at most `PAIRS` pairs, the same ones of both.
+
+    Those stay whose number changed most, and of equal ones the most frequent. A pair that is kept for one model is kept
+    for the other too, so that what is missing there is 0, and not unknown.
+    """
+    pairs = {(truth, answer) for found in (before, after) for truth, own in found.items() for answer in own}
+
+    def weight(pair: tuple[int, int]) -> tuple[int, int, tuple[int, int]]:
+        truth, answer = pair
+        old, new = (found.get(truth, {}).get(answer, 0) for found in (before, after))
+        return -abs(new - old), -(old + new), pair
+
+    kept = set(sorted(pairs, key=weight)[:PAIRS])
+    return _only(before, kept), _only(after, kept)
+
+
+def _only(mistakes: Mistakes, pairs: Collection[tuple[int, int]]) -> Mistakes:
+    rows = {
+        truth: {answer: count for answer, count in own.items() if (truth, answer) in pairs}
+        for truth, own in mistakes.items()
+    }
+    return {truth: own for truth, own in rows.items() if own}
 
 
 class ByClass(Meter):

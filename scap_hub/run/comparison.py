@@ -96,12 +96,28 @@ class Comparison:
         targets = self._targets
         split = split or self._split
         top1 = self.dense["validation" if split == "repaired" else split]
-        what = f"criterion ({self.about['metric']['name']}, less is better)" if self._less_is_better else "criterion"
-        table = [[what, *targets, "mean rank"], ["dense", *[f"{100 * top1:.2f}"] * len(targets), ""]]
+        table = [["criterion", *targets, "mean rank"], ["dense", *[f"{100 * top1:.2f} %"] * len(targets), ""]]
         for row in self.summary(split):
             cells = [_percent(row["targets"].get(target)) for target in targets]
             table.append([row["criterion"], *cells, "" if row["rank"] is None else f"{row['rank']:.2f}"])
         return table
+
+    def notes(self, split: str | None = None) -> list[str]:
+        """What the table does not say, in sentences."""
+        split = split or self._split
+        metric = (self.about.get("metric") or {}).get("name", "the metric")
+        where = {"repaired": "validation images, repaired and not trained"}.get(split, f"{split} images")
+        seeds = len({cell["seed"] for cell in self.cells})
+        spread = f"; mean and standard deviation of {seeds} seeds" if seeds > 1 else ""
+        better = "less" if self._less_is_better else "more"
+        notes = [
+            f"{metric} on the {where}, {better} is better{spread}. A target is what stays: macs=0.5 half of the MACs, "
+            "the multiply-accumulate operations for one image.",
+            "Mean rank: the place among the criteria, on average over targets and seeds; 1 is best.",
+        ]
+        if any(split not in cell for cell in self.cells):
+            notes.append('failed: why stands under "error" in the JSON.')
+        return notes
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values: what was found, and its summaries."""
@@ -142,4 +158,4 @@ def _percent(column: Mapping[str, float] | None) -> str:
     if column is None:
         return "failed"
     spread = f" ± {100 * column['std']:.2f}" if column["seeds"] > 1 else ""
-    return f"{100 * column['mean']:.2f}{spread}"
+    return f"{100 * column['mean']:.2f}{spread} %"

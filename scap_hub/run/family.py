@@ -11,17 +11,20 @@ from typing import Any
 from torch import nn
 
 from scap_hub.criteria.base import criterion as criterion_named
-from scap_hub.errors import RecipeError, TargetError
 from scap_hub.page import family_json
+from scap_hub.placement import raised
 from scap_hub.recipe import Recipe
+from scap_hub.run.candidates import candidates
 from scap_hub.run.details import Choices
 from scap_hub.run.identity import identity, weights_of
 from scap_hub.run.inputs import example, load_dense, recipe_of
 from scap_hub.run.kept import Kept, bytes_kept
+from scap_hub.run.members import making_order, member_recipes
 from scap_hub.run.parts import put_back
 from scap_hub.run.pruning import prune_loaded
 from scap_hub.run.report import Measures, measure
 from scap_hub.run.result import Result
+from scap_hub.run.selecting import keep_of_equal_scores
 from scap_hub.run.siblings import load_siblings, trained
 from scap_hub.run.sizes import Family
 from scap_hub.run.stages import Stages
@@ -73,8 +76,8 @@ def prune_family(
         TargetError: Likewise; with "next-larger" also if the targets do not say which size is larger.
     """
     base = recipe_of(model, dataset, recipe, overrides, checkpoint)
-    recipes = _recipes(base, targets)
-    order = _order(recipes, teacher)
+    recipes = member_recipes(base, targets)
+    order = making_order(recipes, teacher)
     check_tracker(base.finetune)
     stages = Stages(base.seed)
     with (
@@ -85,8 +88,8 @@ def prune_family(
         loaded, data, tuning = load_dense(model, dataset, base, stages)
         with stages("load"):
             smaller = load_siblings(siblings, loaded, base, tuning)
-        if work is not None:
-            _begin(work, restart, loaded, data, base, tuning, smaller, {"targets": list(targets), "teacher": teacher})
+        _begin(work, restart, loaded, data, base, tuning, smaller, {"targets": list(targets), "teacher": teacher})
+        _check_reachable(loaded, recipes)
         folder = None if work is None else work.folder
         tuned = tune_dense(loaded, data, base, tuning, stages, folder)
         before = _measured(loaded, data, stages, folder)
@@ -133,8 +136,24 @@ def _save(family: Family, work: Unfinished) -> None:
         family.save_pretrained(work.output)
 
 
+def _check_reachable(loaded: LoadedModel, recipes: Mapping[str, Recipe]) -> None:
+    """Makes sure that each size can be made, as far as that can be known before anything is scored or trained.
+
+    Raises:
+        TargetError: One of them cannot; says what can.
+    """
+    first = next(iter(recipes.values()))
+    if first.schedule.steps > 1:
+        return  # what each step may remove follows from what the one before has left
+    with Stages(first.seed)("channel groups"):
+        net = raised(loaded.module.to(accelerator().device).eval())
+        groups = candidates(net, example(net, loaded), first.protect)
+    for recipe in recipes.values():
+        keep_of_equal_scores(groups, recipe.target)
+
+
 def _begin(
-    work: Unfinished,
+    work: Unfinished | None,
     restart: bool,
     loaded: LoadedModel,
     data: Data,
@@ -143,7 +162,9 @@ def _begin(
     smaller: Mapping[str, LoadedModel],
     about: Mapping[str, Any],
 ) -> None:
-    """Takes up what the same call has kept, or begins."""
+    """Takes up what the same call has kept, or begins; nothing where nothing is saved."""
+    if work is None:
+        return
     criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
     siblings = {name: small.module for name, small in smaller.items()}
     kept = [*[loaded.module] * len(about["targets"]), *siblings.values()]
@@ -157,36 +178,6 @@ def _measured(loaded: LoadedModel, data: Data, stages: Stages, work: Path | None
     with stages("measure dense"):
         dense, size = loaded.module.to(accelerator().device).eval(), loaded.preprocessing.input_size
         return Kept(work).value("dense", Measures, lambda: measure(dense, size, data, loaded.num_classes, dense))
-
-
-def _order(recipes: Mapping[str, Recipe], teacher: str) -> list[str]:
-    """Names of the members in the order in which they are made."""
-    if teacher == "dense":
-        return list(recipes)
-    if teacher != "next-larger":
-        raise RecipeError(f"teacher is {teacher!r}; take dense or next-larger")
-    settings = next(iter(recipes.values())).finetune
-    if not (settings.epochs and settings.distillation.needs_teacher):
-        raise RecipeError("teacher is 'next-larger', but nothing is taught: set finetune.epochs and its distillation")
-    targets = {name: own.target.target for name, own in recipes.items()}
-    kinds = {target.kind for target in targets.values()}
-    if len(kinds) > 1 or "threshold" in kinds or any(isinstance(own.value, Mapping) for own in targets.values()):
-        raise TargetError("teacher is 'next-larger': give all targets in the same unit, such as macs=0.5, macs=0.25")
-    return sorted(targets, key=lambda name: -targets[name].number)
-
-
-def _recipes(base: Recipe, targets: Sequence[str]) -> dict[str, Recipe]:
-    """The recipe of each member, by its name; none of them publishes by itself."""
-    if isinstance(targets, str) or not targets:
-        raise TargetError(f'targets is {targets!r}; give a list such as ["macs=0.75", "macs=0.5"]')
-    recipes: dict[str, Recipe] = {}
-    for target in targets:
-        own = Recipe.resolve(base, target=target, publish_repo_id=None)
-        name = str(own.target.target).replace("=", "-")
-        if name in recipes:
-            raise TargetError(f"target {target!r} is given twice; give each size once")
-        recipes[name] = own
-    return recipes
 
 
 def _timed(family: Family, smaller: Mapping[str, LoadedModel], work: Path | None) -> Family:

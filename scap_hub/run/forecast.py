@@ -28,10 +28,10 @@ from scap_hub.run.candidates import candidates
 from scap_hub.run.details import SHARES
 from scap_hub.run.inputs import example, load_dense, recipe_of
 from scap_hub.run.repairing import tuning_steps
+from scap_hub.run.selecting import keep_of_equal_scores
 from scap_hub.run.stages import Stages
 from scap_hub.run.tuning import Tuning
 from scap_hub.run.unfinished import check_free
-from scap_hub.selection.select import chosen
 from scap_hub.tasks import Task
 from scap_hub.text import count as in_short
 from scap_hub.training.data import Data
@@ -41,6 +41,9 @@ from scap_hub.zoo import LoadedModel
 
 LONG = 60.0
 """Seconds from which on a run says beforehand what it takes."""
+SCORES, REPAIR, FINE_TUNING, MEASURING = "scores", "repair", "fine-tuning", "measuring"
+OTHER_TARGETS = "the report's other targets"
+"""Stages by name."""
 _ENOUGH = 8
 """Images that are timed on a CPU."""
 _ADAMW = 4
@@ -76,16 +79,30 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """In words."""
-        lines = []
-        if self.groups is not None:
-            lines.append(f"channel groups: {self.groups} prunable, with {self.channels:,} channels")
-            lines += [f"  {number} pinned: {reason}" for reason, number in self.pinned.items()]
-            lines.append(f"target {self.target}: {_left('MACs', *self.macs)}, {_left('parameters', *self.params)}")
-        stages = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in self.seconds.items() if seconds)
-        rest = "reading images comes" if "scores" in self.seconds else "reading images and scores come"
-        lines.append(f"about {stages or 'nothing'}; {rest} on top")
-        lines.append(f"memory while training: about {in_short(self.memory)}B" if self.memory else "no training")
-        return lines
+        return [*self.group_lines(), *self.target_lines(), *cost_lines(self.seconds, self.memory)]
+
+    def group_lines(self) -> list[str]:
+        """What can be pruned at all, in words; nothing where it was not looked for."""
+        if self.groups is None:
+            return []
+        found = f"channel groups: {self.groups} prunable, with {self.channels:,} channels"
+        return [found, *(f"  {number} pinned: {reason}" for reason, number in self.pinned.items())]
+
+    def target_lines(self) -> list[str]:
+        """What the target leaves, in words; nothing where it was not looked for."""
+        if self.groups is None:
+            return []
+        return [f"target {self.target}: {_left('MACs', *self.macs)}, {_left('parameters', *self.params)}"]
+
+
+def cost_lines(seconds: Mapping[str, float], memory: int) -> list[str]:
+    """What a run takes, in words."""
+    stages = ", ".join(f"{stage} {_duration(taken)}" for stage, taken in seconds.items() if taken)
+    rest = "reading images comes" if SCORES in seconds else "reading images and scores come"
+    return [
+        f"about {stages or 'nothing'}; {rest} on top",
+        f"memory while training: about {in_short(memory)}B" if memory else "no training",
+    ]
 
 
 def forecast(
@@ -150,20 +167,20 @@ def expected(
     calibration, steps = _images(data.calibration) * forward, recipe.schedule.steps
     passes = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed).passes
     rebuilt = PASSES if recipe.repair.least_squares else float(recipe.repair.batch_norm)
-    scores = {} if passes is None else {"scores": steps * passes * calibration}
+    scores = {} if passes is None else {SCORES: steps * passes * calibration}
     seconds = {
         f"tuning the dense model{' and its new head' if tuning.new_head else ''}": tuning.epochs * epoch,
         **scores,
-        "repair": steps * (rebuilt * calibration + tuned * BATCH * (train + forward)),
-        "fine-tuning": epochs * (epoch + taught),
-        "measuring": 2 * _images(data.measured_on) * forward,
+        REPAIR: steps * (rebuilt * calibration + tuned * BATCH * (train + forward)),
+        FINE_TUNING: epochs * (epoch + taught),
+        MEASURING: 2 * _images(data.measured_on) * forward,
     }
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     networks = _ADAMW + (recipe.finetune.distillation.needs_teacher or bool(tuned))
     batch = recipe.data.batch_size if trains else BATCH
     memory = networks * size + saved * batch // len(images) if train else 0
     found = Forecast(seconds, memory, str(recipe.target.target))
-    return found if groups is None else _with_groups(found, loaded, groups, recipe)
+    return found if groups is None else with_groups(found, loaded, groups, recipe)
 
 
 def tell_if_long(loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning) -> None:
@@ -175,19 +192,16 @@ def tell_if_long(loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning
             tell(line)
 
 
-def _with_groups(found: Forecast, loaded: LoadedModel, groups: ChannelGroups, recipe: Recipe) -> Forecast:
+def with_groups(found: Forecast, loaded: LoadedModel, groups: ChannelGroups, recipe: Recipe) -> Forecast:
     """With what is known of the cut: how much of what stays depends on the scores, for which equal ones stand."""
     costs = count(loaded.module, loaded.preprocessing.input_size)
     macs: tuple[int, int | None] = (costs["macs"], None)
     params: tuple[int, int | None] = (costs["params"], None)
     seconds = dict(found.seconds)
-    settings = recipe.target
-    if settings.target.kind in ("macs", "params", "ratio"):
-        scores = {group.name: torch.ones(group.size) for group in groups.prunable}
-        start = time.perf_counter()
-        keep = chosen(groups, scores, settings.target, settings.multiple, settings.floor, "uniform")
+    start = time.perf_counter()
+    if (keep := keep_of_equal_scores(groups, recipe.target)) is not None:
         # The report has what other targets would leave: each is chosen in the same way.
-        seconds["the report's other targets"] = len(SHARES) * (time.perf_counter() - start)
+        seconds[OTHER_TARGETS] = len(SHARES) * (time.perf_counter() - start)
         stays = groups.staying(keep)
         everything = groups.everything()
         macs = (macs[0], round(macs[0] * groups.macs(stays) / groups.macs(everything)))
@@ -195,7 +209,7 @@ def _with_groups(found: Forecast, loaded: LoadedModel, groups: ChannelGroups, re
     return Forecast(
         seconds,
         found.memory,
-        found.target,
+        str(recipe.target.target),
         groups=len(groups.prunable),
         channels=sum(group.size for group in groups.prunable),
         pinned=dict(Counter(group.pinned_because for group in groups if group.pinned_because)),

@@ -74,6 +74,7 @@ def about_run(loaded: LoadedModel, data: Data, recipe: Recipe) -> dict[str, Any]
         "criterion": recipe.criterion.name,
         "input_size": list(loaded.preprocessing.input_size),
         "device": device_name(accelerator().device),
+        "latency_batch_size": recipe.evaluate.batch_size,
         "versions": {name: version(name) for name in ("scap_hub", *_LIBRARIES)},
     }
 

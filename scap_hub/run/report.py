@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from scap_hub.criteria.diagnostics import Diagnosis
 from scap_hub.deploy.deployment import Deployment
 from scap_hub.run.by_class import ByClass, Counts, Mistakes
 from scap_hub.run.details import Details
-from scap_hub.tables import html_table, text_table
+from scap_hub.tables import html_table, in_lines, text_table
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Metric
 from scap_hub.text import counted
 from scap_hub.training.data import Data
@@ -35,7 +36,8 @@ class Measures:
         latency_ms: Median milliseconds of one forward pass at `evaluate.batch_size`; None if not asked for.
         others: What else the task measures (0 to 1), by its name in a table.
         by_class: Right answers and images of each class, on the images of `top1`; None where there are no classes.
-        mistakes: On the same images, how many of a class got another one for an answer, by class and answer.
+        mistakes: On the same images, how many of a class got another one for an answer, by class and answer; in a
+            report for at most 500 pairs, the same of both models: those whose number changed most.
     """
 
     macs: int
@@ -119,10 +121,7 @@ class Whole:
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Rows of the report's table."""
-        rows = [
-            ("part", self.part, "", "of which all figures are but these"),
-            ("parameters, whole", *(f"{count:,}" for count in self.params), _change(*self.params)),
-        ]
+        rows = [("parameters, whole", *(f"{count:,}" for count in self.params), _change(*self.params))]
         if self.latency_ms is not None:
             rows.append(("latency, whole", *(f"{ms:.2f} ms" for ms in self.latency_ms), _faster(*self.latency_ms)))
         return rows  # type: ignore[return-value]
@@ -173,10 +172,11 @@ class Report:
     whole: Whole | None = None
 
     def __repr__(self) -> str:
-        return text_table([("", "dense", "pruned", "change"), *self.rows()])
+        return "\n".join([text_table([("", "dense", "pruned", "change"), *self.rows()]), *in_lines(self.notes())])
 
     def _repr_html_(self) -> str:
-        return html_table(str(self.about.get("model", "report")), ("", "dense", "pruned", "change"), self.rows())
+        name = str(self.about.get("model", "report"))
+        return html_table(name, ("", "dense", "pruned", "change"), self.rows(), self.notes())
 
     def plot(self, kind: str = "channels") -> Figure:
         """A picture with matplotlib (extra `plot`), which notebooks show.
@@ -229,23 +229,55 @@ class Report:
         if self.deploy is not None:
             for name, size, quality, _, latency, faster in self.deploy.rows():
                 rows.append((name, self.deploy.runtime, ", ".join(filter(None, (size, quality, latency))), faster))
+        return rows
+
+    def notes(self) -> list[str]:
+        """What the table does not say, in sentences: what its figures are, and what happened on the way."""
+        notes = [legend(self.before, self.metric, self.about)]
+        if self.whole is not None:
+            notes.append(f"All figures but those of the whole are of the part {self.whole.part!r}.")
         if self.tuned is not None:
-            rows.append(("tuned first", str(self.tuned), "", ""))
+            notes.append(f"Before it was pruned, the dense model was tuned {self.tuned}.")
         if self.verified is not None:
-            precision = f" in {self.precision}" if self.precision else ""
-            rows.append(("verified", "masked", "the same", f"difference {self.verified:.1e}{precision}"))
+            precision = f", in {self.precision}" if self.precision else ""
+            notes.append(
+                "Verified: before repair, the pruned model computed what the dense model computes with the pruned "
+                f"channels masked; the outputs differed by {self.verified:.1e} of the largest one{precision}."
+            )
         if self.unverified is not None:
-            rows.append(("not verified", "", "", self.unverified))
-        rows += [
-            ("unreadable", "", f"{count}", f"images of {where}, left out") for where, count in self.skipped.items()
+            notes.append(f"Not verified: {self.unverified}.")
+        if self.missed is not None:
+            notes.append(f"The budget is missed: {self.missed}.")
+        notes += [
+            f"{counted(count, 'image')} of {where} could not be read and {'was' if count == 1 else 'were'} left out."
+            for where, count in self.skipped.items()
         ]
         if self.selections:
-            last = self.selections[-1]
-            if self.missed is not None:
-                rows.append(("budget missed", "", "", self.missed))
-            lost = f"{100 * (1 - last.importance):.2g} %"
-            rows.append(("predicted loss", "", lost, "of all importance was in what went"))
-        return rows
+            lost = f"{100 * (1 - self.selections[-1].importance):.2g} %"
+            notes.append(
+                f"Predicted loss, before repair and training: {lost} of all importance was in the channels that went."
+            )
+        return notes
+
+
+def legend(measures: Measures, metric: Metric, about: Mapping[str, Any]) -> str:
+    """What the figures of a table are.
+
+    Args:
+        measures: Of a model in it.
+        metric: Of the task.
+        about: As `Report.about`.
+    """
+    words = ["MACs are multiply-accumulate operations for one image."]
+    if measures.by_class:
+        images = counted(sum(images for _, images in measures.by_class), "image")
+        title = "" if metric.title == metric.name else f" ({metric.title})"
+        words.append(f"{metric.name}{title} is measured on {images} that the run did not train on.")
+    if measures.latency_ms is not None:
+        batch = counted(about["latency_batch_size"], "image") if "latency_batch_size" in about else "a batch"
+        device = f" on {about['device']}" if "device" in about else ""
+        words.append(f"Latency is the median time of one forward pass with {batch}{device}.")
+    return " ".join(words)
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroups
@@ -10,10 +11,11 @@ from scap_hub.deploy.widths import liked_multiple
 from scap_hub.plan import PruningPlan
 from scap_hub.progress import announce
 from scap_hub.recipe import Recipe
+from scap_hub.recipe.settings import TargetSettings
 from scap_hub.run.report import Selection
 from scap_hub.scores import Scores
 from scap_hub.selection.latency import select_latency
-from scap_hub.selection.select import kept_importance, select
+from scap_hub.selection.select import chosen, kept_importance, select
 from scap_hub.training.distributed import accelerator, from_main
 
 
@@ -31,6 +33,18 @@ def for_the_runtime(recipe: Recipe) -> Recipe:
     with announce(f"measuring which multiple of channels {runtime} likes"):
         multiple = from_main(lambda: liked_multiple(runtime, int8, accelerator().device))
     return recipe.model_copy(update={"target": target.model_copy(update={"round_to": multiple})})
+
+
+def keep_of_equal_scores(groups: ChannelGroups, settings: TargetSettings) -> dict[str, list[int]] | None:
+    """What a target keeps if all channels score alike; None for a target that depends on scores or a measured time.
+
+    Raises:
+        TargetError: The target cannot be reached; says what can.
+    """
+    if settings.target.kind not in ("macs", "params", "ratio"):
+        return None
+    scores = {group.name: torch.ones(group.size) for group in groups.prunable}
+    return chosen(groups, scores, settings.target, settings.multiple, settings.floor, "uniform")
 
 
 def select_step(

@@ -12,9 +12,9 @@ from scap_hub.files import making
 from scap_hub.hub.checkpoint import check_output
 from scap_hub.hub.collection import collect
 from scap_hub.page import FAMILY, family_json
-from scap_hub.run.report import Measures
+from scap_hub.run.report import Measures, legend
 from scap_hub.run.result import Result
-from scap_hub.tables import html_table, text_table
+from scap_hub.tables import html_table, in_lines, text_table
 from scap_hub.text import one_line
 
 
@@ -40,6 +40,18 @@ class Family:
         found = self.to_dict()
         return [_row(model) for model in (found["dense"], *found["members"], *found["siblings"])]
 
+    def notes(self) -> list[str]:
+        """What the table does not say, in sentences."""
+        report = self._first.report
+        notes = [
+            legend(report.before, report.metric, report.about),
+            f"Each size is named after its target, which says what stays of {self._first.loaded.name}.",
+        ]
+        if self.siblings:
+            names = " and ".join(self.siblings)
+            notes.append(f"Beside them {names}, not pruned: trained like the dense and then like the pruned models.")
+        return notes
+
     def to_dict(self) -> dict[str, Any]:
         """What was measured of the dense model, of each size and of each sibling, as plain values; largest first."""
         dense = {"name": self._first.loaded.name, "target": None, **_figures(self._first.report.before)}
@@ -60,10 +72,10 @@ class Family:
         return next(iter(self.members.values()))
 
     def __repr__(self) -> str:
-        return text_table([self.head(), *self.rows()])
+        return "\n".join([text_table([self.head(), *self.rows()]), *in_lines(self.notes())])
 
     def _repr_html_(self) -> str:
-        return html_table(f"family of {self._first.loaded.name}", self.head(), self.rows())
+        return html_table(f"family of {self._first.loaded.name}", self.head(), self.rows(), self.notes())
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes a folder with one in it for each size, named after its target, and family.json; all of it or nothing.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scap_hub.channels.groups import ChannelGroups
 from scap_hub.criteria.diagnostics import Diagnosis
 from scap_hub.plan import PruningPlan
+from scap_hub.run.by_class import foremost
 from scap_hub.run.report import GroupReport, Measures, Report, Selection
 from scap_hub.run.stages import Stages
 from scap_hub.run.verification import Verified
@@ -57,6 +58,9 @@ def report_of(
     first = steps[0]
     verdicts = [verdict for step in steps for verdict in step.verdicts]
     unverified = next((verdict.unverified for verdict in verdicts if verdict.unverified), None)
+    if before.mistakes is not None and after.mistakes is not None:
+        old, new = foremost(before.mistakes, after.mistakes)
+        before, after = replace(before, mistakes=old), replace(after, mistakes=new)
     return Report(
         before,
         after,

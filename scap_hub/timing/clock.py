@@ -88,4 +88,5 @@ def device_name(device: torch.device) -> str:
     """What measured times belong to."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {device.type.upper()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} {device.type.upper()}, {threads} thread{'s' * (threads != 1)}"
