@@ -30,6 +30,7 @@ from scap_hub.compensation import tune
 from scap_hub.recipe import Recipe
 from scap_hub.run.inputs import load_dense, shard_calibration
 from scap_hub.run.pruning import prune_loaded
+from scap_hub.run.repairing import distance_of
 from scap_hub.run.stages import Stages
 from scap_hub.training.data import Data
 from scap_hub.training.evaluate import evaluate
@@ -96,7 +97,7 @@ def measured(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         row = {"task": name, "target": target, "macs": after.macs / before.macs, "params": after.params / before.params,
                "latency_ms": [before.latency_ms, after.latency_ms], "repaired": after.top1}  # fmt: skip
         tuned = copy.deepcopy(result.model)
-        tune(dense, tuned, shard_calibration(data, 32), steps=options.steps)
+        tune(dense, tuned, shard_calibration(data, 32), steps=options.steps, distance=distance_of(data.task))
         row["tuned"] = quality(tuned, data)
         trained = copy.deepcopy(result.model)
         finetune(trained, data, learn.model_copy(update={"learning_rate": rate / 2}).lasting(options.finetune), dense)

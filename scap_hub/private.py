@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Turns the Python part of torch's dispatcher on. Without it a PreDispatchMode sees no operator, and nobody complains.
 from torch._dispatch.python import enable_python_dispatcher
@@ -71,6 +72,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "unobserved",
+    "versioned",
     "write_count",
 ]
 
@@ -123,6 +125,17 @@ def is_alias_of(a: Tensor, b: Tensor) -> bool:
 def memory_of(tensor: Tensor) -> int:
     """A number of the memory that a tensor shows; the same for its views, on the meta device too."""
     return tensor.untyped_storage()._cdata
+
+
+def versioned(module: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors for `module.load_state_dict`, said to lie as this release's classes have them.
+
+    A state dict holds beside its tensors the version of each class, which files do not keep. Some classes refuse
+    tensors without it, such as torchvision's MNASNet.
+    """
+    state = OrderedDict(weights)
+    state._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    return state
 
 
 def schema(operator: Any) -> Any:

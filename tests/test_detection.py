@@ -1,5 +1,7 @@
 """Object detection: boxes that follow their images, the models' own losses, and mean average precision."""
 
+import copy
+
 import datasets
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ from torch.utils.data import DataLoader
 import scap_hub
 from scap_hub.errors import DataError
 from scap_hub.run.inputs import load_dense
+from scap_hub.run.repairing import distance_of
 from scap_hub.run.stages import Stages
 from scap_hub.tasks import task_of
 from scap_hub.tasks.detection import Detected, ObjectDetection
+from scap_hub.tasks.outputs import unlabelled
 from scap_hub.training.data import load_data
 from scap_hub.zoo import load_model
 from tests.scenes import FAST, SIZE, rows, scenes, settled
@@ -109,6 +113,29 @@ def test_the_loss_is_the_models_own_and_the_teacher_teaches(model):
     task.distance(other, guide, 1.0).backward()
     assert other.boxes.grad.abs().sum() > 0
     assert loaded.num_classes == 2
+
+
+def test_a_detector_is_tuned_towards_the_queries_that_are_most_alike():
+    """Which query finds an object may change: place by place the outputs of the same detections are far apart."""
+
+    class Swapped(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values):
+            result = self.model(pixel_values)
+            return type(result)(logits=result.logits.flip(1), pred_boxes=result.pred_boxes.flip(1))
+
+    dense = rt_detr()
+    _, data, _ = data_of(boxed(24), dense)
+    batches = [next(iter(data.validation))[0]]
+    for task in (data.task, unlabelled(data.task)):
+        small = Swapped(copy.deepcopy(dense))
+        before, after = scap_hub.tune(small, Swapped(small), batches, steps=0)
+        assert before > 0.01, "place by place"
+        before, after = scap_hub.tune(dense, small, batches, steps=1, distance=distance_of(task))
+        assert after <= before < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -339,3 +339,27 @@ def test_a_pruned_model_is_reparameterised_like_a_dense_one(name):
     net, x = random_values(timm.create_model(name, num_classes=5)).eval(), torch.randn(1, 3, 64, 64)
     small = scap_hub.apply_plan(net, some_plan(scap_hub.channel_groups(net, x))).eval()
     assert difference(reparameterize_model(small)(x), small(x)) < 1e-3
+
+
+class NormOfOneNumber(nn.Module):
+    """Blocks as monai has them: a norm without tensors stands beside an activation with a single number."""
+
+    def __init__(self):
+        super().__init__()
+        for name, entering in (("one", 3), ("two", 16)):
+            after = nn.Sequential(nn.InstanceNorm2d(16), nn.PReLU())
+            self.add_module(name, nn.Sequential(nn.Conv2d(entering, 16, 3), after))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.two(self.one(x)).mean((2, 3)))
+
+
+def test_a_norm_without_tensors_goes_by_what_shrinks_around_it():
+    net = random_values(NormOfOneNumber()).eval()
+    groups = scap_hub.channel_groups(net, image())
+    assert [group.name for group in groups.prunable] == ["one.0", "two.0"]
+    plan = some_plan(groups)
+    assert scap_hub.verify(net, plan, image()) < 1e-9
+    small = scap_hub.apply_plan(net, plan)
+    assert small.one[1][0].num_features == small.one[0].out_channels < 16

@@ -357,3 +357,24 @@ def test_refinement_is_part_of_the_steps():
     assert scap_hub.refine(net, groups, batches, plan, "l1") == plan
     with pytest.raises(errors.RecipeError, match="did you mean 'scap"):
         scap_hub.refine(net, groups, batches, plan, "scap-sett")
+
+
+class Versioned(Residual):
+    """Takes tensors only from a state dict that says which version they are of, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, local_metadata, *rest):
+        if local_metadata.get("version") != 2:
+            raise ValueError("version should be set")
+        super()._load_from_state_dict(state, prefix, local_metadata, *rest)
+
+
+def test_a_class_that_asks_for_the_version_of_its_weights_is_trained_saved_resumed_and_loaded(tmp_path):
+    dense, out = Versioned(width=16), tmp_path / "out"
+    result = scap_hub.prune(
+        dense, images(), QUICK, model_input_size=(3, 32, 32), output_dir=out, finetune_dense_epochs=1
+    )
+    loaded = scap_hub.load(out, model=Versioned(width=16))
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(x), result.model.eval()(x))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from scap_hub.errors import CalibrationError, DataError, RecipeError
 from scap_hub.placement import placement
+from scap_hub.private import versioned
 from scap_hub.progress import track
 from scap_hub.recipe import DataSettings, ModelSettings, Recipe
 from scap_hub.run.deploying import check_deploy, check_export
@@ -132,7 +133,7 @@ def _with_head(source: Any, data: Data, loaded: LoadedModel, settings: ModelSett
     if settings.checkpoint is not None:
         state, known = headed.module.state_dict(), loaded.module.state_dict()
         fitting = {name: known[name] for name, tensor in state.items() if known[name].shape == tensor.shape}
-        headed.module.load_state_dict(state | fitting)
+        headed.module.load_state_dict(versioned(headed.module, state | fitting))
     return headed
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from scap_hub.errors import CheckpointError
 from scap_hub.files import replacing
+from scap_hub.private import versioned
 from scap_hub.text import one_line
 from scap_hub.training.checkpoints import separate
 from scap_hub.training.distributed import accelerator, from_main
@@ -67,7 +68,7 @@ class Kept:
             from_main(lambda: _save(path, state))
             return
         try:
-            model.load_state_dict(state)
+            model.load_state_dict(versioned(model, state))
         except RuntimeError as error:
             raise damaged(path, error) from error
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from scap_hub.compensation import repair, tune
-from scap_hub.compensation.tuning import STEPS
+from scap_hub.compensation.tuning import STEPS, Distance
 from scap_hub.plan import PruningPlan
 from scap_hub.recipe import Recipe
 from scap_hub.tasks import Task
+from scap_hub.tasks.outputs import Unlabelled
 
 
 def repaired(
@@ -37,15 +37,22 @@ def repaired(
     """
     repair(dense, small, plan, images, **recipe.repair.model_dump(exclude={"tune"}))
     if steps := tuning_steps(recipe):
-        rate, distance = recipe.repair.tune.learning_rate, None if task.in_place else functools.partial(apart, task)
+        rate, distance = recipe.repair.tune.learning_rate, distance_of(task)
         tune(teacher, small, images, steps=steps, learning_rate=rate, seed=recipe.seed, distance=distance)
 
 
-def apart(task: Task, small: nn.Module, dense: nn.Module, images: Tensor) -> Tensor:
-    """How far a pruned model's outputs are from the dense one's, as the task compares them."""
-    with torch.no_grad():
-        guide = task.output(dense, images)
-    return task.distance(task.output(small, images), guide, 1.0)
+def distance_of(task: Task) -> Distance | None:
+    """How a task compares the outputs of two models for the same images; None where place by place is right."""
+    known = task.inner if isinstance(task, Unlabelled) else task
+    if known.in_place:
+        return None
+
+    def distance(small: nn.Module, dense: nn.Module, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            guide = known.output(dense, images)
+        return known.distance(known.output(small, images), guide, 1.0)
+
+    return distance
 
 
 def tuning_steps(recipe: Recipe) -> int:

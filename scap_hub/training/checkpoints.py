@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from scap_hub.errors import ScapHubError, TrainingError
 from scap_hub.files import making
+from scap_hub.private import versioned
 from scap_hub.text import one_line
 from scap_hub.training.distributed import accelerator, from_main
 from scap_hub.training.feed import Feed
@@ -87,7 +88,7 @@ def resume(folder: Path, identity: dict[str, Any], state: State) -> bool:
     path, document, weights, states = found
     try:
         for name, module in state.modules.items():
-            module.load_state_dict(weights[name])
+            module.load_state_dict(versioned(module, weights[name]))
         state.optimizer.load_state_dict(states["optimizer"])
         state.schedule.load_state_dict(states["schedule"])
         state.history.load_state_dict({**document["history"], "best": weights["best"]})

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from scap_hub.errors import DataError, RecipeError, TrainingError
 from scap_hub.placement import lower_precision, raise_precision
+from scap_hub.private import versioned
 from scap_hub.progress import tell, track
 from scap_hub.recipe import DataSettings, FinetuneSettings, Recipe
 from scap_hub.tasks import Task, task_of
@@ -99,7 +100,7 @@ def finetune(
             # accelerate puts the scaler of fp16 between optimizer and schedule, which torch takes for a mistake.
             warnings.filterwarnings("ignore", "Seems like `optimizer.step")
             _train(training, callbacks)
-        model.load_state_dict(training.history.best)
+        model.load_state_dict(versioned(model, training.history.best))
         return training.history.rows
     finally:
         here.free_memory()
@@ -347,7 +348,7 @@ def _loss(training: _Training, batch: Any) -> Tensor:
 def _not_finite(training: _Training, epoch: int, error: FloatingPointError) -> TrainingError:
     """The error to raise when a training goes astray; the best weights are restored."""
     history = training.history
-    training.model.load_state_dict(history.best)
+    training.model.load_state_dict(versioned(training.model, history.best))
     kept = checkpoints.checkpoints(training.output_dir) if training.output_dir is not None else []
     kept_in = f" and kept in {str(kept[-1])!r}" if kept else ""
     return TrainingError(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scap_hub.errors import ModelError
+from scap_hub.private import versioned
 from scap_hub.text import first_few, one_line
 
 _INSIDE = ("state_dict", "model_state_dict", "model")
@@ -52,7 +53,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     broken = next((name for name, tensor in state.items() if not tensor.isfinite().all()), None)
     if broken is not None:
         raise ModelError(f"checkpoint {str(path)!r} has NaN or Inf in {broken!r}: take one from before that")
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(versioned(model, state), strict=False)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ def narrower(model: nn.Module, cut: Any) -> Any:
     held: dict[str, bool] = {}
     tensors = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     for name, tensor in (pair for pairs in tensors for pair in pairs):
-        while name:
+        while name and tensor.numel() > 1:  # a single number belongs to no channel
             name = name.rpartition(".")[0]
             held[name] = held.get(name, False) or id(tensor) in cut
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from scap_hub.documents import LARGEST, own_file, parse_json, read_document
 from scap_hub.errors import CheckpointError
+from scap_hub.private import versioned
 from scap_hub.text import first_few, one_line
 
 WEIGHTS = "model.safetensors"
@@ -136,7 +137,7 @@ def fill(
     for name in state.keys() & tensors.keys():
         tensors[name].data = tensors[name].data.to(state[name].dtype)
     # Checked already; what is missing is tied to what is there.
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(versioned(model, state), strict=False)
     if not allow_nan and (broken := not_finite(model)):
         raise CheckpointError(
             f"{files[0].parent}: {broken!r} holds NaN or infinite numbers, so the model computes nothing of use; "
