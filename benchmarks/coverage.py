@@ -191,10 +191,12 @@ def cut_at_random(library: str, name: str, size: int | str) -> tuple[Any, Any, A
 
 
 def train(library: str, name: str, size: int | str) -> dict[str, Any]:
-    """Trains a pruned model for one step on two images, towards outputs of zero; there are no targets for all tasks.
+    """Trains a pruned model for one step on two images, towards outputs of one; there are no targets for all tasks.
+
+    Not of zero, which is what a head returns that starts with weights of zero.
 
     Returns:
-        loss: Mean square of the outputs, summed over them.
+        loss: Mean squared distance of the outputs from it, summed over them.
         gradients: How many parameters get one; all of them are finite, and one of them at least is not zero.
     """
     import torch
@@ -203,7 +205,7 @@ def train(library: str, name: str, size: int | str) -> dict[str, Any]:
     optimizer = torch.optim.SGD(small.train().parameters(), lr=1e-3)
     outputs = _tensors(small(torch.cat([example, torch.randn_like(example)])))
     trained = [leaf for leaf in outputs if leaf.is_floating_point() and leaf.requires_grad]
-    loss = torch.stack([leaf.float().square().mean() for leaf in trained]).sum()
+    loss = torch.stack([(leaf.float() - 1).square().mean() for leaf in trained]).sum()
     loss.backward()
     gradients = [weight.grad for weight in small.parameters() if weight.grad is not None]
     optimizer.step()
