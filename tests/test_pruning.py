@@ -378,3 +378,30 @@ def test_a_class_that_asks_for_the_version_of_its_weights_is_trained_saved_resum
     loaded = scap_hub.load(out, model=Versioned(width=16))
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(x), result.model.eval()(x))
+
+
+class Counting(Residual):
+    """Counts the passes that it is trained by."""
+
+    trained = 0
+
+    def forward(self, x):
+        y = super().forward(x)
+        type(self).trained += self.training and y.requires_grad
+        return y
+
+
+def test_a_target_that_cannot_be_reached_is_told_before_anything_is_trained_or_scored(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from scap_hub.criteria import Criterion\n"
+        "class Late(Criterion):\n    name = 'late'\n    def score(self, model, groups, batches):\n"
+        "        raise RuntimeError('scored')\n"
+    )
+    arguments = {"criterion": f"{file}:Late", "model_input_size": (3, 32, 32), "output_dir": tmp_path / "out"}
+    for epochs in (1, 0):
+        with pytest.raises(errors.TargetError, match="cannot be reached"):
+            scap_hub.prune(
+                Counting(width=16), images(), QUICK, target="macs=0.001", finetune_dense_epochs=epochs, **arguments
+            )
+        assert not (epochs and Counting.trained), "without an epoch, a batch is timed"

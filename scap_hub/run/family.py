@@ -12,9 +12,7 @@ from torch import nn
 
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.page import family_json
-from scap_hub.placement import raised
 from scap_hub.recipe import Recipe
-from scap_hub.run.candidates import candidates
 from scap_hub.run.details import Choices
 from scap_hub.run.identity import identity, weights_of
 from scap_hub.run.inputs import example, load_dense, recipe_of
@@ -22,9 +20,9 @@ from scap_hub.run.kept import Kept, bytes_kept
 from scap_hub.run.members import making_order, member_recipes
 from scap_hub.run.parts import put_back
 from scap_hub.run.pruning import prune_loaded
+from scap_hub.run.reachable import check_reachable
 from scap_hub.run.report import Measures, measure
 from scap_hub.run.result import Result
-from scap_hub.run.selecting import keep_of_equal_scores
 from scap_hub.run.siblings import load_siblings, trained
 from scap_hub.run.sizes import Family
 from scap_hub.run.stages import Stages
@@ -89,7 +87,7 @@ def prune_family(
         with stages("load"):
             smaller = load_siblings(siblings, loaded, base, tuning)
         _begin(work, restart, loaded, data, base, tuning, smaller, {"targets": list(targets), "teacher": teacher})
-        _check_reachable(loaded, recipes)
+        check_reachable(loaded, list(recipes.values()))
         folder = None if work is None else work.folder
         tuned = tune_dense(loaded, data, base, tuning, stages, folder)
         before = _measured(loaded, data, stages, folder)
@@ -134,22 +132,6 @@ def _save(family: Family, work: Unfinished) -> None:
     if not work.saved:
         work.saving(family_json(family.to_dict()))
         family.save_pretrained(work.output)
-
-
-def _check_reachable(loaded: LoadedModel, recipes: Mapping[str, Recipe]) -> None:
-    """Makes sure that each size can be made, as far as that can be known before anything is scored or trained.
-
-    Raises:
-        TargetError: One of them cannot; says what can.
-    """
-    first = next(iter(recipes.values()))
-    if first.schedule.steps > 1:
-        return  # what each step may remove follows from what the one before has left
-    with Stages(first.seed)("channel groups"):
-        net = raised(loaded.module.to(accelerator().device).eval())
-        groups = candidates(net, example(net, loaded), first.protect)
-    for recipe in recipes.values():
-        keep_of_equal_scores(groups, recipe.target)
 
 
 def _begin(

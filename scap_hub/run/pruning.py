@@ -26,11 +26,12 @@ from scap_hub.run.identity import about_run, identity
 from scap_hub.run.inputs import example, load_dense, recipe_of, shard_calibration
 from scap_hub.run.kept import Kept, bytes_kept
 from scap_hub.run.parts import LoadedPart, put_back, verified_within
+from scap_hub.run.reachable import check_reachable
 from scap_hub.run.repairing import repaired
 from scap_hub.run.report import Measures, Selection, Tuned, measure
 from scap_hub.run.result import Result
 from scap_hub.run.score_cache import kept_scores
-from scap_hub.run.selecting import select_step
+from scap_hub.run.selecting import keep_of_equal_scores, select_step
 from scap_hub.run.stages import Stages
 from scap_hub.run.step import Step, joined, report_of, still_guilty
 from scap_hub.run.steps import refine
@@ -96,6 +97,8 @@ def prune(
                 bytes_kept(loaded.module, tuning.trains(recipe.finetune)),
             )
         if work is None or work.fresh:
+            if tuning.epochs:
+                check_reachable(loaded, [recipe])
             tell_if_long(loaded, data, recipe, tuning)
         folder = None if work is None else work.folder
         tuned = tune_dense(loaded, data, recipe, tuning, stages, folder)
@@ -228,6 +231,8 @@ class _Pipeline:
         with stages("channel groups"):
             groups = candidates(model, example(model, self.loaded), recipe.protect)
             groups = groups.pinned(still_guilty(groups, earlier))
+            if recipe.schedule.steps == 1:
+                keep_of_equal_scores(groups, recipe.target)  # what cannot be reached is told before it is scored
         with stages("scores"):
             scores = kept_scores(self.cache, model, calibration, self.criterion, groups)
         diagnoses: dict[str, Diagnosis] = {}

@@ -1,0 +1,34 @@
+"""Whether a target can be reached, told before anything is trained or scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scap_hub.placement import raised
+from scap_hub.recipe import Recipe
+from scap_hub.run.candidates import candidates
+from scap_hub.run.inputs import example
+from scap_hub.run.selecting import keep_of_equal_scores
+from scap_hub.run.stages import Stages
+from scap_hub.training.distributed import accelerator
+from scap_hub.zoo import LoadedModel
+
+
+def check_reachable(loaded: LoadedModel, recipes: Sequence[Recipe]) -> None:
+    """Makes sure that a model can be pruned to each target, as far as that can be known beforehand.
+
+    Args:
+        loaded: The dense model.
+        recipes: They differ by their targets alone.
+
+    Raises:
+        TargetError: One of them cannot be reached; says what can.
+    """
+    first = recipes[0]
+    if first.schedule.steps > 1:
+        return  # what each step may remove follows from what the one before has left
+    with Stages(first.seed)("channel groups"):
+        net = raised(loaded.module.to(accelerator().device).eval())
+        groups = candidates(net, example(net, loaded), first.protect)
+    for recipe in recipes:
+        keep_of_equal_scores(groups, recipe.target)
