@@ -67,9 +67,8 @@ def new_weights(folder, tmp_path):
 
 @pytest.fixture(autouse=True)
 def online(hub, monkeypatch, tmp_path):
-    for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(tmp_path)}.items():
-        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
-    monkeypatch.setattr("scap_hub.hub.publish.HfApi", functools.partial(HfApi, endpoint=hub.endpoint))
+    hub.used_here(monkeypatch, "publish")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("scap_hub.hub.publish._WAITS", (0.01, 0.01, 0.01))
     yield
     hub.fail("", "")
@@ -287,6 +286,17 @@ def test_network_gone_half_way(hub, api, new_weights, repo, match, action, monke
     hub.fail("", "")
     push_to_hub(folder, repo, private=True, token="hf_write", revision="v2")
     assert names(api, repo, "v2") == SAVED
+
+
+def test_a_card_that_cannot_be_read_is_not_taken_for_none(hub, api, folder, repo, monkeypatch):
+    api.create_repo(repo)
+    theirs = api.upload_file(path_or_fileobj=b"# Mine", path_in_repo="README.md", repo_id=repo).oid
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    nowhere = "http://127.0.0.1:9/{repo_id}/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", nowhere)
+    with pytest.raises(PublishError, match=r"cannot be reached.*nothing was published"):
+        push_to_hub(folder, repo, token="hf_write")
+    assert api.model_info(repo).sha == theirs
 
 
 @pytest.mark.parametrize(
