@@ -23,9 +23,10 @@ test: lint
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# The declared minimums together, in an environment of their own.
+# The declared minimums together, in an environment of their own, anew each time. Mind the Python: PYTHON=python3.10, as
+# there are no wheels of releases as old for the newest.
 test-lowest:
-	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) -m venv --clear .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable ".[dev,plot]"
 	.venv-lowest/bin/python -m pytest --numprocesses auto --dist loadfile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -10,6 +11,9 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +30,16 @@ class HubProcess:
     def log(self) -> list[dict]:
         with urllib.request.urlopen(f"{self.endpoint}/_log") as answer:
             return json.load(answer)
+
+    def used_here(self, patch: pytest.MonkeyPatch, *modules: str) -> None:
+        """Makes it the Hub of this process, and of these modules of `scap_hub.hub`."""
+        # huggingface_hub 1.3.0 takes the address of a commit apart by its own endpoint, not by the one of its HfApi.
+        files = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        here = {"ENDPOINT": self.endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": files}
+        for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, **here}.items():
+            patch.setattr(f"huggingface_hub.constants.{name}", value)
+        for module in modules:
+            patch.setattr(f"scap_hub.hub.{module}.HfApi", functools.partial(HfApi, endpoint=self.endpoint))
 
     def environment(self, home: Path, **extra: str) -> dict[str, str]:
         """For a fresh process whose Hub this is."""

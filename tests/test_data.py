@@ -185,7 +185,7 @@ def test_hidden_labels_are_no_labels():
 
 
 def test_streams(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     path = str(parquet_folder(tmp_path / "data"))
     data = load_data(path, COLOUR, DataSettings(streaming=True, batch_size=4, calibration_images=7, workers=0))
     assert [len(batch[1]) for batch in data.train] == [4] * 5
@@ -196,7 +196,7 @@ def test_streams(tmp_path, monkeypatch):
 
 
 def test_a_stream_that_says_its_length_can_be_trained_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     path = parquet_folder(tmp_path / "data")
     splits = "".join(
         f"  - name: {name}\n    num_examples: {count}\n" for name, count in {"train": 20, "validation": 6}.items()

@@ -4,9 +4,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
 from scap_hub.recipe import Recipe
 
@@ -16,6 +18,10 @@ DOOR = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 """Pages for those who work on it."""
 
 
+@pytest.mark.skipif(
+    "additionalProperties" not in TypeAdapter(dict[str, Any]).json_schema(),
+    reason="pages are generated with today's pydantic, which writes schemas otherwise than 2.10 does",
+)
 def test_generated_pages_are_up_to_date():
     command = [sys.executable, ROOT / "docs" / "generate.py", "--check"]
     ran = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)

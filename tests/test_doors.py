@@ -1,6 +1,5 @@
 """Every way into a published model, in fresh processes against a real HTTP Hub."""
 
-import functools
 import json
 import os
 import re
@@ -80,9 +79,7 @@ def world(tmp_path_factory):
         "plain-teacher": uniform(tiny_vit("DeiT", "WithTeacher"), HIDDEN),
     }
     with running_hub() as hub, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        patch.setattr("scap_hub.hub.publish.HfApi", functools.partial(HfApi, endpoint=hub.endpoint))
+        hub.used_here(patch, "publish")
         for name, (small, loaded, plan) in made.items():
             patch.setattr("scap_hub.hub.checkpoint.SHARD", "5KB" if name in SHARDED else "5GB")
             card = {"README.md": model_card(loaded, plan, Measured())}

@@ -1,6 +1,5 @@
 """Several sizes of one model."""
 
-import functools
 import json
 import re
 from dataclasses import dataclass
@@ -232,10 +231,7 @@ def test_mistakes_are_told_before_any_work(targets, message):
 def test_a_family_is_published_as_a_collection(made, monkeypatch, tmp_path):
     family, _ = made
     with running_hub() as hub:
-        for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
-            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
-        for module in ("publish", "collection"):
-            monkeypatch.setattr(f"scap_hub.hub.{module}.HfApi", functools.partial(HfApi, endpoint=hub.endpoint))
+        hub.used_here(monkeypatch, "publish", "collection")
         for _ in range(2):  # the second time everything is there already
             url = family.push_to_hub("me/tiny", token="hf_write")
         assert re.fullmatch(hub.endpoint + "/collections/me/tiny-.*", url)

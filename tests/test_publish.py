@@ -1,5 +1,6 @@
 """Publishing against a real HTTP Hub, with the real client."""
 
+import contextlib
 import functools
 import json
 import re
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 
 import scap_hub
@@ -67,9 +69,8 @@ def new_weights(folder, tmp_path):
 
 @pytest.fixture(autouse=True)
 def online(hub, monkeypatch, tmp_path):
-    for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(tmp_path)}.items():
-        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
-    monkeypatch.setattr("scap_hub.hub.publish.HfApi", functools.partial(HfApi, endpoint=hub.endpoint))
+    hub.used_here(monkeypatch, "publish")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("scap_hub.hub.publish._WAITS", (0.01, 0.01, 0.01))
     yield
     hub.fail("", "")
@@ -227,6 +228,8 @@ def test_a_broken_download_goes_on_where_it_stopped(hub, api, new_weights, repo,
     push_to_hub(new_weights, repo, token="hf_write")
     weights = (new_weights / "model.safetensors").read_bytes()
     hub.fail(STORED, "half", method="GET")
+    with contextlib.suppress(HTTPError):  # huggingface_hub 1.3 goes on only when it is asked again
+        api.hf_hub_download(repo, "model.safetensors", cache_dir=tmp_path / "cache")
     got = api.hf_hub_download(repo, "model.safetensors", cache_dir=tmp_path / "cache")
     assert Path(got).read_bytes() == weights
     first, second = [entry["range"] for entry in hub.log() if entry["path"].endswith(sha256(weights).hexdigest())][-2:]
@@ -287,6 +290,17 @@ def test_network_gone_half_way(hub, api, new_weights, repo, match, action, monke
     hub.fail("", "")
     push_to_hub(folder, repo, private=True, token="hf_write", revision="v2")
     assert names(api, repo, "v2") == SAVED
+
+
+def test_a_card_that_cannot_be_read_is_not_taken_for_none(hub, api, folder, repo, monkeypatch):
+    api.create_repo(repo)
+    theirs = api.upload_file(path_or_fileobj=b"# Mine", path_in_repo="README.md", repo_id=repo).oid
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    nowhere = "http://127.0.0.1:9/{repo_id}/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", nowhere)
+    with pytest.raises(PublishError, match=r"cannot be reached.*nothing was published"):
+        push_to_hub(folder, repo, token="hf_write")
+    assert api.model_info(repo).sha == theirs
 
 
 @pytest.mark.parametrize(

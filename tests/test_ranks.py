@@ -138,7 +138,8 @@ def test_a_rank_that_works_long_or_has_finished_is_not_lost(tmp_path):
     (tmp_path / "busy.py").write_text(BUSY)
     run = torchrun(tmp_path / "busy.py")
     out, error = run.communicate(timeout=200)
-    assert run.returncode == 0 and out.split() == ["done"] and not told(error), error
+    # torch 2.9 has lines of its own before, "[Gloo] Rank 0 is connected".
+    assert run.returncode == 0 and out.split()[-1:] == ["done"] and out.count("done") == 1 and not told(error), error
 
 
 def plan(folder):

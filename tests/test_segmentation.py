@@ -111,6 +111,11 @@ def test_a_model_that_predicts_sets_of_masks_is_read_as_its_processor_does():
     assert (torch.stack(theirs) == mine).float().mean() > 0.97
 
 
+def fast(name):
+    """The image processor that transformers loads; 5.0 still has a slow one, whose numbers differ, of that name."""
+    return getattr(hf, f"{name}Fast", None) or getattr(hf, name)
+
+
 def processor_folder(path, model, processor):
     model.save_pretrained(path)
     processor.save_pretrained(path)
@@ -120,8 +125,8 @@ def processor_folder(path, model, processor):
 @pytest.mark.parametrize(
     "processor",
     [
-        hf.SegformerImageProcessor(size={"height": 64, "width": 64}, do_reduce_labels=True),
-        hf.MobileViTImageProcessor(size={"shortest_edge": 72}, crop_size={"height": 64, "width": 64}),
+        fast("SegformerImageProcessor")(size={"height": 64, "width": 64}, do_reduce_labels=True),
+        fast("MobileViTImageProcessor")(size={"shortest_edge": 72}, crop_size={"height": 64, "width": 64}),
     ],
     ids=["squashed", "cropped"],
 )
@@ -133,9 +138,11 @@ def test_images_and_masks_are_those_of_the_models_own_processor(tmp_path, proces
     dataset = datasets.DatasetDict(train=rows(image=images * 6, mask=masks * 6), test=rows(image=images, mask=masks))
     _, data, _ = data_of(dataset, folder, model_input_size=None)
     ours = next(iter(data.test))
-    theirs = processor(images, segmentation_maps=masks, return_tensors="pt")
-    torch.testing.assert_close(ours[0], theirs["pixel_values"].float(), atol=0.01, rtol=0)
-    assert (ours[1] == theirs["labels"]).float().mean() > (0.999 if processor.do_reduce_labels else 0.95)
+    # One by one: SegFormer's of transformers 5.0 gives the mask of the first image alone.
+    theirs = [processor(*pair, return_tensors="pt") for pair in zip(images, masks, strict=True)]
+    pixels, labels = (torch.cat([each[key] for each in theirs]) for key in ("pixel_values", "labels"))
+    torch.testing.assert_close(ours[0], pixels.float(), atol=0.01, rtol=0)
+    assert (ours[1] == labels).float().mean() > (0.999 if processor.do_reduce_labels else 0.95)
 
 
 def test_a_mask_moves_with_its_image():

@@ -144,7 +144,8 @@ def test_what_is_called_prunable_in_detr_can_be_pruned(backbone, heads):
         embedding_size=16, hidden_sizes=backbone, depths=[1] * 4, out_features=["stage4"]
     )
     config = transformers.DetrConfig(
-        **{"use_timm_backbone": False, "backbone": None, "backbone_config": resnet, "d_model": 16, "num_queries": 5},
+        **{"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "backbone_config": resnet},
+        **{"d_model": 16, "num_queries": 5},
         **{"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_labels": 3},
         **{"encoder_attention_heads": heads, "decoder_attention_heads": heads},
     )

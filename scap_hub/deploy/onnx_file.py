@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import re
 from collections import Counter
 from pathlib import Path
@@ -24,9 +26,17 @@ def write_onnx(net: Named, images: Tensor, path: Path) -> None:
     """
     program = captured(net, images)
     try:
-        exported = torch.onnx.export(
-            program, (), input_names=[INPUT], output_names=list(net.names), dynamo=True, verbose=False, optimize=True
-        )
+        # torch 2.9 prints what it optimises, whatever it is asked: between the lines of a --json, too.
+        with contextlib.redirect_stdout(io.StringIO()):
+            exported = torch.onnx.export(
+                program,
+                (),
+                input_names=[INPUT],
+                output_names=list(net.names),
+                dynamo=True,
+                verbose=False,
+                optimize=True,
+            )
     except Exception as error:
         raise ModelError(_refused(net, program, error)) from error
     assert exported is not None

@@ -12,11 +12,11 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalTokenNotFoundError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -29,6 +29,7 @@ from scap_hub.page import FAMILY, FAMILY_PICTURE, PAGE, REPORT, to_publish
 from scap_hub.text import one_line
 from scap_hub.zoo import modeling_scap
 from scap_hub.zoo.base import CODE, LOCAL, ON_HUB
+from scap_hub.zoo.remote import network_errors
 
 CARD = "README.md"
 DEPLOYED = (
@@ -117,20 +118,14 @@ class _Push:
         # Weights of an earlier push under other names, shards or none, would be loaded instead of these.
         stale = [name for name in names if _WEIGHT_NAMES.fullmatch(name) and name not in files]
         additions = [CommitOperationAdd(name, content) for name, content in files.items()]
-        try:
-            info = self.api.create_commit(
-                self.repo_id,
-                [*map(CommitOperationDelete, stale), *additions],
-                commit_message=self.message,
-                revision=self.revision,
-                create_pr=self.create_pr,
-                parent_commit=there.sha,
-            )
-        except RuntimeError as error:
-            # How huggingface_hub reports a storage that fails.
-            if isinstance(error.__cause__, HTTPError | OSError):
-                raise error.__cause__ from None
-            raise
+        info = self.api.create_commit(
+            self.repo_id,
+            [*map(CommitOperationDelete, stale), *additions],
+            commit_message=self.message,
+            revision=self.revision,
+            create_pr=self.create_pr,
+            parent_commit=there.sha,
+        )
         url = f"{self.api.endpoint}/{self.repo_id}"
         return info.pr_url or (f"{url}/tree/{self.revision}" if self.revision else url)
 
@@ -139,7 +134,7 @@ class _Push:
         text = text.replace(LOCAL + HERE, ON_HUB + self.repo_id).replace(HERE, self.repo_id)
         try:
             theirs = self.api.hf_hub_download(self.repo_id, CARD, revision=head)
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:  # a LocalEntryNotFoundError is a network that is gone
             return text.encode()
         return merged_card(Path(theirs).read_text(encoding="utf-8", errors="replace"), text).encode()
 
@@ -180,7 +175,8 @@ def _again(call: Callable[[], Any]) -> Any:
     """Repeats a call that failed for reasons that pass; a commit on a stale parent starts from the new one."""
     for wait in (*_WAITS, None):
         try:
-            return call()
+            with network_errors():
+                return call()
         except HfHubHTTPError as error:
             status = error.response.status_code
             if wait is None or status not in (*_TRANSIENT, _STALE):

@@ -220,6 +220,14 @@ class Zoo(Protocol):
         """
         ...
 
+    def same(self, loaded: LoadedModel) -> bool:
+        """Whether what it rebuilds computes what the module does, where it cannot tell from the layers alone."""
+        return True
+
+    def unlike(self, name: str) -> str:
+        """What to say of a module that is not what the zoo builds by its name."""
+        return f"is not what {self.name} builds for {name!r}"
+
     def task(self, module: nn.Module) -> str | None:
         """What a module that it knows is for, by the name of the task; None where nothing says so."""
         return None

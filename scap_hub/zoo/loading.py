@@ -148,7 +148,9 @@ def _altered(loaded: LoadedModel) -> str | None:
         return path and f"its {path!r} is not what pruning left"
     copy = skeleton(loaded.zoo, loaded.config)
     path = first_difference(loaded.module, apply_plan(copy, loaded.earlier) if loaded.earlier else copy)
-    return path and f"its {path!r} is not what {loaded.zoo.name} builds for {loaded.name!r}"
+    if path is None and (loaded.earlier or loaded.zoo.same(loaded)):
+        return None
+    return f"its {path or 'forward pass'!r} {loaded.zoo.unlike(loaded.name)}"
 
 
 def _other_shape(module: nn.Module, plan: PruningPlan) -> str | None:

@@ -242,6 +242,8 @@ def __getattr__(name: str) -> Any:
     def __init__(self: Any, config: Any, *inputs: Any, **options: Any) -> None:
         base.__init__(self, config, *inputs, **options)
         shrink_pretrained(self)
+        autos = {ref.rpartition(".")[2]: auto for auto, ref in (getattr(config, "auto_map", None) or {}).items()}
+        self._auto_class = autos.get(name, self._auto_class)  # or older transformers save it without this file
 
     own = {"__init__": __init__, "__module__": __name__}
     return globals().setdefault(name, type(name, (base,), own))

@@ -48,7 +48,7 @@ def fetch(
         The snapshot's folder.
     """
     try:
-        with refusals(repo_id, revision, error):
+        with refusals(repo_id, revision, error), network_errors():
             # One quick question first: the download itself repeats a refused connection for 23 s a file.
             HfApi(token=token).model_info(repo_id, revision=revision, timeout=10)
             return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(patterns)))
@@ -77,6 +77,22 @@ def refusals(repo_id: str, revision: str | None, error: type[ScapHubError], kind
         raise error(f"{repo_id!r} has no revision {revision!r} on the Hub: check its branches and tags") from None
     except HFValidationError:
         raise error(f"{repo_id!r} is neither a local folder nor a Hub id such as 'owner/name'") from None
+
+
+@contextlib.contextmanager
+def network_errors() -> Iterator[None]:
+    """Makes an HTTPError or OSError again of what huggingface_hub reports as a RuntimeError.
+
+    So it wraps what a storage answers. And before 1.28, once the network was gone, it tries again with a client that it
+    has closed itself.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        cause = error.__cause__ or error
+        if "client has been closed" in str(cause):
+            raise ConnectionError("the network was gone") from None
+        raise cause if isinstance(cause, HTTPError | OSError) else error from None
 
 
 def fetch_dense(repo_id: str, pretrained: bool, revision: str | None = None) -> Path:

@@ -46,9 +46,13 @@ class Geometry:
 
     def _move(self, tensor: Any) -> Any:
         resize = [self.resize] if isinstance(self.resize, int) else list(self.resize)
-        mask = isinstance(tensor, tv_tensors.Mask)
-        mode = InterpolationMode.NEAREST_EXACT if mask else InterpolationMode.BILINEAR
-        tensor = transforms.resize(tensor, resize, interpolation=mode)
+        if isinstance(tensor, tv_tensors.Mask):
+            # As a plain tensor: masks of torchvision 0.24 take the pixel that is half of one off, whatever is asked.
+            plain = tensor.as_subclass(Tensor)[None]
+            plain = transforms.resize(plain, resize, interpolation=InterpolationMode.NEAREST_EXACT)[0]
+            tensor = tv_tensors.wrap(plain, like=tensor)
+        else:
+            tensor = transforms.resize(tensor, resize, interpolation=InterpolationMode.BILINEAR)
         size = list(transforms.get_size(tensor))
         return tensor if size == list(self.size) else transforms.center_crop(tensor, list(self.size))
 

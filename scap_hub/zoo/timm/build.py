@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import filter_pretrained_cfg, resolve_pretrained_cfg, split_model_name_tag
 from torch import nn
 
 from scap_hub.errors import ModelError
+from scap_hub.placement import placement
+from scap_hub.private import tree_leaves
 from scap_hub.text import did_you_mean, one_line
 from scap_hub.zoo.base import LoadedModel, Preprocessing, Wanted, Zoo
 from scap_hub.zoo.remote import NO_NETWORK, fetch_dense
-from scap_hub.zoo.timm.private import get_model_args, note_model_args, resolve_input_data_config
+from scap_hub.zoo.timm.private import arguments_known, get_model_args, note_model_args, resolve_input_data_config
 
 # Arguments of timm.create_model that open files; a config.json that we rebuild from may not hold them.
 _OPENS_FILES = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
@@ -149,6 +152,19 @@ def rebuild(config: dict[str, Any]) -> nn.Module:
         num_classes=config["num_classes"],
         **arguments,
     )
+
+
+def same(loaded: LoadedModel) -> bool:
+    """Whether a module whose arguments nobody noted computes what its architecture's defaults do."""
+    if arguments_known(loaded.module):
+        return True
+    place = placement(loaded.module)
+    copy = rebuild(loaded.config).eval().to(*place)
+    copy.load_state_dict(loaded.module.state_dict())
+    image = torch.rand(1, *loaded.preprocessing.input_size).to(*place)
+    with torch.no_grad():
+        ours, theirs = (tree_leaves(model(image)) for model in (loaded.module, copy))
+    return all(map(torch.allclose, ours, theirs))
 
 
 def _create(name: str, **arguments: Any) -> Any:

@@ -88,6 +88,19 @@ class TimmZoo(Zoo):
             raise ModelError("timm does not tell what it was pruned from; scap_hub.load does")
         return build.rebuild(config)
 
+    def same(self, loaded: LoadedModel) -> bool:
+        """Whether it computes the same, where timm does not note what the module was made with."""
+        from scap_hub.zoo.timm import build
+
+        return build.same(loaded)
+
+    def unlike(self, name: str) -> str:
+        """Also what an older timm does not know of a module: the arguments that it was made with."""
+        from scap_hub.zoo.timm.private import NOTES_ARGUMENTS
+
+        unknown = "" if NOTES_ARGUMENTS else ", or was made with arguments, which timm notes since 1.0.31"
+        return super().unlike(name) + unknown
+
     def task(self, module: nn.Module) -> str | None:
         """Classification, unless it has no classifier."""
         from scap_hub.zoo.timm import build
