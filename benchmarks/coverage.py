@@ -238,11 +238,13 @@ def reload(library: str, name: str, size: int | str, folder: str) -> dict[str, A
     from safetensors.torch import load_file
 
     from scap_hub import PruningPlan, apply_plan
+    from scap_hub.private import versioned
 
     held = load_file(Path(folder, "all.safetensors"))
     plan = PruningPlan.from_json(Path(folder, "plan.json").read_text())
     small = apply_plan(build(library, name), plan).eval()
-    small.load_state_dict({k.removeprefix("weights."): v for k, v in held.items() if k.startswith("weights.")})
+    weights = {key.removeprefix("weights."): value for key, value in held.items() if key.startswith("weights.")}
+    small.load_state_dict(versioned(small, weights))
     with torch.no_grad():
         outputs = _tensors(small(held["example"]))
     return {"difference": max(float((leaf - held[f"output.{i}"]).abs().max()) for i, leaf in enumerate(outputs))}
