@@ -41,12 +41,14 @@ FURTHER = """
 ## Further libraries
 
 {count} models of torchvision, segmentation_models_pytorch and monai, and bodies of detectors from
-`benchmarks/detectors.py`, were measured so far, of those that `benchmarks/models-extended.txt` lists. {proven} are
-proven, and {wrong} gave a wrong result. Here **conv** and **linear** leave out the channels that a model returns; in
-{wide} of {proven}, 0.95 or more of the convolutions' channels can be removed. In the others, what stays is held for a
-reason: a reshape that mixes channels with positions (MAnet), zeros that fill up channels (HighResNet), channels that
-stand alone in their group (ShuffleNet), or attention whose scale follows its width (torchvision's ViT and
-Swin).{trained}
+`benchmarks/detectors.py`, are listed in `benchmarks/models-extended.txt`. {proven} are proven, and {wrong} gave a
+wrong result; the others are refused, as one makes tensors of a size that follows from values, and one is random. Here
+**conv** and **linear** leave out the channels that a model returns; in {wide} of {proven}, 0.95 or more of the
+convolutions' channels can be removed. In the others, what stays is held for a reason: a reshape that mixes channels
+with positions (MAnet), zeros that fill up channels (HighResNet), channels that stand alone in their group
+(ShuffleNet), or an attention inside torch's own function, or with arithmetic on its width (torchvision's ViT, Swin
+and MViT).{trained}
+Above, {main_wide} of {main} have 0.95 or more in the same sense.
 
 | model | status | conv | linear | MACs | random | error | groups | seconds |
 |---|---|---|---|---|---|---|---|---|
@@ -111,9 +113,12 @@ def coverage() -> str:
     )
     further = json.loads((ROOT / "benchmarks" / "results" / "extended.json").read_text(encoding="utf-8"))
     known = [row for row in further if row["status"] == "ok"]
-    wide = sum((_shares(row)[0] or 1) >= 0.95 for row in known)
+    wide, main_wide = (sum(map(_wide, own)) for own in (known, proven))
     wrong = sum(row["status"] == "VerificationError" for row in further) or "none"
-    more = FURTHER.format(count=len(further), proven=len(known), wrong=wrong, wide=wide, trained=_trained(further))
+    more = FURTHER.format(
+        count=len(further), proven=len(known), wrong=wrong, wide=wide, trained=_trained(further), main_wide=main_wide,
+        main=len(proven),
+    )  # fmt: skip
     return text + "".join(map(_coverage_row, rows)) + tasks() + more + "".join(map(_coverage_row, further))
 
 
@@ -130,6 +135,12 @@ def _shares(row: dict[str, Any]) -> list[float | None]:
     """Of convolutions and of linear layers, the share that can be removed of what the model does not return."""
     pairs = zip(row["coverage"].values(), row.get("returned", {"conv": 0, "linear": 0}).values(), strict=True)
     return [None if share is None or out == 1 else share / (1 - (out or 0)) for share, out in pairs]
+
+
+def _wide(row: dict[str, Any]) -> bool:
+    """Whether nearly all of the convolutions' channels can be removed that there are."""
+    share = _shares(row)[0]
+    return share is None or share >= 0.95
 
 
 def _coverage_row(row: dict[str, Any]) -> str:
