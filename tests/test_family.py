@@ -239,3 +239,13 @@ def test_a_family_is_published_as_a_collection(made, monkeypatch, tmp_path):
         items = api.get_collection(url.partition("/collections/")[2]).items
         assert [item.item_id for item in items] == ["me/tiny-macs-0.7", "me/tiny-macs-0.4"]
         assert {"model.safetensors", "family.svg", "report.html"} <= set(api.list_repo_files("me/tiny-macs-0.4"))
+
+
+def test_a_long_family_says_what_it_takes_first(monkeypatch, capsys):
+    monkeypatch.setattr("scap_hub.run.forecast.LONG", 0.0)
+    scap_hub.prune_family(tiny_net(), "digits", RECIPE, targets=["macs=0.6", "macs=0.4"])
+    said = capsys.readouterr().err
+    assert (
+        said.index("target macs=0.6: MACs") < said.index("target macs=0.4: MACs") < said.index("memory while training")
+    )
+    assert said.count("memory while training") == 1 and said.index("memory while training") < said.index("epoch 1 of 1")

@@ -14,6 +14,7 @@ from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.page import family_json
 from scap_hub.recipe import Recipe
 from scap_hub.run.details import Choices
+from scap_hub.run.family_forecast import tell_family_if_long
 from scap_hub.run.identity import identity, weights_of
 from scap_hub.run.inputs import example, load_dense, recipe_of
 from scap_hub.run.kept import Kept, bytes_kept
@@ -87,7 +88,7 @@ def prune_family(
         with stages("load"):
             smaller = load_siblings(siblings, loaded, base, tuning)
         _begin(work, restart, loaded, data, base, tuning, smaller, {"targets": list(targets), "teacher": teacher})
-        check_reachable(loaded, list(recipes.values()))
+        _foretell(work, loaded, data, recipes, tuning, smaller)
         folder = None if work is None else work.folder
         tuned = tune_dense(loaded, data, base, tuning, stages, folder)
         before = _measured(loaded, data, stages, folder)
@@ -109,6 +110,20 @@ def prune_family(
     if (repo_id := base.publish.repo_id) is not None:
         from_main(lambda: family.push_to_hub(repo_id, base.publish.private))
     return family
+
+
+def _foretell(
+    work: Unfinished | None,
+    loaded: LoadedModel,
+    data: Data,
+    recipes: Mapping[str, Recipe],
+    tuning: Tuning,
+    smaller: Mapping[str, LoadedModel],
+) -> None:
+    """Says what cannot be reached, and of a new family what it takes, if that is long."""
+    groups = check_reachable(loaded, list(recipes.values()))
+    if work is None or work.fresh:
+        tell_family_if_long(loaded, data, recipes, tuning, groups, smaller)
 
 
 def _members(

@@ -12,6 +12,7 @@ from torch import nn
 from scap_hub.channels import ChannelGroups
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.placement import raised
+from scap_hub.progress import announce
 from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
 from scap_hub.run.forecast import (
@@ -23,6 +24,7 @@ from scap_hub.run.forecast import (
     Forecast,
     cost_lines,
     expected,
+    say_if_long,
     with_groups,
 )
 from scap_hub.run.inputs import example, load_dense, recipe_of
@@ -102,18 +104,34 @@ def forecast_family(
         return _expected(loaded, data, recipes, tuning, groups, smaller)
 
 
+def tell_family_if_long(
+    loaded: LoadedModel,
+    data: Data,
+    recipes: Mapping[str, Recipe],
+    tuning: Tuning,
+    groups: ChannelGroups | None,
+    smaller: Mapping[str, LoadedModel],
+) -> None:
+    """Says what a family will take, where that is more than `LONG`; of its groups, where they are known."""
+    with announce("timing a batch"):
+        found = _expected(loaded, data, recipes, tuning, groups, smaller)
+    say_if_long(found.seconds, found.lines())
+
+
 def _expected(
     loaded: LoadedModel,
     data: Data,
     recipes: Mapping[str, Recipe],
     tuning: Tuning,
-    groups: ChannelGroups,
+    groups: ChannelGroups | None,
     smaller: Mapping[str, LoadedModel],
 ) -> FamilyForecast:
     """The forecast of a family whose models and data are there."""
     first = next(iter(recipes.values()))
     dense = expected(loaded, data, first, tuning)  # what is timed depends on no target
-    sizes = {name: with_groups(dense, loaded, groups, own) for name, own in recipes.items()}
+    sizes = {
+        name: dense if groups is None else with_groups(dense, loaded, groups, own) for name, own in recipes.items()
+    }
     seconds = dict(dense.seconds)
     for stage in (REPAIR, FINE_TUNING):
         seconds[stage] *= len(sizes)

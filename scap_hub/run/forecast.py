@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,8 +187,13 @@ def tell_if_long(loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning
     """Says what a run will take, where that is more than `LONG`."""
     with announce("timing a batch"):
         found = expected(loaded, data, recipe, tuning)
-    if sum(found.seconds.values()) > LONG:
-        for line in found.lines():
+    say_if_long(found.seconds, found.lines())
+
+
+def say_if_long(seconds: Mapping[str, float], lines: Iterable[str]) -> None:
+    """Says the lines of a forecast if it comes to more than `LONG`."""
+    if sum(seconds.values()) > LONG:
+        for line in lines:
             tell(line)
 
 

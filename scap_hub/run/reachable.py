@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from scap_hub.channels import ChannelGroups
 from scap_hub.placement import raised
 from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
@@ -14,21 +15,25 @@ from scap_hub.training.distributed import accelerator
 from scap_hub.zoo import LoadedModel
 
 
-def check_reachable(loaded: LoadedModel, recipes: Sequence[Recipe]) -> None:
+def check_reachable(loaded: LoadedModel, recipes: Sequence[Recipe]) -> ChannelGroups | None:
     """Makes sure that a model can be pruned to each target, as far as that can be known beforehand.
 
     Args:
         loaded: The dense model.
         recipes: They differ by their targets alone.
 
+    Returns:
+        The model's groups; None with several steps, as what each may remove follows from what the one before left.
+
     Raises:
         TargetError: One of them cannot be reached; says what can.
     """
     first = recipes[0]
     if first.schedule.steps > 1:
-        return  # what each step may remove follows from what the one before has left
+        return None
     with Stages(first.seed)("channel groups"):
         net = raised(loaded.module.to(accelerator().device).eval())
         groups = candidates(net, example(net, loaded), first.protect)
     for recipe in recipes:
         keep_of_equal_scores(groups, recipe.target)
+    return groups
