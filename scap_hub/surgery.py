@@ -74,8 +74,8 @@ class Numbers(TorchFunctionMode):
         self.calls = {function: 0 for function, _, _ in self.changes}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, place = getattr(func, "__name__", ""), iter(range(2**31))
-        if name in self.calls:
+        if (name := getattr(func, "__name__", "")) in self.calls:
+            place = iter(range(2**31))
             self.calls[name] += 1
             args = self.changed(args, name, place)
             kwargs = {key: self.changed(value, name, place) for key, value in (kwargs or {}).items()}
