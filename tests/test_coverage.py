@@ -64,7 +64,8 @@ def test_one_model_from_end_to_end(tmp_path):
 
 @pytest.mark.parametrize(("spoil", "message"), [(float("nan"), "not finite"), (0.0, "no gradient reaches")])
 def test_a_training_step_that_does_nothing_is_told(benchmark, monkeypatch, spoil, message):
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 1))
+    first, last = (torch.nn.Conv2d(width, 4, 1, bias=False) for width in (3, 4))
+    net = torch.nn.Sequential(first, torch.nn.ReLU(), last)
     for weight in net.parameters():
         torch.nn.init.constant_(weight, spoil)
     monkeypatch.setattr(benchmark, "cut_at_random", lambda *_: (net, None, torch.randn(1, 3, 8, 8)))

@@ -32,7 +32,12 @@ def images(count=16, channels=3, size=64, classes=5):
     return DataLoader(TensorDataset(pixels, torch.arange(count) % classes), batch_size=8)
 
 
-@pytest.mark.parametrize("name", MODELS)
+LARGE = {"vgg16_bn", "densenet121"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in MODELS]
+)
 def test_every_kind_of_model_goes_through_and_comes_back(name, tmp_path):
     model = MODELS[name]()
     state = {key: value.clone() for key, value in model.state_dict().items()}

@@ -91,7 +91,7 @@ def test_scores_of_a_changed_file_are_not_taken(tmp_path, monkeypatch):
 
 def test_a_mistake_found_after_scoring_leaves_nothing(tmp_path, scored):
     with pytest.raises(TargetError):
-        prune(tmp_path, target="params=0.0001")
+        prune(tmp_path, target="params=0.0001", schedule_steps=2)  # with one step it is found before
     assert scored and not list(tmp_path.iterdir())
 
 
