@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -65,18 +64,16 @@ def tune(
         CalibrationError: Fewer than 2 images over all processes, or outputs that are not finite.
     """
     shares = [images_of(batch) for batch in batches]
-    total_images(sum(map(len, shares)))
+    in_all = total_images(sum(map(len, shares)))
     dense, precisions = raised(dense), raise_precision(small)
     images = fed(small, torch.cat(shares))
     try:
         with evaluating(dense), evaluating(small):
-            with torch.no_grad():
-                scales = inverse_variances(_outputs(dense, batch) for batch in images.split(BATCH))
-            apart = distance or functools.partial(_place_by_place, scales, total_images(len(images)))
-            before = _error(dense, small, images, apart)
+            apart = distance or _place_by_place(dense, images, in_all)
+            before = _error(dense, small, images, apart, in_all)
             state = copy.deepcopy(small.state_dict())
             _train(dense, small, images, apart, steps, learning_rate, seed)
-            after = _error(dense, small, images, apart)
+            after = _error(dense, small, images, apart, in_all)
             if not after < before:
                 small.load_state_dict(state)
                 after = before
@@ -127,18 +124,23 @@ def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
     return [z.float() for z in outputs_of(model, images)]
 
 
-def _place_by_place(scales: Sequence[float], in_all: int, small: nn.Module, dense: nn.Module, images: Tensor) -> Tensor:
-    """The squared distance of outputs, each times its scale, which is for all calibration images together."""
+def _place_by_place(dense: nn.Module, images: Tensor, in_all: int) -> Distance:
+    """The squared distance of outputs, relative to their variance over all processes' calibration images."""
     with torch.no_grad():
-        wanted = _outputs(dense, images)
-    parts = [
-        scale * (z - y).square().sum() for z, y, scale in zip(_outputs(small, images), wanted, scales, strict=True)
-    ]
-    return torch.stack(parts).sum() * in_all / len(images) if parts else torch.zeros(())
+        scales = inverse_variances(_outputs(dense, batch) for batch in images.split(BATCH))
+
+    def distance(small: nn.Module, dense: nn.Module, batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = _outputs(dense, batch)
+        pairs = zip(_outputs(small, batch), wanted, scales, strict=True)
+        parts = [scale * (z - y).square().sum() for z, y, scale in pairs]
+        return torch.stack(parts).sum() * in_all / len(batch) if parts else torch.zeros(())
+
+    return distance
 
 
 @torch.no_grad()
-def _error(dense: nn.Module, small: nn.Module, images: Tensor, distance: Distance) -> float:
+def _error(dense: nn.Module, small: nn.Module, images: Tensor, distance: Distance, in_all: int) -> float:
     """The distance for the calibration images of all processes."""
     parts = [distance(small, dense, batch).double() * len(batch) for batch in images.split(BATCH)]
-    return float(sum_over_processes(torch.stack(parts).sum())) / total_images(len(images))
+    return float(sum_over_processes(torch.stack(parts).sum())) / in_all

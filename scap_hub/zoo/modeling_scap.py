@@ -22,8 +22,7 @@ _SIZED = (
     "conv1d", "conv2d", "conv3d",
 )  # fmt: skip
 SCALED = "scaled_dot_product_attention"
-CHANGEABLE = frozenset((*_SIZED, SCALED))
-"""Functions of which a plan may change numbers, because they are sizes; arithmetic stays as it is.
+"""Numbers of the functions above may change, because they are sizes; arithmetic stays as it is.
 
 An attention that leaves its scale out takes it from a width, so it gets the one of the dense model, after its numbers.
 """

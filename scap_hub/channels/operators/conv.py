@@ -58,16 +58,18 @@ def conv(call: Call) -> Labels:
     else:
         rows = _grouped(call, x, w, channels)
     depthwise = groups > 1 and x.shape[1 if batched else 0] == groups
-    made = _finish(call, w, rows, channels, name, depthwise=depthwise, passing=passing)
-    return Labels(made.shape, (*made.arrays, *(line(own, dim, len(made.shape)) for dim, own in passing.items())))
+    return _finish(call, w, rows, channels, name, depthwise=depthwise, passing=passing)
 
 
 def _passing(call: Call, x: Labels, w: Labels) -> dict[int, np.ndarray]:
     """What lies along a dimension of positions that the convolution takes one by one, by dimension."""
     passing = {}
     for dim, labels in x.lines():
-        steps = (_at(call[name], dim - 2) for name in ("stride", "padding")) if dim > 1 else ()
-        if dim > 1 and w.shape[dim] == 1 and [*steps] in ([1, 0], [1, "valid"]):
+        if (
+            dim > 1
+            and w.shape[dim] == _at(call["stride"], dim - 2) == 1
+            and _at(call["padding"], dim - 2) in (0, "valid")
+        ):
             passing[dim] = labels
     return passing
 
@@ -191,9 +193,8 @@ def _finish(call: Call, w: Labels, rows: np.ndarray | None, channels: np.ndarray
         elif rows is not None:
             call.ledger.pin(rows, f"has a fixed bias ({call.place})")
             rows = None
-    if rows is None:
-        return Labels(call.shape)
-    return Labels(call.shape, (line(rows, 1, len(call.shape)),))
+    tracked = {**(passing or {}), **({} if rows is None else {1: rows})}
+    return Labels(call.shape, tuple(line(own, dim, len(call.shape)) for dim, own in tracked.items()))
 
 
 def _pin_all_but(call: Call, labels: Labels, *allowed: tuple[int, ...]) -> None:
