@@ -12,9 +12,11 @@ from torch import nn
 
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.page import family_json
+from scap_hub.progress import announce
 from scap_hub.recipe import Recipe
 from scap_hub.run.details import Choices
-from scap_hub.run.family_forecast import tell_family_if_long
+from scap_hub.run.family_forecast import expected_family
+from scap_hub.run.forecast import say_if_long
 from scap_hub.run.identity import identity, weights_of
 from scap_hub.run.inputs import example, load_dense, recipe_of
 from scap_hub.run.kept import Kept, bytes_kept
@@ -123,7 +125,9 @@ def _foretell(
     """Says what cannot be reached, and of a new family what it takes, if that is long."""
     groups = check_reachable(loaded, list(recipes.values()))
     if work is None or work.fresh:
-        tell_family_if_long(loaded, data, recipes, tuning, groups, smaller)
+        with announce("timing a batch"):
+            found = expected_family(loaded, data, recipes, tuning, groups, smaller)
+        say_if_long(found.seconds, found.lines())
 
 
 def _members(

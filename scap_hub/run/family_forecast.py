@@ -11,10 +11,7 @@ from torch import nn
 
 from scap_hub.channels import ChannelGroups
 from scap_hub.criteria.base import criterion as criterion_named
-from scap_hub.placement import raised
-from scap_hub.progress import announce
 from scap_hub.recipe import Recipe
-from scap_hub.run.candidates import candidates
 from scap_hub.run.forecast import (
     FINE_TUNING,
     MEASURING,
@@ -24,17 +21,16 @@ from scap_hub.run.forecast import (
     Forecast,
     cost_lines,
     expected,
-    say_if_long,
     with_groups,
 )
-from scap_hub.run.inputs import example, load_dense, recipe_of
+from scap_hub.run.inputs import load_dense, recipe_of
 from scap_hub.run.members import making_order, member_recipes
+from scap_hub.run.reachable import groups_of
 from scap_hub.run.siblings import load_siblings
 from scap_hub.run.stages import Stages
 from scap_hub.run.tuning import Tuning
 from scap_hub.run.unfinished import check_free
 from scap_hub.training.data import Data
-from scap_hub.training.distributed import accelerator
 from scap_hub.zoo import LoadedModel
 
 
@@ -97,28 +93,12 @@ def forecast_family(
     loaded, data, tuning = load_dense(model, dataset, base, stages)
     with stages("load"):
         smaller = load_siblings(siblings, loaded, base, tuning)
-    with stages("channel groups"):
-        net = raised(loaded.module.to(accelerator().device).eval())
-        groups = candidates(net, example(net, loaded), base.protect)
+    groups = groups_of(loaded, base, stages)
     with stages("timing a batch"):
-        return _expected(loaded, data, recipes, tuning, groups, smaller)
+        return expected_family(loaded, data, recipes, tuning, groups, smaller)
 
 
-def tell_family_if_long(
-    loaded: LoadedModel,
-    data: Data,
-    recipes: Mapping[str, Recipe],
-    tuning: Tuning,
-    groups: ChannelGroups | None,
-    smaller: Mapping[str, LoadedModel],
-) -> None:
-    """Says what a family will take, where that is more than `LONG`; of its groups, where they are known."""
-    with announce("timing a batch"):
-        found = _expected(loaded, data, recipes, tuning, groups, smaller)
-    say_if_long(found.seconds, found.lines())
-
-
-def _expected(
+def expected_family(
     loaded: LoadedModel,
     data: Data,
     recipes: Mapping[str, Recipe],
@@ -126,7 +106,7 @@ def _expected(
     groups: ChannelGroups | None,
     smaller: Mapping[str, LoadedModel],
 ) -> FamilyForecast:
-    """The forecast of a family whose models and data are there."""
+    """The forecast of a family whose models and data are there; of its groups, where they are known."""
     first = next(iter(recipes.values()))
     dense = expected(loaded, data, first, tuning)  # what is timed depends on no target
     sizes = {

@@ -20,13 +20,13 @@ from scap_hub.compensation import PASSES
 from scap_hub.compensation.tuning import BATCH
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.errors import DataError
-from scap_hub.placement import raise_precision, raised
+from scap_hub.placement import raise_precision
 from scap_hub.private import tree_leaves
 from scap_hub.progress import announce, tell
 from scap_hub.recipe import Recipe
-from scap_hub.run.candidates import candidates
 from scap_hub.run.details import SHARES
-from scap_hub.run.inputs import example, load_dense, recipe_of
+from scap_hub.run.inputs import load_dense, recipe_of
+from scap_hub.run.reachable import groups_of
 from scap_hub.run.repairing import tuning_steps
 from scap_hub.run.selecting import keep_of_equal_scores
 from scap_hub.run.stages import Stages
@@ -137,9 +137,7 @@ def forecast(
         check_free(output_dir)
     stages = Stages(recipe.seed)
     loaded, data, tuning = load_dense(model, dataset, recipe, stages, task)
-    with stages("channel groups"):
-        net = raised(loaded.module.to(accelerator().device).eval())
-        groups = candidates(net, example(net, loaded), recipe.protect)
+    groups = groups_of(loaded, recipe, stages)
     with stages("timing a batch"):
         return expected(loaded, data, recipe, tuning, groups)
 

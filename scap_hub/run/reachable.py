@@ -15,6 +15,13 @@ from scap_hub.training.distributed import accelerator
 from scap_hub.zoo import LoadedModel
 
 
+def groups_of(loaded: LoadedModel, recipe: Recipe, stages: Stages) -> ChannelGroups:
+    """The channel groups of a dense model that a recipe lets prune, before the run."""
+    with stages("channel groups"):
+        net = raised(loaded.module.to(accelerator().device).eval())
+        return candidates(net, example(net, loaded), recipe.protect)
+
+
 def check_reachable(loaded: LoadedModel, recipes: Sequence[Recipe]) -> ChannelGroups | None:
     """Makes sure that a model can be pruned to each target, as far as that can be known beforehand.
 
@@ -31,9 +38,7 @@ def check_reachable(loaded: LoadedModel, recipes: Sequence[Recipe]) -> ChannelGr
     first = recipes[0]
     if first.schedule.steps > 1:
         return None
-    with Stages(first.seed)("channel groups"):
-        net = raised(loaded.module.to(accelerator().device).eval())
-        groups = candidates(net, example(net, loaded), first.protect)
+    groups = groups_of(loaded, first, Stages(first.seed))
     for recipe in recipes:
         keep_of_equal_scores(groups, recipe.target)
     return groups
