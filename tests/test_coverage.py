@@ -45,6 +45,7 @@ def test_a_measurement_that_dies_or_hangs_is_a_row(benchmark):
     assert row["status"] == "RuntimeError" and "no_such_model" in row["message"]
 
 
+@pytest.mark.slow
 def test_one_model_from_end_to_end(tmp_path):
     """As a command, because a process that has run a backward pass cannot be forked into one that runs another."""
     models, results = tmp_path / "models.txt", tmp_path / "coverage.json"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -23,6 +24,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Runs what `torch.compile` made as it was written, so that nothing is compiled only to be looked at."""
+    compiles = "torch._dynamo" in sys.modules  # else nothing is compiled, and importing it would take seconds
+    return torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

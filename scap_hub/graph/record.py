@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from scap_hub.errors import ModelError
-from scap_hub.graph.modes import emptied_caches, evaluating, running, untouched
+from scap_hub.graph.modes import emptied_caches, evaluating, running, uncompiled, untouched
 from scap_hub.graph.node import Node, Site, flattened, mapped, numbers_in, rebuilt
 from scap_hub.graph.shapes import in_place, run
 from scap_hub.graph.values import is_tensor, tensors_of, without_values
@@ -147,7 +147,7 @@ class Recorder(PreDispatchMode):
     def run(self) -> Any:
         """Runs the model and records what it does; returns its output. Caches are left in the model."""
         mode = _training(self.model) if self.training else evaluating(self.model)
-        with mode, no_autocast(), torch.no_grad(), self._watching(), enable_python_dispatcher():
+        with mode, uncompiled(), no_autocast(), torch.no_grad(), self._watching(), enable_python_dispatcher():
             with self, _Functions(self):
                 output = self.model(*self.inputs)
             returned = tensors_of(output)
