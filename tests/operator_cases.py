@@ -129,6 +129,49 @@ UNARY = {
     **{"randint": lambda x: x + torch.randint(0, 1, (6, 6)), "randperm": lambda x: x + torch.randperm(1)},
     **{"bernoulli": lambda x: x * torch.bernoulli(torch.ones(6, 6)).to(x)},
     "uniform": lambda x: x + 0 * torch.empty(6, 6, dtype=x.dtype).uniform_(),
+    "other_names": lambda x: (
+        torch.multiply(torch.subtract(x, torch.absolute(torch.negative(x))), torch.divide(torch.clip(x, -1, 1), 2))
+        + torch.true_divide(x, 3)
+        + torch.max(x, -x)
+        - torch.min(x, x.square())
+    ),
+    "comparisons": lambda x: (
+        x
+        * torch.greater(x, -0.3)
+        * torch.less(x, 0.9)
+        * torch.greater_equal(x, -0.2)
+        * torch.less_equal(x, 0.8)
+        * torch.not_equal(x, 0.1)
+        * (x > -0.1).logical_xor(x > 0.7)
+    ),
+    "masks": lambda x: (
+        x
+        * (x.isfinite() & ~x.isnan() | x.isinf())
+        * torch.bitwise_or((x > 0).bitwise_and(x < 1), (x > 2).bitwise_not())
+    ),
+    "functions": lambda x: (
+        torch.tan(x / 9)
+        + torch.sinh(x / 9)
+        + torch.cosh(x / 9)
+        + torch.atan(x)
+        + torch.exp2(x / 9)
+        + torch.log2(1 + x * x)
+        + torch.log10(1 + x * x)
+        + torch.logaddexp(x, -x)
+        + torch.logit(x, 1e-2)
+    ),
+    "more_functions": lambda x: (
+        torch.hypot(x, x + 1)
+        + torch.special.expit(x)
+        + x.trunc()
+        + x.frac()
+        + x.sgn()
+        + F.hardshrink(x)
+        + F.softshrink(x)
+        + aten.rrelu(x, 0.1, 0.3, False)
+        + aten.feature_alpha_dropout(x, 0.5, False)
+    ),
+    "layouts": lambda x: torch.moveaxis(x.swapdims(2, 3), 3, 2).ravel().view(x.shape),
     **{"tril": lambda x: x * torch.ones(6, 6).tril().to(x), "triu": lambda x: x * torch.ones(6, 6).triu().to(x)},
 }
 SPATIAL = {

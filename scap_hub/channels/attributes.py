@@ -82,13 +82,15 @@ def described(forward: Forward, plan: PruningPlan, stays: np.ndarray) -> Pruning
     """
     zoo, small = zoo_of(forward.model), apply_plan(forward.model, plan)
     values = zoo.widths(forward.model, forward.features, zoo.features(small, forward.inputs))
+    shrinks = forward.narrower(plan)
+    values = {path: own for path, own in values.items() if shrinks(path)}
     for path, known in plan.attributes.items():
         values[path] = {name: value for name, value in values.get(path, {}).items() if name not in known}
     labels = stays[forward.partition.channel_of]
     while values:
         with untouched(small):
             set_attributes(small, values)
-            outcome = prove(small, forward.inputs, forward.runs, labels)
+            outcome = prove(small, forward.runs, labels)
         if outcome.failed is None:
             break
         blamed = next((forward.kinds[path] for path in outcome.failed if values.get(path)), None)
@@ -121,6 +123,7 @@ class _Trial:
         self.forward, self.plan, self.stays = forward, plan, stays
         self.small = apply_plan(forward.model, plan)
         self.labels = stays[forward.partition.channel_of]
+        self.shrinks = forward.narrower(plan)
         self.tried: dict[Choice, tuple[Outcome, dict[tuple[str, str, int, int], _Arrival]]] = {}
 
     def __call__(self, chosen: Choice) -> Outcome:
@@ -139,7 +142,7 @@ class _Trial:
                     arrival = arrivals.setdefault((path, function, call, position), _Arrival())
                     noted.append((function, call, position, arrival, new))
                 set_calls(self.small, {path: noted})
-            return prove(self.small, self.forward.inputs, self.forward.runs, self.labels), arrivals
+            return prove(self.small, self.forward.runs, self.labels), arrivals
 
     def completed(self, chosen: Choice) -> PruningPlan:
         """The plan with the numbers of a choice that was tried."""
@@ -171,6 +174,8 @@ class _Trial:
         entering = self.forward.widths if reads_width else ()
         for integer in (*self.forward.integers, *entering):
             if self.stays[integer.channels].all() or use_of(kinds[integer.path], integer) not in chosen:
+                continue
+            if not self.shrinks(integer.path):
                 continue
             new = int(int(self.stays[integer.channels].sum()) * integer.times)
             own = values.setdefault(integer.path, {})

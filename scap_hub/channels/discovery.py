@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,21 +12,17 @@ from torch import Tensor, nn
 
 from scap_hub.channels.attempts import shared_numbers, stuck_channels
 from scap_hub.channels.attributes import StuckError, completed
-from scap_hub.channels.forward import Choice, forward_of
+from scap_hub.channels.forward import CallUse, Choice, forward_of
 from scap_hub.channels.groups import ChannelGroup, ChannelGroups, WholeModel
 from scap_hub.channels.labels import Equal, support
 from scap_hub.channels.operators import Trace
 from scap_hub.channels.part import offered, part_of
 from scap_hub.channels.partition import Partition, solve
+from scap_hub.channels.passes import Passes
 from scap_hub.channels.proof import Run
-from scap_hub.channels.repeats import matched
 from scap_hub.channels.taps import module_calls, tap
-from scap_hub.channels.trace import retrace, trace
 from scap_hub.channels.uneven import uneven
 from scap_hub.errors import ModelError
-from scap_hub.graph.copies import copied, index_buffers, without_weights
-from scap_hub.graph.record import capture
-from scap_hub.graph.values import on_meta
 
 _ALONE = 12
 """In models with so few prunable groups, each whose channels a number counts is tried alone, too."""
@@ -63,14 +59,14 @@ def channel_groups(
         model, arguments = part_of(model, part, arguments)
     check_plain(model)
     try:
-        analysis = _recorded(model, arguments)
+        analysis = _Analysis.of(Passes.of(model, arguments))
     except ModelError as error:
         if part is None and (parts := offered(model, arguments)):
             raise ModelError(f"{error}{parts}") from error
         raise
     groups, stuck = analysis.groups()
-    while stuck is not None:
-        groups, stuck = analysis.mended(groups, stuck)
+    while stuck is not None or analysis.depends_on_calls():
+        groups, stuck = analysis.groups() if stuck is None else analysis.mended(groups, stuck)
     return groups
 
 
@@ -103,31 +99,41 @@ class _Analysis:
     """A recorded model, with what was learned by trying.
 
     Attributes:
-        model: The model without weights, or a copy where it does not run without.
-        inputs: Its example inputs.
-        runs: Its forward passes, in eval mode first.
-        found: Their trace.
+        passes: Its forward passes.
         balances: The balances that the rules asked for.
         added: Balances that trials asked for.
         chosen: What has to change in forward passes.
     """
 
-    model: nn.Module
-    inputs: tuple[Any, ...]
-    runs: tuple[Run, ...]
-    found: Trace
-    training_only: list[np.ndarray]
+    passes: Passes
     balances: list[Equal]
     added: list[Equal] = field(default_factory=list)
     tried: set[str] = field(default_factory=set)
     chosen: Choice = frozenset()
 
+    @classmethod
+    def of(cls, passes: Passes) -> _Analysis:
+        """Nothing has been tried yet."""
+        return cls(passes, list(passes.found.ledger.equal))
+
+    def depends_on_calls(self) -> bool:
+        """Whether numbers in calls have to change of which it is not yet known if they count images, too.
+
+        Where they do, as 16 does in `x.view(1, b * 16, h, w)` with one image, another number of images shows it.
+        """
+        asked = len(self.passes.found.ledger.equal)
+        if not any(isinstance(use, CallUse) for use in self.chosen) or not self.passes.add_batch():
+            return False
+        self.balances += self.passes.found.ledger.equal[asked:]
+        return True
+
     def groups(self) -> tuple[ChannelGroups, StuckError | None]:
         """The groups as far as they are known, and how a plan of them fails, if one does."""
-        self.found.ledger.equal = [*self.balances, *self.added]
-        partition = solve(self.runs[0].captured, self.found, self.model)
-        forward = replace(forward_of(self.model, self.inputs, self.runs, partition), chosen=self.chosen)
-        groups = analyse(self.runs[0], partition, self.training_only)
+        passes, runs = self.passes, tuple(self.passes.runs)
+        passes.found.ledger.equal = [*self.balances, *self.added]
+        partition = solve(runs[0].captured, passes.found, passes.model)
+        forward = replace(forward_of(passes.model, passes.inputs, runs, partition), chosen=self.chosen)
+        groups = analyse(runs[0], partition, passes.training_only)
         channels = {group.name: group.channels for group in groups}
         whole = WholeModel(partition, forward, channels, {g.name: g.pinned_because for g in groups if g.pinned_because})
         stuck = self._stuck(groups, whole)
@@ -136,7 +142,8 @@ class _Analysis:
 
     def _stuck(self, groups: Sequence[ChannelGroup], whole: WholeModel) -> StuckError | None:
         """Tries uneven plans; how the first one fails that does."""
-        trial = replace(whole.forward, runs=tuple(run for run in self.runs if not run.repeats))
+        runs = [run for run in self.passes.runs if not run.repeats]
+        trial = replace(whole.forward, runs=tuple(runs))
         for gone in _plans(groups, whole):
             stays = whole.partition.everything()
             stays[gone] = False
@@ -149,7 +156,7 @@ class _Analysis:
                 self.chosen = error.chosen or self.chosen  # what comes before the failure need not be found again
                 return error
             # A plan is proven in all modes when it is made; one trial shows what training mode adds.
-            trial = replace(trial, runs=self.runs[:1])
+            trial = replace(trial, runs=tuple(run for run in runs if not run.training))
         return None
 
     def mended(self, groups: ChannelGroups, stuck: StuckError) -> tuple[ChannelGroups, StuckError | None]:
@@ -177,57 +184,10 @@ class _Analysis:
             raise ModelError(f"cannot find channels that can leave: {stuck}")
         for place, channels in blamed.items():
             labels = np.flatnonzero(np.isin(partition.channel_of, channels))
-            self.found.ledger.pin(labels, f"is counted by a number fixed in {place!r}, or changes what it computes")
+            self.passes.found.ledger.pin(
+                labels, f"is counted by a number fixed in {place!r}, or changes what it computes"
+            )
         return self.groups()
-
-
-def _recorded(model: nn.Module, inputs: tuple[Any, ...]) -> _Analysis:
-    """Records a model in eval and in training mode, without weights where it runs so."""
-    bare, shapes, numbers = without_weights(model), on_meta(inputs), index_buffers(model)
-    try:
-        captured = capture(bare, shapes, numbers=numbers)
-    except ModelError:
-        # Its forward pass makes tensors on a device of its own, or looks at their values.
-        bare, shapes = copied(model), inputs
-        captured = capture(bare, shapes, numbers=numbers)
-    found = trace(captured)
-    runs = [Run(captured, found)]
-    training_only: list[np.ndarray] = []
-    if any(True for _ in bare.children()) and (trained := _training_run(bare, shapes, runs[0], training_only, numbers)):
-        runs.append(trained)
-    return _Analysis(bare, shapes, tuple(runs), found, training_only, list(found.ledger.equal))
-
-
-def _training_run(
-    model: nn.Module,
-    inputs: tuple[Any, ...],
-    evaluated: Run,
-    training_only: list[np.ndarray],
-    numbers: Mapping[str, Tensor],
-) -> Run | None:
-    """What it does in training mode, if it runs so on these inputs; adds to the trace what layers that run then only
-    read and compute.
-    """
-    try:
-        captured = capture(model, inputs, training=True, numbers=numbers)
-    except ModelError:
-        return None
-    found = evaluated.found
-    if (same := matched(captured, evaluated.captured)) is not None:
-        retrace(captured, found, same)
-        return Run(captured, found, training=True, repeats=True)
-    costs, producers, consumers = len(found.costs), len(found.producers), len(found.consumers)
-    outputs = list(found.outputs)
-    trace(captured, found)
-    del found.costs[costs:]  # a forward pass costs what it does in eval mode
-    found.outputs = outputs
-    known = {producer.weight for producer in found.producers[:producers]}
-    extra = [producer for producer in found.producers[producers:] if producer.weight not in known]
-    found.producers[producers:] = extra
-    training_only += [producer.labels for producer in extra]
-    known = {consumer.weight for consumer in found.consumers[:consumers]}
-    found.consumers[consumers:] = [own for own in found.consumers[consumers:] if own.weight not in known]
-    return Run(captured, found, training=True)
 
 
 def _plans(groups: Sequence[ChannelGroup], whole: WholeModel) -> list[np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -15,7 +15,8 @@ from scap_hub.channels.operators import Call, flat, sizes_of
 from scap_hub.channels.partition import Partition
 from scap_hub.channels.proof import Run
 from scap_hub.graph.node import Node
-from scap_hub.surgery import changeable
+from scap_hub.plan import PruningPlan
+from scap_hub.surgery import changeable, narrower
 from scap_hub.zoo.described import Features
 from scap_hub.zoo.registry import zoo_of
 
@@ -94,6 +95,14 @@ class Forward:
     def kinds(self) -> dict[str, type]:
         """The class of every module, by path."""
         return {path: type(module) for path, module in self.model.named_modules()}
+
+    def narrower(self, plan: PruningPlan) -> Callable[[str], bool]:
+        """Whether something shrinks at a module's path; attributes change nowhere else."""
+        tensors = {
+            **dict(self.model.named_parameters(remove_duplicate=False)),
+            **dict(self.model.named_buffers(remove_duplicate=False)),
+        }
+        return narrower(self.model, {id(tensors[name]) for name in plan.tensors})
 
     @functools.cached_property
     def features(self) -> Features:

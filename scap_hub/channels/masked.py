@@ -221,4 +221,4 @@ def _masked(tensor: Tensor, name: str, plan: PruningPlan) -> Tensor:
             gone = torch.ones(tensor.shape[1], dtype=torch.bool, device=tensor.device)
             gone[plan.indices(entry)] = False
             rows.index_fill_(1, gone.nonzero().flatten(), False)
-    return torch.where(mask, tensor, 0)
+    return torch.where(mask, tensor, torch.zeros_like(tensor))

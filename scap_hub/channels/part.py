@@ -119,7 +119,7 @@ def _capturable(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[tuple[str
     waiting = [name for name, _ in model.named_children()]
     while waiting:
         path = waiting.pop(0)
-        with contextlib.suppress(ModelError):
+        with contextlib.suppress(Exception):  # whatever else it is that cannot be recorded
             part, arguments = part_of(model, path, inputs)
             capture(without_weights(part), on_meta(arguments), numbers=index_buffers(part))
             yield path, arguments

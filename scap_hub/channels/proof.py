@@ -32,12 +32,14 @@ class Run:
     Attributes:
         captured: The forward pass.
         found: Its trace.
+        inputs: What it was recorded with.
         training: Whether it was recorded in training mode.
         repeats: Whether it only repeats the one in eval mode.
     """
 
     captured: Capture
     found: Trace
+    inputs: tuple[Any, ...]
     training: bool = False
     repeats: bool = False
 
@@ -78,18 +80,17 @@ class Outcome:
     wrong: tuple[Number, ...] = ()
 
 
-def prove(small: nn.Module, inputs: tuple[Any, ...], runs: tuple[Run, ...], stays: np.ndarray) -> Outcome:
+def prove(small: nn.Module, runs: tuple[Run, ...], stays: np.ndarray) -> Outcome:
     """Runs a pruned model without weights beside what was recorded of the dense one.
 
     Args:
         small: The pruned model, with the attributes and call numbers to try; left as it was.
-        inputs: What the dense model was recorded with.
         runs: The dense model's forward passes, in eval mode and perhaps in training mode.
         stays: Of every label of the traces, whether it stays.
     """
     finished = 0.0
     for run in runs:
-        proof = _Proof(small, inputs, run, stays)
+        proof = _Proof(small, run, stays)
         try:
             with untouched(small), emptied_caches(small):
                 proof.run()
@@ -125,7 +126,7 @@ def expected_numbers(call: Call, stays: np.ndarray) -> Iterator[Number]:
 class _Proof(Recorder):
     """Runs a pruned model and stops at the first operator that does not do what the channels say."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], dense: Run, stays: np.ndarray) -> None:
+    def __init__(self, model: nn.Module, dense: Run, stays: np.ndarray) -> None:
         self.dense, self.stays = dense, stays
         self.position = 0
         self.wrong: list[Number] = []
@@ -133,7 +134,7 @@ class _Proof(Recorder):
         self.states = {node.state: node for node in dense.captured.given if node.state}
         self.others = iter([node for node in dense.captured.given if not node.state])
         self.same: dict[Node, Node] = {}
-        super().__init__(model, inputs, dense.training)
+        super().__init__(model, dense.inputs, dense.training)
         for node in self._given:  # parameters, buffers and inputs
             self._same(node)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from scap_hub.channels.labels import Labels, support
@@ -76,7 +77,7 @@ def label(found: Trace, node: Node) -> Any:
 def _given(found: Trace, node: Node, windows: dict[Node, int]) -> Labels:
     """Parameters and buffers start with labels of their own along every dimension; inputs have none."""
     shape = tuple(node.value.shape)
-    if node.state is None or not node.value.is_floating_point():
+    if node.state is None or not (node.value.is_floating_point() or node.value.dtype == torch.bool):
         return Labels(shape)
     if windows.get(node, 1) > 1:
         found.blocks[node.state] = windows[node]

@@ -147,7 +147,9 @@ class Recorder(PreDispatchMode):
     def run(self) -> Any:
         """Runs the model and records what it does; returns its output. Caches are left in the model."""
         mode = _training(self.model) if self.training else evaluating(self.model)
-        with mode, uncompiled(), no_autocast(), torch.no_grad(), self._watching(), enable_python_dispatcher():
+        drawn = torch.random.fork_rng(devices=[])  # what is drawn here is not drawn from the caller's numbers
+        watching = self._watching()
+        with mode, uncompiled(), no_autocast(), torch.no_grad(), drawn, watching, enable_python_dispatcher():
             with self, _Functions(self):
                 output = self.model(*self.inputs)
             returned = tensors_of(output)
@@ -217,7 +219,7 @@ class Recorder(PreDispatchMode):
         varies = any(isinstance(node, Node) and node.varies for node in nodes)
         if func in VALUES and varies:
             raise RuntimeError("it looks at the value of a tensor that depends on the input")
-        if varies and _sized_by_values(func, leaves):
+        if varies and _sized_by_values(func, leaves, nodes):
             raise RuntimeError("it makes a tensor whose size depends on the values of the input")
         self.called(func, *rebuilt(form, nodes))
         result = run(func, form, leaves)
@@ -300,11 +302,17 @@ def _same_place(one: Tensor, other: Tensor) -> bool:
     return (one.shape, one.stride(), one.storage_offset()) == (other.shape, other.stride(), other.storage_offset())
 
 
-def _sized_by_values(func: Any, leaves: list[Any]) -> bool:
-    """Whether the shape of the result depends on what is in the arguments; of indices only masks do that."""
+def _sized_by_values(func: Any, leaves: list[Any], nodes: list[Any]) -> bool:
+    """Whether the shape of the result depends on values that depend on the input.
+
+    Of indices only masks set it; and classes that are counted beforehand set none.
+    """
     if func not in _FINDS and torch.Tag.dynamic_output_shape not in func.tags:
         return False
-    return func is not _ATEN.index.Tensor or any(is_tensor(leaf) and leaf.dtype == torch.bool for leaf in leaves[1:])
+    if func in (_ATEN.index.Tensor, _ATEN.masked_select.default):
+        pairs = zip(leaves[1:], nodes[1:], strict=True)
+        return any(is_tensor(leaf) and leaf.dtype == torch.bool and node.varies for leaf, node in pairs)
+    return func is not _ATEN.one_hot.default or len(leaves) < 2 or leaves[1] < 0
 
 
 @contextlib.contextmanager

@@ -26,7 +26,11 @@ def activation(call: Call) -> Labels:
     "rsub", "mul", "div", "pow", "maximum", "minimum", "where", "addcmul", "addcdiv", "lerp", "eq", "ne",
     "lt", "gt", "le", "ge", "logical_not", "logical_and", "logical_or", "masked_fill", "feature_dropout",
     "alpha_dropout", "detach", "alias", "to.dtype", "to.device", "to.dtype_layout", "_to_copy", "nan_to_num",
-    "remainder", "fmod", "copy", "lift_fresh",
+    "remainder", "fmod", "copy", "lift_fresh", "multiply", "subtract", "divide", "true_divide",
+    "absolute", "negative", "clip", "greater", "greater_equal", "less", "less_equal", "not_equal", "logical_xor",
+    "bitwise_and", "bitwise_or", "bitwise_not", "__and__", "__or__", "isnan", "isinf", "isfinite", "max.other",
+    "min.other", "tan", "sinh", "cosh", "atan", "exp2", "log2", "log10", "logaddexp", "logit", "hypot", "trunc", "frac",
+    "sgn", "hardshrink", "softshrink", "special_expit", "rrelu", "feature_alpha_dropout",
 )  # fmt: skip
 def elementwise(call: Call) -> Labels:
     """Any number of operands, broadcast as usual."""

@@ -104,7 +104,8 @@ def _picked(call: Call, x: Labels, dim: int, index: Node) -> Labels:
     line_, numbers = x.along(dim), index.numbers
     others = [array for array in x.arrays if dim not in support(array)]
     alone = all(support(array) == (dim,) for array in x.arrays if dim in support(array))
-    if line_ is None or numbers is None or index.state is None or not alone:
+    if line_ is None or numbers is None or index.state is None or not alone or numbers.min(initial=0) < 0:
+        call.ledger.pin_all(flat(call.trace.labels[index]), "takes another tensor apart by index")
         return Labels(call.shape, tuple(call.free_along(x, dim, "is taken apart by index")))
     picked = line_[numbers]
     before = call.trace.indices.setdefault(index.state, line_)

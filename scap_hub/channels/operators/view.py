@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -16,7 +17,7 @@ def permute(call: Call) -> Labels:
     return moved(call, lambda array: array.transpose([dim % array.ndim for dim in call["dims"]]))
 
 
-@operator("transpose", "swapaxes", role="layout")
+@operator("transpose", "swapaxes", "swapdims", role="layout")
 def transpose(call: Call) -> Labels:
     """Two dimensions swapped."""
     names = ("dim0", "dim1") if "dim0" in call.args else ("axis0", "axis1")
@@ -35,7 +36,7 @@ def matrix_transpose(call: Call) -> Labels:
     return moved(call, lambda array: array.swapaxes(-1, -2) if array.ndim > 1 else array)
 
 
-@operator("movedim")
+@operator("movedim", "moveaxis")
 def movedim(call: Call) -> Labels:
     """One dimension, or several, moved."""
     return moved(call, lambda array: np.moveaxis(array, call["source"], call["destination"]))
@@ -59,7 +60,7 @@ def _any_sizes(call: Call) -> Iterator[Size]:
 
 
 @operator(
-    "view", "reshape", "_unsafe_view", "flatten", "squeeze", "unsqueeze", "view_as", "reshape_as",
+    "view", "reshape", "_unsafe_view", "flatten", "ravel", "squeeze", "unsqueeze", "view_as", "reshape_as",
     sizes=_any_sizes,
 )  # fmt: skip
 def reshape(call: Call) -> Labels:
@@ -70,6 +71,9 @@ def reshape(call: Call) -> Labels:
     permutation follows.
     """
     x, shape = call.tensors[0], call.shape
+    if math.prod(x.shape) != math.prod(shape):
+        call.ledger.pin_all([x], f"is read as numbers of another size ({call.place})")
+        return Labels(shape)
     runs = _runs(x.shape, shape)
     moved = []
     for array in x.arrays:

@@ -1,0 +1,71 @@
+"""What the first recorded pass does not show: training mode that runs in its own way, and other numbers of images."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import scap_hub
+from tests.independent import TOLERANCE, copied, difference, double, plans, random_values, reference
+from tests.small_cases import Body, free, image, pruned_exactly
+
+
+def drops_paths(net, x):
+    """Draws on the CPU, as people write it, so that in training mode it does not run without weights."""
+    x = net.a(x).relu()
+    y = net.b(x).relu()
+    if net.training:
+        y = y * (torch.rand(len(x), 1, 1, 1, dtype=x.dtype) > 0.2)
+        return net.head(y), net.aux(x).mean((2, 3))
+    return net.head(y)
+
+
+def pools_and_norms(net, x):
+    """A norm of pooled features, of which one image is too few in training mode."""
+    x = net.a(x).relu()
+    y = net.b(x * net.norm(F.adaptive_avg_pool2d(x, 1)).sigmoid())
+    return (net.head(y), net.aux(x).mean((2, 3))) if net.training else net.head(y)
+
+
+@pytest.mark.parametrize(("forward", "images"), [(drops_paths, 2), (pools_and_norms, 1)])
+def test_what_training_mode_alone_does_is_seen(forward, images):
+    net = random_values(Body(forward, aux=nn.Conv2d(16, 5, 1), norm=nn.BatchNorm2d(16))).eval()
+    groups = scap_hub.channel_groups(net, (image()[:images],))
+    assert {"a", "b"} <= free(groups)
+    for _, plan in plans(groups, 0):
+        small = scap_hub.apply_plan(net, plan).train()
+        sum(part.square().sum() for part in small(image())).backward()
+
+
+def test_recording_draws_no_random_numbers_of_the_callers():
+    net = Body(drops_paths, aux=nn.Conv2d(16, 5, 1))
+    torch.manual_seed(0)
+    expected = torch.rand(4)
+    torch.manual_seed(0)
+    scap_hub.channel_groups(net, (image(),))
+    assert torch.equal(torch.rand(4), expected)
+
+
+def filters_by_image(net, x):
+    x = net.a(x).relu()
+    filters = net.filters.repeat(len(x), 1, 1, 1)
+    y = F.conv2d(x.reshape(1, len(x) * 16, 8, 8), filters, padding=1, groups=len(x) * 16)
+    return net.head(net.b(y.view(-1, 16, 8, 8)))
+
+
+def rows_of_images(net, x):
+    x = net.a(x).relu()
+    y = x.reshape(len(x) * 16, 64).relu().view(-1, 16, 8, 8)
+    return net.head(net.b(y))
+
+
+@pytest.mark.parametrize("forward", [filters_by_image, rows_of_images])
+@pytest.mark.parametrize("images", [1, 2])
+def test_sizes_that_count_images_too_hold_for_any_number_of_images(forward, images):
+    net = Body(forward, filters=nn.Parameter(torch.randn(16, 1, 3, 3)))
+    groups = pruned_exactly(net, image()[:images])
+    assert "b" in free(groups)
+    more = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    for _, plan in plans(groups, 0):
+        small = scap_hub.apply_plan(copied(net).double(), plan).eval()
+        assert difference(small(more), reference(net, plan, "all")(*double((more,)))) < TOLERANCE

@@ -1,0 +1,111 @@
+"""Small networks of kinds that people write, each of which once ended in a wrong refusal, a bare error or a pin."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, vmap
+
+import scap_hub
+from tests.small_cases import Body, free, image, pruned_exactly
+
+KEPT = (torch.arange(16) % 3 > 0).view(1, 16, 1, 1)
+
+
+class Scaled(nn.Module):
+    """Knows its width; its own tensors do not have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels, self.temperature = 16, nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        return (x.view(-1, self.channels, 64) * self.temperature[0]).view(-1, self.channels, 8, 8)
+
+
+class Ternary(torch.autograd.Function):
+    """A weight that is computed by a function with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.sign() * 0.5
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def shared_linear(net, y):
+    inner = F.linear(y.permute(0, 2, 3, 1), net.tied.weight).relu()
+    return y + F.linear(inner, net.tied.weight.t()).permute(0, 3, 1, 2)
+
+
+def other_names(net, y):
+    z = torch.multiply(torch.subtract(y, torch.absolute(net.conv(y))), torch.true_divide(y, 2))
+    return torch.max(z, torch.atan(y)).clip(-3, 3)
+
+
+def gates_by_class(net, y):
+    picked = F.one_hot(net.gate(y).mean((2, 3)).argmax(1), 16).to(y.dtype)
+    return y + (net.rows * picked.unsqueeze(1)).sum(2)[..., None, None]
+
+
+FREE = {
+    "a bias that is not used": (shared_linear, {"tied": nn.Linear(16, 10)}, ("all",)),
+    "a weight from a function of one's own": (
+        lambda net, y: F.conv2d(y, Ternary.apply(net.conv.weight), padding=1),
+        {"conv": nn.Conv2d(16, 16, 3, padding=1)},
+        ("all",),
+    ),
+    "a width beside tensors that stay": (lambda net, y: net.scaled(y), {"scaled": Scaled()}, None),
+    "the weights of another layer": (
+        lambda net, y: functional_call(net.shape, dict(net.conv.named_parameters()), (y,)),
+        {"shape": nn.Conv2d(16, 16, 1), "conv": nn.Conv2d(16, 16, 1)},
+        None,
+    ),
+    "a mask of booleans": (lambda net, y: torch.where(net.kept, y, -y) + y * (~net.kept), {"kept": KEPT}, None),
+    "other names of operators": (other_names, {"conv": nn.Conv2d(16, 16, 1)}, None),
+}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_what_can_be_pruned_is(name):
+    change, layers, checks = FREE[name]
+    net = Body(lambda net, x: net.head(net.b(change(net, net.a(x).relu()))), **layers)
+    groups = pruned_exactly(net, image(), checks=checks or ("readers", "all"))
+    assert {"a", "b"} <= free(groups)
+
+
+HELD = {
+    "numbers of another size": (lambda net, y: y.view(torch.complex128).real.repeat_interleave(2, -1), {}, "size"),
+    "channels chosen by a mask": (
+        lambda net, y: net.narrow(y[:, net.kept]),
+        {"kept": KEPT.flatten(), "narrow": nn.Conv2d(10, 16, 1)},
+        "index",
+    ),
+    "channels counted from the end": (
+        lambda net, y: y[:, net.order],
+        {"order": torch.tensor([-1, *range(1, 15), 0])},
+        "index",
+    ),
+    "rows chosen by class": (
+        gates_by_class,
+        {"gate": nn.Conv2d(16, 16, 1), "rows": nn.Parameter(torch.randn(1, 16, 16))},
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_cannot_be_pruned_holds_nothing_else(name):
+    change, layers, reason = HELD[name]
+    net = Body(lambda net, x: net.head(net.b(change(net, net.a(x).relu()))), **layers).double()
+    groups = pruned_exactly(net, image().double(), checks=("all",))
+    assert "b" in free(groups)
+    assert any(reason in (group.pinned_because or "") for group in groups)
+
+
+def test_what_cannot_be_recorded_is_an_error_of_ours():
+    net = Body(lambda net, x: vmap(lambda one: net.h(net.b(net.a(one)).mean((1, 2))))(x))
+    with pytest.raises(scap_hub.ScapHubError, match="cannot capture Body"):
+        scap_hub.channel_groups(net, (image(),))
