@@ -249,7 +249,7 @@ def _check(model: nn.Module, plan: PruningPlan) -> None:
     known = {path for path, _ in model.named_modules(remove_duplicate=False)}
     for group in plan.groups:
         if group not in known:
-            _module(model, group.rpartition("#")[0] or group)
+            _module(model, group.rpartition("#")[0] if "#" in group else group)
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:

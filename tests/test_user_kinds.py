@@ -64,6 +64,11 @@ FREE = {
         None,
     ),
     "a mask of booleans": (lambda net, y: torch.where(net.kept, y, -y) + y * (~net.kept), {"kept": KEPT}, None),
+    "two groups of the model's own matrix": (
+        lambda net, y: torch.cat([part.tanh() for part in F.conv2d(y, net.matrix).split([4, 12], 1)], 1),
+        {"matrix": nn.Parameter(torch.randn(16, 16, 1, 1))},
+        ("all",),
+    ),
     "other names of operators": (other_names, {"conv": nn.Conv2d(16, 16, 1)}, None),
 }
 
@@ -87,6 +92,11 @@ HELD = {
         lambda net, y: y[:, net.order],
         {"order": torch.tensor([-1, *range(1, 15), 0])},
         "index",
+    ),
+    "channel numbers with another use": (
+        lambda net, y: y[:, net.order][:, :, net.order[:8] % 8],
+        {"order": torch.arange(15, -1, -1)},
+        "another use",
     ),
     "rows chosen by class": (
         gates_by_class,

@@ -34,10 +34,21 @@ def trace(captured: Capture, found: Trace | None = None) -> Trace:
         before = len(found.ledger.made)
         found.labels[node] = label(found, node)
         found.fresh[node] = found.ledger.made[before:]
+    for node in captured.given:
+        picks = all(_picks(user, node) for user in node.users) and node not in captured.outputs
+        if node.state in found.indices and not picks:
+            found.ledger.pin(found.indices[node.state], f"is numbered by {node.state!r}, whose values have another use")
     for node in captured.outputs:
         found.outputs += flat(found.labels[node])
     found.ledger.pin_all(found.outputs[first:], "is an output of the model")
     return found
+
+
+def _picks(user: Node, numbers: Node) -> bool:
+    """Whether a node only picks elements by such numbers."""
+    if user.name not in ("index", "index_select"):
+        return False
+    return user.arguments["self"] is not numbers
 
 
 def retrace(captured: Capture, found: Trace, same: Mapping[Node, Node]) -> None:
