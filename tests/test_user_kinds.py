@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call, vmap
 
 import scap_hub
-from tests.small_cases import Body, free, image, pruned_exactly
+from tests.small_cases import Body, free, image, pruned_exactly, some_plan
 
 KEPT = (torch.arange(16) % 3 > 0).view(1, 16, 1, 1)
 
@@ -119,3 +119,59 @@ def test_what_cannot_be_recorded_is_an_error_of_ours():
     net = Body(lambda net, x: vmap(lambda one: net.h(net.b(net.a(one)).mean((1, 2))))(x))
     with pytest.raises(scap_hub.ScapHubError, match="cannot capture Body"):
         scap_hub.channel_groups(net, (image(),))
+
+
+def flips_halves(net, x):
+    y = net.a(x).relu()
+    images, _, height, width = y.shape
+    y = y.view(images, 2, 8, height * width).flip(1).reshape(images, 16, height, width)
+    return net.head(net.b(y))
+
+
+def test_a_pruned_model_is_traced_with_its_new_numbers():
+    net = Body(flips_halves)
+    groups = pruned_exactly(net, image())
+    small = scap_hub.apply_plan(net, some_plan(groups)).eval()
+    traced = torch.jit.trace(small, (image(),), check_trace=False)
+    more = torch.randn(3, 3, 8, 8)
+    assert torch.equal(traced(more), small(more))
+
+
+def test_repair_leaves_a_layer_alone_whose_outputs_a_hook_changes():
+    net = Body()
+    net.b.register_forward_hook(lambda layer, inputs, output: 2 * output)
+    groups = pruned_exactly(net, image())
+    plan = some_plan(groups)
+    small = scap_hub.apply_plan(net, plan).eval()
+    hooked, head = small.b.weight.clone(), small.h.weight.clone()
+    scap_hub.repair(net, small, plan, [image()])
+    assert torch.equal(small.b.weight, hooked) and not torch.equal(small.h.weight, head)
+
+
+class Two(nn.Module):
+    """Two layers in one module, equally wide."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.up).relu(), self.down).relu()
+
+
+def test_channels_inside_a_module_are_not_watched_at_its_ends():
+    net = Body(lambda net, x: net.head(net.b(net.two(net.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))), two=Two())
+    groups = pruned_exactly(net, image(), readers={"two.up": 1, "two.down": 1})
+    assert {"a", "two", "b"} <= free(groups)
+    watched = {tap.weight for group in groups for tap in group.taps}
+    assert watched >= {"a.weight", "b.weight"} and not watched & {"two.up", "two.down"}
+
+
+def test_a_model_with_a_matrix_of_its_own_is_pruned_to_the_end():
+    change, layers, _ = FREE["two groups of the model's own matrix"]
+    net = Body(lambda net, x: net.head(net.b(change(net, net.a(x).relu()))), **layers)
+    pairs = torch.utils.data.TensorDataset(torch.randn(16, 3, 8, 8), torch.randint(0, 5, (16,)))
+    data = torch.utils.data.DataLoader(pairs, batch_size=8)
+    settings = {"dataset": data, "target": "macs=0.6", "model_input_size": [3, 8, 8], "finetune_epochs": 0}
+    result = scap_hub.prune(net, criterion="l1", **settings)
+    assert result.report.after.macs < 0.65 * result.report.before.macs

@@ -48,13 +48,14 @@ def module_calls(captured: Capture) -> Counter[str]:
 def tap(found: Trace, producer: Producer, channel_of_row: np.ndarray, calls: Counter[str]) -> Tap | None:
     """The furthest point after a producer, through its own norm and activation, that a hook can reach.
 
-    None for a weight that is used without calling the module that owns it.
+    None for a weight that is used without calling the module that owns it, or by one that does more than that.
     """
     path = producer.weight.rpartition(".")[0]
-    if producer.node.owner != path:
-        return None
     chain = _chain(producer.node)
-    reach = max(i for i, node in enumerate(chain) if i == 0 or (_leaves(node) and calls[node.owner] == 1))
+    reached = [i for i, node in enumerate(chain) if _leaves(node) and (i == 0 or calls[node.owner] == 1)]
+    if producer.node.owner != path or not reached or not _enters(producer.node):
+        return None
+    reach = max(reached)
     post = list(itertools.takewhile(lambda node: role_of(node) == "activation", chain[reach + 1 :]))
     watched = found.labels[chain[reach]]
     dim = next(dim for dim, labels in watched.lines() if np.isin(labels, producer.labels).all())
@@ -77,6 +78,14 @@ def _chain(node: Node) -> list[Node]:
             break
         chain.append(following)
     return chain
+
+
+def _enters(node: Node) -> bool:
+    """Whether what the node's layer reads comes into its module as it is, but for what is padded around it."""
+    read = next(iter(node.args))
+    while isinstance(read, Node) and read.name in ("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d"):
+        read = next(iter(read.args))
+    return isinstance(read, Node) and node.owner not in (path for _, path in read.calls)
 
 
 def _leaves(node: Node) -> bool:

@@ -99,12 +99,14 @@ def _lost_inputs(dense: nn.Module, plan: PruningPlan) -> Iterator[str]:
     """Layers whose weight loses inputs (dimension 1).
 
     A subclass with a forward pass of its own (weight standardisation, other padding) applies another weight than it
-    holds, so it is left as it is.
+    holds, so it is left as it is; and so is one of which a hook changes what goes in or out.
     """
     plain = {kind.forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)}
     for path, module in dense.named_modules():
         cut = plan.tensors.get(f"{path}.weight")
-        if type(module).forward in plain and cut is not None and (1 in cut.keep or cut.blocks is not None):
+        hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        loses = cut is not None and (1 in cut.keep or cut.blocks is not None)
+        if type(module).forward in plain and loses and not hooked:
             yield path
 
 

@@ -85,12 +85,13 @@ class Numbers(TorchFunctionMode):
 
     def number(self, value: Any, name: str, place: Any) -> Any:
         old, new = self.changes.get((name, self.calls[name], next(place)), (value, value))
-        if value != old:
+        if value is not old and value != old:
             raise ValueError(f"pruned for a forward pass that computes {old} where it now computes {value}")
         return new
 
     def changed(self, value: Any, name: str, place: Any) -> Any:
-        if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
+        traced = torch.jit.is_tracing() and getattr(value, "ndim", 1) == 0 and value.dtype == torch.int64
+        if traced or (isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)):
             return self.number(value, name, place)
         if isinstance(value, slice):
             return slice(*(self.changed(part, name, place) for part in (value.start, value.stop, value.step)))
