@@ -230,6 +230,8 @@ def _check(model: nn.Module, plan: PruningPlan) -> None:
                 f"tensor {name!r} has shape {tuple(tensor.shape)}, the plan was made for {cut.shape}; "
                 "apply it to the dense model that it was made for"
             )
+        if cut.refers is not None and (tensor.is_floating_point() or tensor.ndim != 1):
+            raise PlanError(f"the plan renumbers {name!r}, which holds no channel numbers")
     for path, changes in plan.calls.items():
         _module(model, path)
         for change in changes:

@@ -285,6 +285,13 @@ def test_a_layer_keeps_the_same_channels_of_all_its_tensors():
         apply_plan(nn.Sequential(nn.BatchNorm2d(8)), plan)
 
 
+def test_only_channel_numbers_are_renumbered():
+    tensors = {"0.weight": {"shape": [8], "refers": 0}}
+    plan = PruningPlan(keeps=("0-3",), groups={}, tensors=tensors)
+    with pytest.raises(PlanError, match=r"renumbers '0\.weight', which holds no channel numbers"):
+        apply_plan(nn.Sequential(nn.BatchNorm2d(8)), plan)
+
+
 @pytest.mark.parametrize(
     "text",
     [
