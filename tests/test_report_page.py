@@ -307,6 +307,37 @@ def test_nobodys_images_are_published_unasked(run, tmp_path):
     assert to_publish(copy) == {}
 
 
+NEAREST = """svg => {
+  const points = [...svg.querySelectorAll("circle")].map(circle => circle.getBoundingClientRect());
+  return [...svg.querySelectorAll("text.name")].map(text => {
+    const b = text.getBoundingClientRect();  // letters are lower than the line
+    const far = points.map(p => {
+      const [x, y] = [p.x + p.width / 2, p.y + p.height / 2];
+      return Math.hypot(Math.max(b.left - x, 0, x - b.right), Math.max(b.top + 4 - y, 0, y - b.bottom + 4));
+    });
+    return far.indexOf(Math.min(...far));
+  });
+}"""
+
+
+def test_the_names_in_a_familys_charts_are_nearest_to_their_points(chromium, tmp_path):
+    """Of a family with a sibling right below the point of one of its sizes."""
+    figures = (("net", 2.29, 0.9972, 1.82), ("macs-0.75", 1.68, 0.9944, 1.738), ("macs-0.5", 1.098, 0.9917, 1.854),
+               ("macs-0.25", 0.571, 0.9722, 1.213), ("smaller_net", 1.25, 0.9889, 1.79))  # fmt: skip
+    dense, *members, sibling = (
+        {"name": name, "target": name.replace("-", "="), "macs": 1e6 * macs, "params": 10**5, "top1": top1,
+         "latency_ms": ms, "others": {}} for name, macs, top1, ms in figures
+    )  # fmt: skip
+    family = {"metric": "top-1", "dense": dense, "members": members, "siblings": [sibling]}
+    measures = {"macs": 10**6, "params": 10**5, "bytes": 10**6, "top1": 0.9}
+    report = {"before": measures, "after": measures, "about": {"target": "macs=0.5"}}
+    (tmp_path / "page.html").write_text(render(report, family=family))
+    page = Page(chromium, tmp_path / "page.html", 1440).page
+    charts = page.locator("section:has(#family) svg").all()
+    assert [chart.evaluate(NEAREST) for chart in charts] == [[0, 1, 2, 3, 4]] * 2
+    assert page.locator("tr[aria-current] th").inner_text() == "macs-0.5 this one"
+
+
 def test_a_large_network_has_a_small_page():
     """The shape of ResNet-50: 54 layers, 26,560 channels, 1000 classes."""
     generator = torch.Generator().manual_seed(0)

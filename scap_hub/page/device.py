@@ -8,7 +8,7 @@ from typing import Any
 
 def title(deploy: Mapping[str, Any]) -> str:
     """Where the figures of deploy.json come from."""
-    on = f" on {deploy['dataset']}" if deploy.get("dataset") else ""
+    on = f", on {deploy['dataset']}" if deploy.get("dataset") else ""
     return f"{deploy['runtime']}, {deploy['device']}, batch {deploy['batch_size']}{on}"
 
 

@@ -49,7 +49,7 @@ def view(
         "portraits": [_portrait(portrait) for portrait in details.get("portraits", ())],
         "device": device_view(report.get("deploy")),
         "comparison": _comparison(comparison) if comparison else None,
-        "family": family_view(family, metric["name"]) if family else None,
+        "family": family_view(family, metric["name"], about.get("target")) if family else None,
         "recipe": recipe,
         "seconds": {name: f"{value:,.1f} s" for name, value in (report.get("stages") or {}).items()},
     }
