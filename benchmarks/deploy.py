@@ -29,7 +29,13 @@ from typing import Any
 import timm
 import torch
 from torch import nn
-from transformers import SegformerConfig, SegformerForSemanticSegmentation
+from transformers import (
+    DetrConfig,
+    DetrForObjectDetection,
+    ResNetConfig,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 from accuracy import repeated
@@ -39,16 +45,19 @@ from scap_hub.deploy.widths import liked_multiple, width_times
 from scap_hub.run.bench_runtimes import runtime_speeds
 from scap_hub.timing.clock import device_name, milliseconds
 
-SEGMENTER = "segformer_b0"
-MODELS = ("resnet50", "mobilenetv2_100", "convnext_tiny", "fastvit_t8", SEGMENTER)
+SEGMENTER, DETECTOR = "segformer_b0", "detr_r50"
+MODELS = ("resnet50", "mobilenetv2_100", "convnext_tiny", "fastvit_t8", SEGMENTER, DETECTOR)
 CPU = torch.device("cpu")
 
 
 def built(name: str) -> nn.Module:
-    """A network with random weights; the segmenter is that of transformers, with 150 classes."""
+    """A network with random weights; segmenter and detector are those of transformers, with 150 and 91 classes."""
     torch.manual_seed(0)
     if name == SEGMENTER:
         return SegformerForSemanticSegmentation(SegformerConfig(num_labels=150)).eval()
+    if name == DETECTOR:
+        config = DetrConfig(backbone_config=ResNetConfig(out_features=["stage4"]), num_labels=91)
+        return DetrForObjectDetection(config).eval()
     return timm.create_model(name).eval()
 
 

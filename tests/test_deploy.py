@@ -103,7 +103,10 @@ def test_a_run_saves_both_files_and_tells_what_they_are_worth(folder, data):
     weights = [tensor for tensor in graph.initializer if len(tensor.dims) == 4]
     assert weights and all(tensor.data_type == onnx.TensorProto.INT8 for tensor in weights)
     card = (folder / "README.md").read_text()
-    assert card.count("## On a device") == 1 and "pruned int8" in card
+    page = (folder / "report.html").read_text()
+    for text in (card, page):
+        assert text.count("On a device</h2>" if text is page else "## On a device") == 1
+        assert all(f"{variant['bytes'] / 1e6:,.2f} MB" in text for variant in told["variants"])
     assert {"deploy.json", "onnx/model.onnx", "onnx/model_quantized.onnx"} <= set(_files(folder))
 
 
@@ -119,6 +122,9 @@ def test_exporting_again_tells_anew_and_keeps_the_rest(folder, data, tmp_path):
     card, before = (copy / "README.md").read_text(), (folder / "README.md").read_text()
     assert card.count("## On a device") == 1 and card.partition("## On a device")[0] == before.partition("## On")[0]
     assert card.partition("## Limits")[2] == before.partition("## Limits")[2]
+    page = (copy / "report.html").read_text()
+    assert page.count("On a device</h2>") == 1, "the page is made again"
+    assert all(f"{variant.latency_ms:.2f} ms" in page for variant in made.deployment.variants)
 
 
 class Bessel(nn.Module):

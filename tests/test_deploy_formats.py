@@ -9,7 +9,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import scap_hub
 from scap_hub.deploy.formats import FORMATS
 from scap_hub.deploy.quantizers.base import SCHEMES
+from scap_hub.deploy.quantizers.executorch import XnnpackQuantizer
 from scap_hub.deploy.quantizers.openvino import NncfQuantizer
+from scap_hub.deploy.source import Source
 from scap_hub.errors import ModelError, ScapHubError
 from scap_hub.hub.checkpoint import load, save_checkpoint
 from tests.nets import Residual
@@ -80,6 +82,29 @@ def test_int8_by_the_quantizer_of_the_runtime(name, needed, tmp_path):
     options = {"config": {"INFERENCE_PRECISION_HINT": "f32"}} if name == "openvino" else {}
     answer = ExportedModel.from_pretrained(folder, subfolder=name, **options)(pixel_values=images[:1]).logits
     assert torch.allclose(answer, found[:1], atol=1e-4), "int8, not the file in float32"
+
+
+def test_layers_that_hurt_stay_in_float32_in_executorch(tmp_path):
+    """As in ONNX, by the same search; by torchao's own filter."""
+    for module in ("executorch", "torchao"):
+        pytest.importorskip(module)
+    from tests.test_deploy import Outlier
+
+    model = Outlier().eval()
+    images = torch.randn(8, *SIZE)
+    quantizer = XnnpackQuantizer(Source.of(model, SIZE), [images])
+    assert quantizer.layers == ["a", "b", "c", "d", "head"], "the model's own names"
+    scheme = quantizer.schemes[0]
+    with torch.no_grad():
+        expected = model(images)
+
+    def error(**which):
+        quantizer.write(tmp_path / "model.pte", scheme, **which)
+        return ((FORMATS["executorch"].open(tmp_path / "model.pte")(images) - expected).norm() / expected.norm()).item()
+
+    whole, kept, alone = error(), error(kept=["b", "c"]), error(only=["d"])
+    assert kept < whole / 3 and alone < whole / 3
+    assert error(kept=quantizer.layers) < 1e-5, "nothing is in eight bits"
 
 
 def test_what_to_install_is_said_exactly(tmp_path, monkeypatch):

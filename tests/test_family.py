@@ -78,6 +78,58 @@ def test_channels_are_scored_once_and_an_interrupted_family_goes_on(tmp_path, mo
         scap_hub.prune_family(*arguments, targets=TARGETS, output_dir=tmp_path / "out")
 
 
+class Until:
+    """Interrupts after so many epochs."""
+
+    def __init__(self, last):
+        self.left = last
+
+    def on_epoch_end(self, row, kept):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+def epochs(capsys):
+    return capsys.readouterr().err.count("epoch 1 of 1")
+
+
+TUNED = RECIPE | {"finetune": {"epochs": 1, "dense_epochs": 1}}
+
+
+def same(one, other):
+    """Whether two members are the same to the last bit."""
+    pairs = zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True)
+    return one.plan == other.plan and all(torch.equal(*pair) for pair in pairs)
+
+
+def test_an_interrupted_family_goes_on_with_other_targets(tmp_path, monkeypatch, capsys):
+    scored, whole = [], L1.score
+    monkeypatch.setattr(L1, "score", lambda self, *given: scored.append(1) or whole(self, *given))
+    arguments = dict(model=tiny_net(), dataset="digits", recipe=TUNED, output_dir=tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        scap_hub.prune_family(**arguments, targets=["macs=0.7", "macs=0.4"], callbacks=[Until(2)])
+    assert epochs(capsys) == 3, "the dense model and two sizes"
+    family = scap_hub.prune_family(**arguments, targets=["params=0.6", "macs=0.7"])
+    assert len(scored) == epochs(capsys) == 1, "scores, the dense model and macs=0.7 were there"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"params-0.6", "macs-0.7", "family.json"}
+    fresh = scap_hub.prune_family(**arguments | {"output_dir": None}, targets=["params=0.6", "macs=0.7"])
+    assert all(same(family.members[name], fresh.members[name]) for name in fresh.members)
+    assert not same(*fresh.members.values())
+
+
+def test_a_size_is_taken_up_only_if_the_same_larger_ones_taught_it(tmp_path, capsys):
+    arguments = dict(model=tiny_net(), dataset="digits", recipe=RECIPE, teacher="next-larger")
+    kept = arguments | {"output_dir": tmp_path / "out"}
+    with pytest.raises(KeyboardInterrupt):  # two sizes are finished then
+        scap_hub.prune_family(**kept, targets=["macs=0.7", "macs=0.4", "macs=0.2"], callbacks=[Until(3)])
+    assert epochs(capsys) == 3
+    family = scap_hub.prune_family(**kept, targets=["macs=0.7", "macs=0.5", "macs=0.4"])
+    assert epochs(capsys) == 2, "macs=0.4 learns from another one now"
+    fresh = scap_hub.prune_family(**arguments, targets=["macs=0.7", "macs=0.5", "macs=0.4"])
+    assert all(same(family.members[name], fresh.members[name]) for name in fresh.members)
+
+
 @dataclass(kw_only=True)
 class FailsOnce(L1):
     """A criterion of somebody else that fails in the second size, before that is trained; once."""
@@ -113,6 +165,28 @@ def test_a_size_that_cannot_be_reached_is_told_before_any_work(tmp_path):
                               targets=["macs=0.7", "macs=0.001"], output_dir=tmp_path / "out", callbacks=[watch],
                               finetune_dense_epochs=1)  # fmt: skip
     assert not list(tmp_path.iterdir()), "nothing is left beside it either"
+
+
+def test_latencies_that_cannot_be_reached_are_told_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("scap_hub.selection.latency.milliseconds", lambda calls: [1.0, 0.6])
+    monkeypatch.setattr(L1, "score", lambda *_: pytest.fail("it has begun"))
+    for call, target in (
+        (scap_hub.prune_family, {"targets": ["macs=0.7", "latency=0.7", "latency=0.5"]}),
+        (scap_hub.prune, {"target": "latency=0.5"}),
+        (scap_hub.forecast, {"target": "latency=0.5"}),
+    ):
+        with pytest.raises(errors.TargetError, match=r"latency=0\.5 cannot be reached.* 0\.600 of the latency stay"):
+            call(tiny_net(), "digits", RECIPE, output_dir=tmp_path / "out", **target)
+        assert not list(tmp_path.iterdir())
+    told = scap_hub.forecast(tiny_net(), "digits", RECIPE, target="latency=0.7")
+    assert told.least == 0.6 and "  the smallest model takes 0.600 of the time" in told.lines()
+
+
+def test_a_threshold_with_all_channels_on_one_side_is_told():
+    for threshold, message in (("0.0", "every channel reaches it, so none goes"), ("1.0", "no channel reaches it")):
+        settings = dict(criterion="random", target=f"threshold={threshold}", finetune_epochs=0)
+        with pytest.warns(UserWarning, match=rf"threshold={threshold}: {message}.*; importances lie between 0\."):
+            scap_hub.prune(tiny_net(), "digits", RECIPE, **settings)
 
 
 ZOO = RECIPE | {

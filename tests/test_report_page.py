@@ -92,8 +92,8 @@ def test_layers_classes_and_answers_are_those_of_the_models(run):
     small = [result.model.get_submodule(layer.path).weight.shape[0] for layer in details.layers]
     assert [layer.after for layer in details.layers] == small
     assert all(layer.ms_before > 0 and layer.ms_after > 0 for layer in details.layers)
-    right, images = map(sum, zip(*report.after.by_class, strict=True))
-    assert images == 360 and right / images == report.after.top1
+    right, images = map(sum, zip(*report.after.by_class.values(), strict=True))
+    assert images == report.after.images == 360 and right / images == report.after.top1
     assert details.answers.images == 64 and len(details.answers.shown) <= details.answers.changed
     portrait = details.portraits[0]
     assert portrait.goes.row not in report.groups[portrait.layer].kept
@@ -114,7 +114,7 @@ def test_mistakes_are_those_of_the_models(run, chromium):
         with torch.no_grad():
             answers = model((pixels - mean) / std).argmax(1)
         expected = torch.zeros(10, 10, dtype=torch.int64).index_put_((truth, answers), torch.tensor(1), accumulate=True)
-        found = torch.diag(torch.tensor([right for right, _ in measures.by_class]))
+        found = torch.diag(torch.tensor([right for right, _ in measures.by_class.values()]))
         for row, own in measures.mistakes.items():
             for column, count in own.items():
                 found[row, column] = count
@@ -146,6 +146,30 @@ def test_mistakes_of_many_classes_are_bounded_to_the_same_pairs_of_both_models(m
     assert bounded == [{pair: count for pair, count in found.items() if pair in kept} for found in whole]
     changes = {pair: abs(whole[1].get(pair, 0) - whole[0].get(pair, 0)) for pair in whole[0].keys() | whole[1].keys()}
     assert min(changes[pair] for pair in kept) >= max(change for pair, change in changes.items() if pair not in kept)
+
+
+def test_thousands_of_classes_are_bounded_to_those_that_changed_most(monkeypatch, run, tmp_path):
+    whole = run[0].report
+    monkeypatch.setattr("scap_hub.run.by_class.CLASSES", 4)
+    monkeypatch.setattr("scap_hub.run.by_class.PAIRS", 2)
+    net = run[0].loaded.module
+    result = scap_hub.prune(net, "digits", RECIPE, finetune_epochs=0, evaluate_latency=False, output_dir=tmp_path / "o")
+    before, after = result.report.before, result.report.after
+    assert before.by_class.keys() == after.by_class.keys() and len(after.by_class) == 4
+    assert all(before.by_class[number] == whole.before.by_class[number] for number in before.by_class)
+    told = result.report.classes
+    assert told.classes == 10 and before.images == after.images == 360
+    with monkeypatch.context() as patch:
+        patch.setattr("scap_hub.run.by_class.CLASSES", 10)
+        every = scap_hub.prune(net, "digits", RECIPE, finetune_epochs=0, evaluate_latency=False).report
+    rows = [(now - right, images) for (right, images), (now, _) in
+            zip(every.before.by_class.values(), every.after.by_class.values(), strict=True)]  # fmt: skip
+    assert (told.lost, told.won) == (sum(row[0] < 0 for row in rows), sum(row[0] > 0 for row in rows))
+    changes = [abs(change) / images for change, images in rows]
+    assert min(changes[i] for i in after.by_class) >= max(changes[i] for i in range(10) if i not in after.by_class)
+    page = (tmp_path / "o" / "report.html").read_text()
+    assert f"Of 10 classes {told.lost} lost accuracy and {told.won} gained some. Shown are those" in page
+    assert "measured on 360 images" in " ".join(repr(result).split())
 
 
 @pytest.mark.parametrize("width", [375, 1440])
@@ -283,6 +307,37 @@ def test_nobodys_images_are_published_unasked(run, tmp_path):
     assert to_publish(copy) == {}
 
 
+NEAREST = """svg => {
+  const points = [...svg.querySelectorAll("circle")].map(circle => circle.getBoundingClientRect());
+  return [...svg.querySelectorAll("text.name")].map(text => {
+    const b = text.getBoundingClientRect();  // letters are lower than the line
+    const far = points.map(p => {
+      const [x, y] = [p.x + p.width / 2, p.y + p.height / 2];
+      return Math.hypot(Math.max(b.left - x, 0, x - b.right), Math.max(b.top + 4 - y, 0, y - b.bottom + 4));
+    });
+    return far.indexOf(Math.min(...far));
+  });
+}"""
+
+
+def test_the_names_in_a_familys_charts_are_nearest_to_their_points(chromium, tmp_path):
+    """Of a family with a sibling right below the point of one of its sizes."""
+    figures = (("net", 2.29, 0.9972, 1.82), ("macs-0.75", 1.68, 0.9944, 1.738), ("macs-0.5", 1.098, 0.9917, 1.854),
+               ("macs-0.25", 0.571, 0.9722, 1.213), ("smaller_net", 1.25, 0.9889, 1.79))  # fmt: skip
+    dense, *members, sibling = (
+        {"name": name, "target": name.replace("-", "="), "macs": 1e6 * macs, "params": 10**5, "top1": top1,
+         "latency_ms": ms, "others": {}} for name, macs, top1, ms in figures
+    )  # fmt: skip
+    family = {"metric": "top-1", "dense": dense, "members": members, "siblings": [sibling]}
+    measures = {"macs": 10**6, "params": 10**5, "bytes": 10**6, "top1": 0.9}
+    report = {"before": measures, "after": measures, "about": {"target": "macs=0.5"}}
+    (tmp_path / "page.html").write_text(render(report, family=family))
+    page = Page(chromium, tmp_path / "page.html", 1440).page
+    charts = page.locator("section:has(#family) svg").all()
+    assert [chart.evaluate(NEAREST) for chart in charts] == [[0, 1, 2, 3, 4]] * 2
+    assert page.locator("tr[aria-current] th").inner_text() == "macs-0.5 this one"
+
+
 def test_a_large_network_has_a_small_page():
     """The shape of ResNet-50: 54 layers, 26,560 channels, 1000 classes."""
     generator = torch.Generator().manual_seed(0)
@@ -313,10 +368,11 @@ def test_a_large_network_has_a_small_page():
         for name in list(sizes)[:12]
     ]  # fmt: skip
     thumb = {"before": 1, "after": 2, "sure_before": 0.9, "sure_after": 0.8, "jpeg": "A" * 3000}
-    measures = {"macs": 10**9, "params": 10**7, "bytes": 10**8, "top1": 0.8, "by_class": [[40, 50]] * 1000}
+    counts = {str(number): [40, 50] for number in range(1000)}
+    measures = {"macs": 10**9, "params": 10**7, "bytes": 10**8, "top1": 0.8, "by_class": counts}
     details = {
         "layers": layers, "groups": sizes, "choices": choices, "steps": 1, "portraits": portraits,
-        "answers": {"images": 64, "changed": 30, "shown": [thumb] * 12}, "classes": ["name"] * 1000,
+        "answers": {"images": 64, "changed": 30, "shown": [thumb] * 12}, "classes": dict.fromkeys(counts, "name"),
     }  # fmt: skip
     mistakes = [{"7": {str(7 + j): j + more for j in range(1, 10)}} for more in (0, 1)]
     before, after = ({**measures, "mistakes": own | {"999": {"0": 50}}} for own in mistakes)

@@ -93,6 +93,15 @@ def test_another_run_is_refused_and_begins_anew_only_if_told(change, message, tm
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_int8_makes_another_run_where_latency_is_measured_in_a_runtime(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    options = {"target": {"ratio": 0.5, "runtime": "onnxruntime"}}
+    cut(monkeypatch, tmp_path, **options)
+    with pytest.raises(CheckpointError, match=r"differs: recipe key deploy\.int8: was False, now True"):
+        prune(tmp_path, deploy_int8=True, **options)
+
+
 @pytest.mark.parametrize("at", ["select_step", "refine", "verified", "repaired", "finetune", "measure_after", "Result"])
 def test_a_resumed_run_equals_an_undisturbed_one(at, tmp_path, monkeypatch):
     options = {"criterion_diagnostics": True, "schedule_steps": 2, "target": "macs=0.6", "finetune_epochs": 2}

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from scap_hub.cli.options import AsJson, Quiet
-from scap_hub.cli.output import output, print_table, say
+from scap_hub.cli.output import output, say, show_deployment
 
 
 def report(
@@ -77,6 +77,5 @@ def export(
         measured = {"deploy": made.deployment.to_dict()} if made.deployment else {}
         print(json.dumps({"file": str(made.file), **measured}))
     elif made.deployment and not quiet:
-        print_table(made.deployment.head, made.deployment.rows())
-        print("\n".join(made.deployment.notes()))
+        show_deployment(made.deployment)
     say(str(made.file), quiet or as_json)

@@ -22,8 +22,16 @@ from scap_hub.progress import clear_bars, set_quiet
 
 
 def show_report(report: Any) -> None:
-    """Prints the table of a run."""
+    """Prints the table of a run, and that of its files for other runtimes."""
     print_table(["", "dense", "pruned", "change"], report.rows(), report.notes())
+    if report.deploy is not None:
+        show_deployment(report.deploy)
+
+
+def show_deployment(deployment: Any) -> None:
+    """Prints what was measured of files for other runtimes."""
+    print(f"{deployment.title}:")
+    print_table(deployment.head, deployment.rows(), deployment.notes())
 
 
 def print_table(

@@ -11,6 +11,7 @@ from scap_hub.deploy.capture import INPUT, OUTPUT
 from scap_hub.deploy.search import Found
 from scap_hub.hub.card import HERE
 from scap_hub.markdown import code, escaped, fenced
+from scap_hub.page import device
 
 DOCUMENT = "deploy.json"
 _BEGIN, _END = "<!-- scap_hub deploy: begin -->", "<!-- scap_hub deploy: end -->"
@@ -73,9 +74,7 @@ class Int8:
     @property
     def missed(self) -> str | None:
         """How the allowed loss is missed; None where it is not."""
-        if self.loss <= self.allowed:
-            return None
-        return f"int8 loses {100 * self.loss:.2f} points on {self.decided_on}, {100 * self.allowed:g} are allowed"
+        return device.missed_loss(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -109,38 +108,22 @@ class Deployment:
         return json.dumps(self.to_dict(), indent=1) + "\n"
 
     @property
+    def title(self) -> str:
+        """Where the figures come from."""
+        return device.title(self.to_dict())
+
+    @property
     def head(self) -> list[str]:
         """Names of the columns of `rows`."""
-        return ["", "size", self.metric, "same answers", "latency", "faster"]
+        return device.head(self.to_dict())
 
     def rows(self) -> list[list[str]]:
         """The table a person reads."""
-        slowest = self.variants[0].latency_ms
-        return [
-            [
-                variant.name,
-                f"{variant.bytes / 1e6:,.2f} MB",
-                "" if variant.top1 is None else f"{100 * variant.top1:.2f} %",
-                "" if variant.agreement is None else f"{100 * variant.agreement:.2f} %",
-                f"{variant.latency_ms:.2f} ms",
-                f"{slowest / variant.latency_ms:.2f}x",
-            ]
-            for variant in self.variants
-        ]
+        return device.rows(self.to_dict())
 
     def notes(self) -> list[str]:
         """What was done beyond the default, in sentences."""
-        if self.int8 is None:
-            return []
-        notes = [f"int8: {self.int8.scheme}, from {self.int8.images} calibration images"]
-        if len(self.int8.attempts) > 1:
-            notes.append(f"tried on {self.int8.decided_on}: {'; '.join(self.int8.attempts)}")
-        if self.int8.kept:
-            notes.append(f"in float32 stay: {', '.join(self.int8.kept)}")
-        before, after = (variant.latency_ms for variant in self.variants[-2:])
-        if after > before:
-            notes.append(f"int8 is slower than float32 here, {after / before:.2f} times the latency")
-        return [*notes, self.int8.missed] if self.int8.missed else notes
+        return device.notes(self.to_dict())
 
     def card(self) -> str:
         """The section of the model card."""
@@ -148,12 +131,10 @@ class Deployment:
         lines = ["| " + " | ".join(map(escaped, head)) + " |", "|" + "---|" * len(head)]
         lines += ["| " + " | ".join(map(escaped, row)) + " |" for row in self.rows()]
         files = [code(variant.file) for variant in self.variants if variant.file]
-        where = f" on {escaped(self.dataset)}" if self.dataset else ""
-        title = f"{escaped(self.runtime)}, {escaped(self.device)}, batch {self.batch_size}{where}:"
         notes = [f"- {escaped(note)}" for note in self.notes()]
         return "\n".join(
             [
-                "## On a device", "", title, "", *lines, "", *notes, *([""] if notes else []),
+                "## On a device", "", f"{escaped(self.title)}:", "", *lines, "", *notes, *([""] if notes else []),
                 f"{' and '.join(files)} need neither scap_hub nor code from this repository:", "", self._snippet(),
             ]
         )  # fmt: skip

@@ -13,53 +13,59 @@ _PAIRS = 16
 
 Mistakes = Mapping[str, Mapping[str, int]]
 """Of report.json: how many images of a class got another one for an answer."""
+Names = Mapping[int, str]
 
 
-def class_name(number: int, classes: Sequence[str] | None) -> str:
+def by_number(found: Mapping[str, Any] | Sequence[Any] | None) -> dict[int, Any]:
+    """What report.json tells of classes, by their numbers; an earlier version wrote lists of all classes."""
+    if isinstance(found, Mapping):
+        return {int(number): value for number, value in found.items()}
+    return dict(enumerate(found or ()))
+
+
+def class_name(number: int, names: Names) -> str:
     """A class in words."""
-    return str(classes[number]) if classes and number < len(classes) else f"class {number}"
+    return str(names.get(number, f"class {number}"))
 
 
-def classes_view(
-    before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[str] | None
-) -> dict[str, Any] | None:
+def classes_view(report: Mapping[str, Any], names: Names) -> dict[str, Any] | None:
     """Accuracy by class, those that lost most first."""
-    old, new = before.get("by_class"), after.get("by_class")
-    if not old or not new or len(old) != len(new):
+    old, new = (by_number(report[model].get("by_class")) for model in ("before", "after"))
+    if not old or old.keys() != new.keys():
         return None
-    rows = [
-        {"name": class_name(i, names), "images": images, "before": right / images, "after": now / images,
-         "change": (now - right) / images}
-        for i, ((right, images), (now, _)) in enumerate(zip(old, new, strict=True))
+    rows: list[dict[str, Any]] = [
+        {"name": class_name(number, names), "images": images, "before": right / images,
+         "after": new[number][0] / images, "change": (new[number][0] - right) / images}
+        for number, (right, images) in old.items()
         if images
     ]  # fmt: skip
     rows.sort(key=lambda row: row["change"])
-    hidden = max(0, len(rows) - _CLASSES)
-    worst = sum(row["change"] < 0 for row in rows)
-    shown = rows if not hidden else [*rows[: _CLASSES - 6], *rows[-6:]]
+    told = report.get("classes") or {}
+    everything = told.get("classes", len(rows))
+    lost = told.get("lost", sum(row["change"] < 0 for row in rows))
+    won = told.get("won", sum(row["change"] > 0 for row in rows))
+    shown = rows if len(rows) <= _CLASSES else [*rows[: _CLASSES - 6], *rows[-6:]]
     largest = max((abs(row["change"]) for row in rows), default=0) or 1
     for row in shown:
         row["bar"] = 50 * abs(row["change"]) / largest
-    return {"rows": shown, "hidden": hidden, "lost": worst, "won": sum(row["change"] > 0 for row in rows),
-            "all": len(rows)}  # fmt: skip
+    return {"rows": shown, "hidden": everything - len(shown), "lost": lost, "won": won, "all": everything}
 
 
-def confusion_view(
-    before: Mapping[str, Any], after: Mapping[str, Any], names: Sequence[str] | None
-) -> dict[str, Any] | None:
+def confusion_view(before: Mapping[str, Any], after: Mapping[str, Any], names: Names) -> dict[str, Any] | None:
     """Which classes dense and pruned model take for another; None where there are no classes, or no mistakes.
 
     Few classes have a whole matrix each, (true, answered); of many, there are the pairs that changed most.
     """
-    old, new, counts = before.get("mistakes"), after.get("mistakes"), after.get("by_class")
-    if old is None or new is None or not (old or new) or not counts or not before.get("by_class"):
+    old, new = before.get("mistakes"), after.get("mistakes")
+    counts, others = by_number(before.get("by_class")), by_number(after.get("by_class"))
+    if old is None or new is None or not (old or new) or not counts or not others:
         return None
-    if len(counts) > _MATRIX:
+    if len(counts) > _MATRIX or max(counts) >= len(counts):  # not all of them are there
         return {"matrices": [], "pairs": _pairs(old, new, names)}
     all_names = [class_name(i, names) for i in range(len(counts))]
     matrices = [
-        {"title": title, "rows": _rows(own, measures["by_class"], old)}
-        for title, own, measures in (("dense", old, before), ("pruned", new, after))
+        {"title": title, "rows": _rows(own, [own_counts[i] for i in range(len(counts))], old)}
+        for title, own, own_counts in (("dense", old, counts), ("pruned", new, others))
     ]
     return {"matrices": matrices, "pairs": [], "names": all_names}
 
@@ -80,7 +86,7 @@ def _rows(own: Mistakes, counts: Sequence[Sequence[int]], dense: Mistakes) -> li
     return rows
 
 
-def _pairs(old: Mistakes, new: Mistakes, names: Sequence[str] | None) -> list[dict[str, Any]]:
+def _pairs(old: Mistakes, new: Mistakes, names: Names) -> list[dict[str, Any]]:
     known = {(int(truth), int(answer)) for found in (old, new) for truth, own in found.items() for answer in own}
     rows: list[dict[str, Any]] = [
         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,20 +19,23 @@ _LETTER = 8.5
 """Width of a letter of a name, in units of a chart."""
 _GAP = 28
 """Height of the line below the charts that stand alone."""
+_CONFUSED = 300
+"""What it costs if a name is nearer to another point than to its own; a covered point costs 64."""
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom."""
 
 
-def family_view(family: Mapping[str, Any], metric: str) -> dict[str, Any]:
+def family_view(family: Mapping[str, Any], metric: str, target: str | None = None) -> dict[str, Any]:
     """What the page shows of a family.
 
     Args:
         family: What family.json holds.
         metric: Name of the task's metric, for a document that does not tell.
+        target: That of the member that the page is of.
     """
     metric, members, siblings = _parts(family, metric)
-    everyone = [*members, *siblings]
+    everyone = [{**own, "here": target is not None and own.get("target") == target} for own in (*members, *siblings)]
     return {
         "charts": charts_of(family, metric),
         "others": list(everyone[0].get("others") or {}),
@@ -69,9 +73,10 @@ def family_picture(family: Mapping[str, Any], metric: str) -> str | None:
 
 
 _ALONE = (
-    "text{font:15px sans-serif;fill:#5b6673}.name{font-size:13px;font-weight:600;fill:#1b2430}.grid{stroke:#dfe3e8}"
+    "text{font:15px sans-serif;fill:#5b6673}.name{font-size:13px;font-weight:600;fill:#1b2430;paint-order:stroke;"
+    "stroke:#fff;stroke-width:3px}.grid{stroke:#dfe3e8}"
     "circle{fill:#2563b8}circle.other,.name.other{fill:#b3621a}polyline{fill:none;stroke:#2563b8;stroke-width:2.5}"
-    "@media(prefers-color-scheme:dark){text{fill:#9aa6b4}.name{fill:#e6eaef}.grid{stroke:#2d3540}"
+    "@media(prefers-color-scheme:dark){text{fill:#9aa6b4}.name{fill:#e6eaef;stroke:#0d1117}.grid{stroke:#2d3540}"
     "circle.other,.name.other{fill:#e7a562}}"
 )
 """Style of a picture that is no part of the page."""
@@ -115,12 +120,14 @@ def _named(points: Sequence[tuple[float, float]], names: Sequence[str], own: int
     taken = [_around(x, y) for x, y in (*points, *_between(points[:own]))]
     texts: list[str] = []
     for (x, y), name in zip(points, names, strict=True):
+        others = [point for point in points if point != (x, y)]
         long = _LETTER * len(name)
         # Above to the left first, where a rising curve is not; a line further away where nothing else is free.
         rows = [(x - 8 - long, y - 8), (x + 10, y + 18), (x + 8, y - 8), (x - 8 - long, y + 18)]
-        rows += [(x - long / 2, y - 24), (x - long / 2, y + 34)]
+        rows += [(x + 8, y + 4), (x - 8 - long, y + 4), (x - long / 2, y - 24), (x - long / 2, y + 34)]
         boxes = [(left, bottom - 11, left + long, bottom + 3) for left, bottom in rows]
-        best = min(boxes, key=lambda box: _hidden(box, taken))
+        costs = [_hidden(box, taken) + _CONFUSED * _confused(box, (x, y), others) for box in boxes]
+        best = boxes[costs.index(min(costs))]
         taken.append(best)
         place = (best[2], "end") if best[2] < x else (best[0], "start")
         kind = "name" if len(texts) < own else "name other"
@@ -131,6 +138,18 @@ def _named(points: Sequence[tuple[float, float]], names: Sequence[str], own: int
 
 def _around(x: float, y: float) -> Box:
     return x - 4, y - 4, x + 4, y + 4
+
+
+def _confused(box: Box, own: tuple[float, float], others: Sequence[tuple[float, float]]) -> bool:
+    """Whether a name in a box would be taken for that of another point."""
+    return any(_distance(box, other) < _distance(box, own) for other in others)
+
+
+def _distance(box: Box, point: tuple[float, float]) -> float:
+    """From a box to a point outside of it."""
+    left, top, right, bottom = box
+    x, y = point
+    return math.hypot(max(left - x, 0.0, x - right), max(top - y, 0.0, y - bottom))
 
 
 def _between(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -10,7 +10,8 @@ import yaml
 from markupsafe import Markup
 
 from scap_hub.page import charts
-from scap_hub.page.classes import class_name, classes_view, confusion_view
+from scap_hub.page.classes import by_number, class_name, classes_view, confusion_view
+from scap_hub.page.device import device_view
 from scap_hub.page.family import family_view
 from scap_hub.text import count, counted
 
@@ -25,6 +26,7 @@ def view(
     about, details = report.get("about") or {}, report.get("details") or {}
     before, after = report["before"], report["after"]
     metric = report.get("metric") or {"name": "top-1", "key": "top1"}
+    names = by_number(details.get("classes"))
     return {
         "versions": about.get("versions") or {},
         "name": about.get("model") or "model",
@@ -41,12 +43,13 @@ def view(
         "slider": _slider(report, details, recipe),
         "steps": details.get("steps", 1),
         "curves": _curves(report, metric),
-        "classes": classes_view(before, after, details.get("classes")),
-        "confusion": confusion_view(before, after, details.get("classes")),
+        "classes": classes_view(report, names),
+        "confusion": confusion_view(before, after, names),
         "answers": _answers(details),
         "portraits": [_portrait(portrait) for portrait in details.get("portraits", ())],
+        "device": device_view(report.get("deploy")),
         "comparison": _comparison(comparison) if comparison else None,
-        "family": family_view(family, metric["name"]) if family else None,
+        "family": family_view(family, metric["name"], about.get("target")) if family else None,
         "recipe": recipe,
         "seconds": {name: f"{value:,.1f} s" for name, value in (report.get("stages") or {}).items()},
     }
@@ -269,7 +272,7 @@ def _answers(details: Mapping[str, Any]) -> dict[str, Any] | None:
     answers = details.get("answers")
     if not answers:
         return None
-    names = details.get("classes")
+    names = by_number(details.get("classes"))
     shown = [
         {**answer, "was": class_name(answer["before"], names), "now": class_name(answer["after"], names)}
         for answer in answers["shown"]

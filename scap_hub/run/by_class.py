@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +13,49 @@ from torch import Tensor
 
 from scap_hub.tasks import Meter, Task
 
-Counts = list[tuple[int, int]]
-"""Right answers and images of each class."""
+Counts = dict[int, tuple[int, int]]
+"""Right answers and images by class."""
 Mistakes = dict[int, dict[int, int]]
 """How many images of a class got another one for an answer, by class and answer; only those of which there are any."""
 
 PAIRS = 500
 """Of how many pairs of class and answer a report counts the mistakes at most: all of up to 22 classes."""
+CLASSES = 1000
+"""Of how many classes a report has the right answers at most."""
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What became of all classes.
+
+    Attributes:
+        classes: How many have images.
+        lost: How many of these have fewer right answers than before.
+        won: How many have more.
+    """
+
+    classes: int
+    lost: int
+    won: int
+
+
+def changed(before: Counts, after: Counts) -> Changed:
+    """What became of all classes, from the counts of the dense and the pruned model."""
+    changes = [after[name][0] - right for name, (right, images) in before.items() if images]
+    return Changed(len(changes), sum(change < 0 for change in changes), sum(change > 0 for change in changes))
+
+
+def most_changed(before: Counts, after: Counts) -> tuple[Counts, Counts]:
+    """The counts of at most `CLASSES` classes, the same ones of both models: of more, those that changed most."""
+    if len(before) <= CLASSES:
+        return before, after
+
+    def change(name: int) -> tuple[float, int, int]:
+        right, images = before[name]
+        return -abs(after[name][0] - right) / images, -images, name
+
+    kept = sorted(sorted((name for name, (_, images) in before.items() if images), key=change)[:CLASSES])
+    return {name: before[name] for name in kept}, {name: after[name] for name in kept}
 
 
 def foremost(before: Mistakes, after: Mistakes) -> tuple[Mistakes, Mistakes]:
@@ -82,4 +119,4 @@ class ByClass(Meter):
                 right[truth] = count
             else:
                 mistakes.setdefault(truth, {})[answer] = count
-        return list(zip(right, images, strict=True)), mistakes
+        return dict(enumerate(zip(right, images, strict=True))), mistakes

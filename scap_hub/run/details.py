@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,7 +127,7 @@ class Details:
         steps: Of the run's schedule; `choices` are of one.
         portraits: Spectra of some layers.
         answers: None where a task has no single answer for an image.
-        classes: Names of the classes, where they are known.
+        classes: Names of the classes that the report tells of, by number; None where they are not known.
     """
 
     layers: list[Layer]
@@ -136,7 +136,7 @@ class Details:
     steps: int = 1
     portraits: list[Portrait] = field(default_factory=list)
     answers: Answers | None = None
-    classes: list[str] | None = None
+    classes: dict[int, str] | None = None
 
 
 def details_of(
@@ -149,6 +149,7 @@ def details_of(
     recipe: Recipe,
     data: Data,
     choices: Choices,
+    classes: Collection[int] = (),
 ) -> Details | None:
     """Details of a run, on one process; None, with a warning, where something of them fails.
 
@@ -162,18 +163,20 @@ def details_of(
         recipe: Of the run.
         data: Of the run.
         choices: Gives those of the details.
+        classes: Numbers of those that the report tells of.
     """
     kept = {name: plan.kept(name) for name in plan.groups}
     images = torch.cat(list(calibration))
     try:
+        answers = _answers(loaded, small, images[:_ANSWERS], data.task)
         return Details(
             layers=_layers(loaded.module, small, groups, kept, images[:1] if recipe.evaluate.latency else None),
             groups=_scored(groups, scores),
             choices=choices(groups, scores, recipe),
             steps=recipe.schedule.steps,
             portraits=portraits(loaded.module, groups, scores, kept, images[:_SPECTRA]) if len(images) > 1 else [],
-            answers=_answers(loaded, small, images[:_ANSWERS], data.task),
-            classes=loaded.labels,
+            answers=answers,
+            classes=_names(loaded.labels, classes, answers),
         )
     except Exception as error:
         # By now the model is finished: hours of work must not be lost for want of a picture.
@@ -288,6 +291,14 @@ def _answers(loaded: LoadedModel, small: nn.Module, images: Tensor, task: Task) 
         for i in surest.tolist()
     ]  # fmt: skip
     return Answers(len(images), len(changed), shown)
+
+
+def _names(labels: Sequence[str] | None, told: Collection[int], answers: Answers | None) -> dict[int, str] | None:
+    """Names of the classes that are told of; a page of thousands of others would be large, and say no more."""
+    if labels is None:
+        return None
+    shown = {number for answer in (answers.shown if answers else ()) for number in (answer.before, answer.after)}
+    return {number: str(labels[number]) for number in sorted({*told, *shown}) if number < len(labels)}
 
 
 def thumbnail(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> str | None:

@@ -21,7 +21,7 @@ from scap_hub.errors import CheckpointError
 from scap_hub.files import replacing
 from scap_hub.hub.checkpoint import RECIPE, dense_model, input_size, load
 from scap_hub.hub.publish import CARD
-from scap_hub.page import REPORT
+from scap_hub.page import PAGE, REPORT, write_page
 from scap_hub.recipe import Recipe
 from scap_hub.run.inputs import data_for
 from scap_hub.run.result import shown_name
@@ -159,7 +159,7 @@ def _report(folder: Path) -> dict[str, Any]:
 
 
 def _tell(folder: Path, deployment: Deployment) -> None:
-    """Writes `deploy.json`, and what was measured into the report and the card, where these are."""
+    """Writes `deploy.json`, and what was measured into the report, its page and the card, where these are."""
     texts = {DOCUMENT: deployment.to_json()}
     if report := _report(folder):
         texts[REPORT] = json.dumps({**report, "deploy": deployment.to_dict()}, indent=1) + "\n"
@@ -168,3 +168,5 @@ def _tell(folder: Path, deployment: Deployment) -> None:
     for name, text in texts.items():
         with replacing(folder / name) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
+    if (folder / PAGE).is_file():
+        write_page(folder)

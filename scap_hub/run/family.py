@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.page import family_json
 from scap_hub.progress import announce
 from scap_hub.recipe import Recipe
+from scap_hub.run import fingerprints
 from scap_hub.run.details import Choices
 from scap_hub.run.family_forecast import expected_family
 from scap_hub.run.forecast import say_if_long
 from scap_hub.run.identity import identity, weights_of
 from scap_hub.run.inputs import example, load_dense, recipe_of
 from scap_hub.run.kept import Kept, bytes_kept
-from scap_hub.run.members import making_order, member_recipes
+from scap_hub.run.members import kept_names, making_order, member_recipes
 from scap_hub.run.parts import put_back
 from scap_hub.run.pruning import prune_loaded
 from scap_hub.run.reachable import check_reachable
@@ -64,9 +65,9 @@ def prune_family(
         targets: What stays of each: ["macs=0.75", "macs=0.5", "macs=0.25"].
         siblings: Smaller models of the zoo to stand beside them, such as ["resnet34"]: trained like the dense model and
             then like the pruned ones, with the dense model as teacher. They are measured, and not saved.
-        teacher: Who teaches each size: "dense", the dense model; "next-larger", the finished size before it, so that
-            only the largest one learns from the dense model.
-        output_dir: Folder with a folder for each size, absent or empty; an interrupted call goes on, as for `prune`.
+        teacher: Who teaches each size: "dense", the dense model, or "next-larger", the finished size before it, if any.
+        output_dir: Folder with a folder for each size, absent or empty; an interrupted call goes on, as for `prune`,
+            also with other targets or another teacher: then what they leave the same is taken up, such as the scores.
         restart: As for `prune`.
         callbacks: As for `prune`.
         checkpoint: As for `prune`.
@@ -78,7 +79,7 @@ def prune_family(
     """
     base = recipe_of(model, dataset, recipe, overrides, checkpoint)
     recipes = member_recipes(base, targets)
-    order = making_order(recipes, teacher)
+    places = kept_names(recipes, making_order(recipes, teacher), teacher)
     check_tracker(base.finetune)
     stages = Stages(base.seed)
     with (
@@ -99,14 +100,14 @@ def prune_family(
 
         def pruned(name: str, taught_by: nn.Module | None) -> Result:
             return prune_loaded(
-                *(loaded, data, recipes[name], before), tuned=tuned, work=folder and folder / name,
+                *(loaded, data, recipes[name], before), tuned=tuned, work=folder and folder / places[name],
                 scores=(folder or Path(scratch)) / "scores", stages=Stages(base.seed), callbacks=callbacks,
                 teacher=taught_by, choices=choices,
             )  # fmt: skip
 
-        members = _members(order, teacher, pruned)
+        members = _members(recipes, places, teacher, pruned)
         measured = trained(smaller, loaded, data, base, tuning, folder)
-        family = _told(_timed(Family({name: members[name] for name in recipes}, measured), smaller, folder))
+        family = _told(_timed(Family(members, measured), smaller, folder, places))
         if work is not None:
             from_main(lambda: _save(family, work))
     if (repo_id := base.publish.repo_id) is not None:
@@ -123,17 +124,24 @@ def _foretell(
     smaller: Mapping[str, LoadedModel],
 ) -> None:
     """Says what cannot be reached, and of a new family what it takes, if that is long."""
-    groups = check_reachable(loaded, list(recipes.values()))
+    reach = check_reachable(loaded, list(recipes.values()), None if work is None else work.folder)
     if work is None or work.fresh:
         with announce("timing a batch"):
-            found = expected_family(loaded, data, recipes, tuning, groups, smaller)
+            found = expected_family(loaded, data, recipes, tuning, reach, smaller)
         say_if_long(found.seconds, found.lines())
 
 
 def _members(
-    order: Sequence[str], teacher: str, pruned: Callable[[str, nn.Module | None], Result]
+    names: Iterable[str], order: Iterable[str], teacher: str, pruned: Callable[[str, nn.Module | None], Result]
 ) -> dict[str, Result]:
-    """Prunes to each size, one taught by the other if so wished, and puts parts back into their wholes."""
+    """Prunes to each size, one taught by the other if so wished, and puts parts back into their wholes.
+
+    Args:
+        names: Of the sizes, in the order in which they are given back.
+        order: The same in which they are made.
+        teacher: As for `prune_family`.
+        pruned: Makes one, taught by a model; by the dense one without.
+    """
     members: dict[str, Result] = {}
     larger: tuple[str, nn.Module] | None = None
     for name in order:
@@ -143,7 +151,7 @@ def _members(
         if teacher == "next-larger":
             larger = name, own.model
         members[name] = put_back(own)
-    return members
+    return {name: members[name] for name in names}
 
 
 def _save(family: Family, work: Unfinished) -> None:
@@ -170,8 +178,9 @@ def _begin(
     siblings = {name: small.module for name, small in smaller.items()}
     kept = [*[loaded.module] * len(about["targets"]), *siblings.values()]
     need = sum(bytes_kept(module, tuning.trains(recipe.finetune)) for module in kept)
-    run = identity(loaded, data, recipe, criterion) | weights_of(siblings)
-    work.begin({**run, **about, "siblings": list(siblings)}, restart, need)
+    # The target of the family's own recipe does not count.
+    run = identity(loaded, data, Recipe.resolve(recipe, target="macs=0.5"), criterion) | weights_of(siblings)
+    work.begin({**run, **about, "siblings": list(siblings)}, restart, need, changeable=about)
 
 
 def _measured(loaded: LoadedModel, data: Data, stages: Stages, work: Path | None) -> Measures:
@@ -181,7 +190,7 @@ def _measured(loaded: LoadedModel, data: Data, stages: Stages, work: Path | None
         return Kept(work).value("dense", Measures, lambda: measure(dense, size, data, loaded.num_classes, dense))
 
 
-def _timed(family: Family, smaller: Mapping[str, LoadedModel], work: Path | None) -> Family:
+def _timed(family: Family, smaller: Mapping[str, LoadedModel], work: Path | None, places: Mapping[str, str]) -> Family:
     """The same with the latency of all models measured in turns, if asked for, so that any two compare."""
     first = next(iter(family.members.values()))
     if not first.recipe.evaluate.latency:
@@ -194,7 +203,8 @@ def _timed(family: Family, smaller: Mapping[str, LoadedModel], work: Path | None
     images = [example(model, first.loaded, first.recipe.evaluate.batch_size) for model in models]
     with Stages(first.recipe.seed)("measure latency"):
         calls = list(zip(models, images, strict=True))
-        times = Kept(work).value("latency", list[float], lambda: milliseconds(calls))
+        own_names = fingerprints.of_tensors([], repr([places[name] for name in family.members]))
+        times = Kept(work).value(f"latency-{own_names[:16]}", list[float], lambda: milliseconds(calls))
     own = dict(zip([*family.members, *smaller], times[1:], strict=True))
     return Family(
         {name: _with_times(member, times[0], own[name]) for name, member in family.members.items()},

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from scap_hub.channels import ChannelGroups
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.recipe import Recipe
 from scap_hub.run.forecast import (
@@ -21,11 +20,11 @@ from scap_hub.run.forecast import (
     Forecast,
     cost_lines,
     expected,
-    with_groups,
+    within,
 )
 from scap_hub.run.inputs import load_dense, recipe_of
 from scap_hub.run.members import making_order, member_recipes
-from scap_hub.run.reachable import groups_of
+from scap_hub.run.reachable import Reach, reach_of
 from scap_hub.run.siblings import load_siblings
 from scap_hub.run.stages import Stages
 from scap_hub.run.tuning import Tuning
@@ -93,9 +92,9 @@ def forecast_family(
     loaded, data, tuning = load_dense(model, dataset, base, stages)
     with stages("load"):
         smaller = load_siblings(siblings, loaded, base, tuning)
-    groups = groups_of(loaded, base, stages)
+    reach = reach_of(loaded, list(recipes.values()), stages)
     with stages("timing a batch"):
-        return expected_family(loaded, data, recipes, tuning, groups, smaller)
+        return expected_family(loaded, data, recipes, tuning, reach, smaller)
 
 
 def expected_family(
@@ -103,15 +102,13 @@ def expected_family(
     data: Data,
     recipes: Mapping[str, Recipe],
     tuning: Tuning,
-    groups: ChannelGroups | None,
+    reach: Reach | None,
     smaller: Mapping[str, LoadedModel],
 ) -> FamilyForecast:
-    """The forecast of a family whose models and data are there; of its groups, where they are known."""
+    """The forecast of a family whose models and data are there; of what can be pruned, where that is known."""
     first = next(iter(recipes.values()))
     dense = expected(loaded, data, first, tuning)  # what is timed depends on no target
-    sizes = {
-        name: dense if groups is None else with_groups(dense, loaded, groups, own) for name, own in recipes.items()
-    }
+    sizes = {name: dense if reach is None else within(dense, loaded, reach, own) for name, own in recipes.items()}
     seconds = dict(dense.seconds)
     for stage in (REPAIR, FINE_TUNING):
         seconds[stage] *= len(sizes)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from scap_hub.channels import ChannelGroups
 from scap_hub.compensation import PASSES
 from scap_hub.compensation.tuning import BATCH
 from scap_hub.criteria.base import criterion as criterion_named
@@ -26,7 +25,7 @@ from scap_hub.progress import announce, tell
 from scap_hub.recipe import Recipe
 from scap_hub.run.details import SHARES
 from scap_hub.run.inputs import load_dense, recipe_of
-from scap_hub.run.reachable import groups_of
+from scap_hub.run.reachable import Reach, reach_of
 from scap_hub.run.repairing import tuning_steps
 from scap_hub.run.selecting import keep_of_equal_scores
 from scap_hub.run.stages import Stages
@@ -66,6 +65,7 @@ class Forecast:
         pinned: How many groups cannot be pruned, by reason.
         macs: Multiply-accumulates of one image before, and about those after.
         params: Parameters before, and about those after.
+        least: Share of the dense model's time that the smallest model takes, as measured for a latency target.
     """
 
     seconds: dict[str, float]
@@ -76,6 +76,7 @@ class Forecast:
     pinned: dict[str, int] = field(default_factory=dict)
     macs: tuple[int, int | None] = (0, None)
     params: tuple[int, int | None] = (0, None)
+    least: float | None = None
 
     def lines(self) -> list[str]:
         """In words."""
@@ -92,7 +93,8 @@ class Forecast:
         """What the target leaves, in words; nothing where it was not looked for."""
         if self.groups is None:
             return []
-        return [f"target {self.target}: {_left('MACs', *self.macs)}, {_left('parameters', *self.params)}"]
+        found = [f"target {self.target}: {_left('MACs', *self.macs)}, {_left('parameters', *self.params)}"]
+        return found if self.least is None else [*found, f"  the smallest model takes {self.least:.3f} of the time"]
 
 
 def cost_lines(seconds: Mapping[str, float], memory: int) -> list[str]:
@@ -137,14 +139,12 @@ def forecast(
         check_free(output_dir)
     stages = Stages(recipe.seed)
     loaded, data, tuning = load_dense(model, dataset, recipe, stages, task)
-    groups = groups_of(loaded, recipe, stages)
+    reach = reach_of(loaded, [recipe], stages)
     with stages("timing a batch"):
-        return expected(loaded, data, recipe, tuning, groups)
+        return expected(loaded, data, recipe, tuning, reach)
 
 
-def expected(
-    loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning, groups: ChannelGroups | None = None
-) -> Forecast:
+def expected(loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning, reach: Reach | None = None) -> Forecast:
     """The forecast of a run whose model and data are there; both stay as they are.
 
     Args:
@@ -152,7 +152,7 @@ def expected(
         data: Its data.
         recipe: All of it.
         tuning: How the dense model will be trained before.
-        groups: Its channel groups, if they are to be told of.
+        reach: What can be pruned, if that is to be told of.
     """
     model, images = loaded.module.to(accelerator().device).eval(), _sample(data)
     trains, tuned = tuning.trains(recipe.finetune), tuning_steps(recipe)
@@ -178,7 +178,7 @@ def expected(
     batch = recipe.data.batch_size if trains else BATCH
     memory = networks * size + saved * batch // len(images) if train else 0
     found = Forecast(seconds, memory, str(recipe.target.target))
-    return found if groups is None else with_groups(found, loaded, groups, recipe)
+    return found if reach is None else within(found, loaded, reach, recipe)
 
 
 def tell_if_long(loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning) -> None:
@@ -195,8 +195,9 @@ def say_if_long(seconds: Mapping[str, float], lines: Iterable[str]) -> None:
             tell(line)
 
 
-def with_groups(found: Forecast, loaded: LoadedModel, groups: ChannelGroups, recipe: Recipe) -> Forecast:
+def within(found: Forecast, loaded: LoadedModel, reach: Reach, recipe: Recipe) -> Forecast:
     """With what is known of the cut: how much of what stays depends on the scores, for which equal ones stand."""
+    groups = reach.groups
     costs = count(loaded.module, loaded.preprocessing.input_size)
     macs: tuple[int, int | None] = (costs["macs"], None)
     params: tuple[int, int | None] = (costs["params"], None)
@@ -218,6 +219,7 @@ def with_groups(found: Forecast, loaded: LoadedModel, groups: ChannelGroups, rec
         pinned=dict(Counter(group.pinned_because for group in groups if group.pinned_because)),
         macs=macs,
         params=params,
+        least=reach.least if recipe.target.target.kind == "latency" else None,
     )
 
 

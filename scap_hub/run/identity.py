@@ -30,14 +30,15 @@ def identity(loaded: LoadedModel, data: Data, recipe: Recipe, criterion: Criteri
     Args:
         loaded: The dense model as it was loaded, before any tuning.
         data: Its data.
-        recipe: All of it counts but what changes no result: `publish`, `deploy`, `finetune.log_with`, and whether to
-            insist on verification.
+        recipe: All of it counts but what changes no result: `publish`, `deploy` (of which int8 counts where latency is
+            measured in a runtime), `finetune.log_with`, and whether to insist on verification.
         criterion: What scores the channels.
     """
     if isinstance(loaded, LoadedPart):
         loaded = loaded.whole  # what reaches the part follows from all of it
+    deploy: Any = True if recipe.target.runtime == "torch" else {"max_loss"}
     document = recipe.model_dump(
-        mode="json", exclude={"publish": True, "deploy": True, "evaluate": {"verify"}, "finetune": {"log_with"}}
+        mode="json", exclude={"publish": True, "deploy": deploy, "evaluate": {"verify"}, "finetune": {"log_with"}}
     )
     found = _flat(document, "recipe key ")
     found |= _flat(asdict(loaded.preprocessing), "preprocessing ")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from scap_hub.errors import RecipeError, TargetError
 from scap_hub.recipe import Recipe
+from scap_hub.run import fingerprints
 
 
 def member_recipes(base: Recipe, targets: Sequence[str]) -> dict[str, Recipe]:
@@ -36,3 +37,18 @@ def making_order(recipes: Mapping[str, Recipe], teacher: str) -> list[str]:
     if len(kinds) > 1 or "threshold" in kinds or any(isinstance(own.value, Mapping) for own in targets.values()):
         raise TargetError("teacher is 'next-larger': give all targets in the same unit, such as macs=0.5, macs=0.25")
     return sorted(targets, key=lambda name: -targets[name].number)
+
+
+def kept_names(recipes: Mapping[str, Recipe], order: Sequence[str], teacher: str) -> dict[str, str]:
+    """Names under which a run keeps what it found for each member, by the member's, in the order given.
+
+    They follow from all that sets two members of the same model, data and recipe apart: the target, and the targets of
+    those that taught it. So a call with other targets finds what is the same, and nothing else.
+    """
+    names: dict[str, str] = {}
+    larger: list[object] = []
+    for name in order:
+        line = [*larger, recipes[name].target.model_dump(mode="json")]
+        names[name] = f"size-{fingerprints.of_tensors([], repr(line))[:16]}"
+        larger = line if teacher == "next-larger" else []
+    return names

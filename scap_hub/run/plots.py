@@ -78,12 +78,12 @@ def _classes(report: Any, axes: Axes) -> None:
     before, after = report.before.by_class, report.after.by_class
     if not before or not after:
         raise ScapHubError("nothing was measured by class in this run")
-    shares = [[100 * right / images if images else 0 for right, images in counts] for counts in (before, after)]
+    shares = [[100 * right / images if images else 0 for right, images in own.values()] for own in (before, after)]
     places = range(len(before))
     axes.bar([place - 0.2 for place in places], shares[0], 0.4, color=_GOES, label="dense")
     axes.bar([place + 0.2 for place in places], shares[1], 0.4, color=_STAYS, label="pruned")
-    names = report.details.classes if report.details else None
+    names = (report.details.classes if report.details else None) or {}
     if len(before) <= 40:
-        axes.set_xticks(places, names or [str(place) for place in places], rotation=90, fontsize=7)
+        axes.set_xticks(places, [names.get(number, str(number)) for number in before], rotation=90, fontsize=7)
     axes.set_ylabel(f"{report.metric.name}, %")
     axes.legend(frameon=False)

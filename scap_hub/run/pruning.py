@@ -28,7 +28,7 @@ from scap_hub.run.kept import Kept, bytes_kept
 from scap_hub.run.parts import LoadedPart, put_back, verified_within
 from scap_hub.run.reachable import check_reachable
 from scap_hub.run.repairing import repaired
-from scap_hub.run.report import Measures, Selection, Tuned, measure
+from scap_hub.run.report import Measures, Report, Selection, Tuned, measure
 from scap_hub.run.result import Result
 from scap_hub.run.score_cache import kept_scores
 from scap_hub.run.selecting import keep_of_equal_scores, select_step
@@ -96,11 +96,12 @@ def prune(
                 restart,
                 bytes_kept(loaded.module, tuning.trains(recipe.finetune)),
             )
-        if work is None or work.fresh:
-            if tuning.epochs:
-                check_reachable(loaded, [recipe])
-            tell_if_long(loaded, data, recipe, tuning)
         folder = None if work is None else work.folder
+        if work is None or work.fresh:
+            # Each step tells before it scores what cannot be reached, but for what has to be measured.
+            if tuning.epochs or recipe.target.target.kind == "latency":
+                check_reachable(loaded, [recipe], folder)
+            tell_if_long(loaded, data, recipe, tuning)
         tuned = tune_dense(loaded, data, recipe, tuning, stages, folder)
         result = deployed(data, stages, put_back(prune_loaded(
             *(loaded, data, recipe), tuned=tuned, work=folder, scores=folder and folder / "scores", stages=stages,
@@ -181,7 +182,7 @@ def prune_loaded(
     plan = joined(steps[0].groups, [step.plan for step in steps])
     report = report_of(before, after, plan, steps, stages, data)
     report.tuned, report.about = tuned, about_run(loaded, data, recipe)
-    report.details = pipeline.details(small, steps[0], plan, choices or Choices()) if detailed else None
+    report.details = pipeline.details(small, steps[0], plan, choices or Choices(), report) if detailed else None
     if not isinstance(loaded, LoadedPart):
         # So that another round can follow on this one.
         remember(replace(loaded, module=small, earlier=loaded.earlier.then(plan) if loaded.earlier else plan))
@@ -270,12 +271,15 @@ class _Pipeline:
                 )
         return small, Step(groups, scores, diagnoses, plan, chosen.selection, chosen.verdicts, history)
 
-    def details(self, small: nn.Module, first: Step, plan: PruningPlan, choices: Choices) -> Details | None:
+    def details(
+        self, small: nn.Module, first: Step, plan: PruningPlan, choices: Choices, report: Report
+    ) -> Details | None:
         """What the page shows beside the measurements of the finished model."""
+        classes = report.named_classes()
         made_from = (self.loaded, small, first.groups, first.scores, plan, self.calibration, self.recipe, self.data)
         with self.stages("report"):
             return self.kept.value(
-                "details", Details | None, lambda: from_main(lambda: details_of(*made_from, choices))
+                "details", Details | None, lambda: from_main(lambda: details_of(*made_from, choices, classes))
             )
 
     def _chosen(self, model: nn.Module, groups: ChannelGroups, scores: Scores, earlier: Sequence[Step]) -> _Chosen:

@@ -10,7 +10,7 @@ from torch import nn
 
 from scap_hub.criteria.diagnostics import Diagnosis
 from scap_hub.deploy.deployment import Deployment
-from scap_hub.run.by_class import ByClass, Counts, Mistakes
+from scap_hub.run.by_class import ByClass, Changed, Counts, Mistakes
 from scap_hub.run.details import Details
 from scap_hub.tables import html_table, in_lines, text_table
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Metric
@@ -21,6 +21,10 @@ from scap_hub.training.evaluate import count, evaluate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+HEAD = ("", "dense", "pruned", "change")
+"""Names of the columns of `Report.rows`."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,9 @@ class Measures:
             without labels.
         latency_ms: Median milliseconds of one forward pass at `evaluate.batch_size`; None if not asked for.
         others: What else the task measures (0 to 1), by its name in a table.
-        by_class: Right answers and images of each class, on the images of `top1`; None where there are no classes.
+        images: On how many images `top1` was measured; None where there are no classes.
+        by_class: On these, right answers and images by class; in a report of at most 1000 classes, the same ones of
+            both models: of more, those whose accuracy changed most.
         mistakes: On the same images, how many of a class got another one for an answer, by class and answer; in a
             report for at most 500 pairs, the same of both models: those whose number changed most.
     """
@@ -46,6 +52,7 @@ class Measures:
     top1: float | None
     latency_ms: float | None = None
     others: dict[str, float] = field(default_factory=dict)
+    images: int | None = None
     by_class: Counts | None = None
     mistakes: Mistakes | None = None
 
@@ -151,6 +158,7 @@ class Report:
         about: Of the run: model, library, data, target, criterion, and the versions of what it ran with.
         details: What the page shows beside; None where it was not asked for.
         whole: The model that the run pruned a part of; None where it pruned all of one.
+        classes: What became of all classes; None where there are none.
     """
 
     before: Measures
@@ -170,13 +178,19 @@ class Report:
     about: dict[str, Any] = field(default_factory=dict)
     details: Details | None = None
     whole: Whole | None = None
+    classes: Changed | None = None
 
     def __repr__(self) -> str:
-        return "\n".join([text_table([("", "dense", "pruned", "change"), *self.rows()]), *in_lines(self.notes())])
+        lines = [text_table([HEAD, *self.rows()])]
+        if self.deploy is not None:
+            lines += [f"{self.deploy.title}:", text_table([self.deploy.head, *self.deploy.rows()])]
+        return "\n".join([*lines, *in_lines(self.notes())])
 
     def _repr_html_(self) -> str:
-        name = str(self.about.get("model", "report"))
-        return html_table(name, ("", "dense", "pruned", "change"), self.rows(), self.notes())
+        table = html_table(str(self.about.get("model", "report")), HEAD, self.rows(), self.notes())
+        if self.deploy is None:
+            return table
+        return table + html_table(self.deploy.title, self.deploy.head, self.deploy.rows(), self.deploy.notes())
 
     def plot(self, kind: str = "channels") -> Figure:
         """A picture with matplotlib (extra `plot`), which notebooks show.
@@ -195,6 +209,14 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON-able values."""
         return asdict(self)
+
+    def named_classes(self) -> set[int]:
+        """Numbers of the classes that something is told of."""
+        found: set[int] = set()
+        for measures in (self.before, self.after):
+            mistakes = measures.mistakes or {}
+            found |= {*(measures.by_class or {}), *mistakes, *(answer for own in mistakes.values() for answer in own)}
+        return found
 
     @property
     def missed(self) -> str | None:
@@ -226,9 +248,6 @@ class Report:
             rows.append(("latency", f"{before.latency_ms:.2f} ms", f"{after.latency_ms:.2f} ms", faster))
         if self.whole is not None:
             rows += self.whole.rows()
-        if self.deploy is not None:
-            for name, size, quality, _, latency, faster in self.deploy.rows():
-                rows.append((name, self.deploy.runtime, ", ".join(filter(None, (size, quality, latency))), faster))
         return rows
 
     def notes(self) -> list[str]:
@@ -269,8 +288,8 @@ def legend(measures: Measures, metric: Metric, about: Mapping[str, Any]) -> str:
         about: As `Report.about`.
     """
     words = ["MACs are multiply-accumulate operations for one image."]
-    if measures.by_class:
-        images = counted(sum(images for _, images in measures.by_class), "image")
+    if measures.images:
+        images = counted(measures.images, "image")
         title = "" if metric.title == metric.name else f" ({metric.title})"
         words.append(f"{metric.name}{title} is measured on {images} that the run did not train on.")
     if measures.latency_ms is not None:
@@ -300,7 +319,10 @@ def measure(
     found = evaluate(model, loader, task=task, teacher=teacher, meter=meter)
     others = {metric.name: found[metric.key] for metric in task.others if metric.key in found}
     by_class, mistakes = meter.counted()
-    return Measures(**costs, top1=found[task.metric.key], others=others, by_class=by_class, mistakes=mistakes)
+    images = sum(images for _, images in by_class.values()) if by_class else None
+    return Measures(
+        **costs, top1=found[task.metric.key], others=others, images=images, by_class=by_class, mistakes=mistakes
+    )
 
 
 def _figure(name: str, before: float, after: float) -> tuple[str, str, str, str]:

@@ -157,5 +157,6 @@ def _on_hub(dataset: str | None) -> bool:
 def _figures(measures: Measures) -> dict[str, float | None]:
     """What stands on the card; classes do not."""
     values = asdict(measures)
-    del values["by_class"], values["mistakes"]
+    for name in ("images", "by_class", "mistakes"):
+        del values[name]
     return values | values.pop("others")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +16,9 @@ from scap_hub.recipe import Recipe
 from scap_hub.recipe.settings import TargetSettings
 from scap_hub.run.report import Selection
 from scap_hub.scores import Scores
-from scap_hub.selection.latency import select_latency
+from scap_hub.selection.latency import least_share, select_latency
 from scap_hub.selection.select import chosen, kept_importance, select
+from scap_hub.selection.target import Target
 from scap_hub.training.distributed import accelerator, from_main
 
 
@@ -43,8 +46,32 @@ def keep_of_equal_scores(groups: ChannelGroups, settings: TargetSettings) -> dic
     """
     if settings.target.kind not in ("macs", "params", "ratio"):
         return None
-    scores = {group.name: torch.ones(group.size) for group in groups.prunable}
-    return chosen(groups, scores, settings.target, settings.multiple, settings.floor, "uniform")
+    return chosen(groups, _equal(groups), settings.target, settings.multiple, settings.floor, "uniform")
+
+
+def least_latency(dense: nn.Module, groups: ChannelGroups, recipe: Recipe, images: Tensor) -> float:
+    """The share of the dense model's time that the smallest model takes, measured on the main process.
+
+    Args:
+        dense: The dense model.
+        groups: Its channel groups.
+        recipe: Its blocks `target` and `deploy`.
+        images: As many as will be run at once, where the model is.
+
+    Raises:
+        TargetError: Nothing can be pruned.
+    """
+    settings = recipe.target
+    return from_main(
+        lambda: least_share(
+            dense, groups, _equal(groups), images, settings.multiple, floor=settings.floor,
+            built=lambda model: opened(model, images, settings.runtime, recipe.deploy.int8),
+        )
+    )  # fmt: skip
+
+
+def _equal(groups: ChannelGroups) -> dict[str, Tensor]:
+    return {group.name: torch.ones(group.size) for group in groups.prunable}
 
 
 def select_step(
@@ -84,6 +111,20 @@ def select_step(
     else:
         target = settings.target.share(1 / steps)
         plan = select(groups, scores, target, settings.multiple, floor=settings.floor, scope=scope)
+    if target.kind == "threshold":
+        _warn_of_one_side(target, groups, scores)
     importance = kept_importance(plan, scores)
     free = select(groups, scores, target, 1, floor=settings.floor, scope=scope, latency=table)
     return plan, Selection(importance, max(0.0, kept_importance(free, scores) - importance), share, met, budget)
+
+
+def _warn_of_one_side(threshold: Target, groups: ChannelGroups, scores: Scores) -> None:
+    """Warns of a threshold with all channels on one side of it: somebody else's scale, or a slip."""
+    found = torch.cat([scores[group.name].flatten().double() for group in groups.prunable if group.name in scores])
+    least, most = float(found.min()), float(found.max())
+    if least < threshold.number <= most:
+        return
+    what = "every channel reaches it, so none goes" if least >= threshold.number else (
+        "no channel reaches it, so every group is cut to its floor"
+    )  # fmt: skip
+    warnings.warn(f"{threshold}: {what}; importances lie between {least:.3g} and {most:.3g}", stacklevel=2)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from scap_hub.channels.groups import ChannelGroups
 from scap_hub.criteria.diagnostics import Diagnosis
 from scap_hub.plan import PruningPlan
-from scap_hub.run.by_class import foremost
+from scap_hub.run.by_class import changed, foremost, most_changed
 from scap_hub.run.report import GroupReport, Measures, Report, Selection
 from scap_hub.run.stages import Stages
 from scap_hub.run.verification import Verified
@@ -58,9 +58,8 @@ def report_of(
     first = steps[0]
     verdicts = [verdict for step in steps for verdict in step.verdicts]
     unverified = next((verdict.unverified for verdict in verdicts if verdict.unverified), None)
-    if before.mistakes is not None and after.mistakes is not None:
-        old, new = foremost(before.mistakes, after.mistakes)
-        before, after = replace(before, mistakes=old), replace(after, mistakes=new)
+    classes = changed(before.by_class, after.by_class) if before.by_class and after.by_class else None
+    before, after = _bounded(before, after)
     return Report(
         before,
         after,
@@ -83,4 +82,16 @@ def report_of(
         selections=[step.selection for step in steps],
         metric=data.task.metric,
         skipped=data.skipped(),
+        classes=classes,
     )
+
+
+def _bounded(before: Measures, after: Measures) -> tuple[Measures, Measures]:
+    """The same without most of what is told of single classes, where there are thousands."""
+    if before.mistakes is not None and after.mistakes is not None:
+        old, new = foremost(before.mistakes, after.mistakes)
+        before, after = replace(before, mistakes=old), replace(after, mistakes=new)
+    if before.by_class is not None and after.by_class is not None:
+        counts, others = most_changed(before.by_class, after.by_class)
+        before, after = replace(before, by_class=counts), replace(after, by_class=others)
+    return before, after

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,26 +41,29 @@ class Unfinished:
         self.folder = output.with_name(f".{output.name}.unfinished")
         self.fresh = True
 
-    def begin(self, identity: Mapping[str, Any], restart: bool, need: int) -> None:
+    def begin(self, identity: Mapping[str, Any], restart: bool, need: int, changeable: Collection[str] = ()) -> None:
         """Takes up what the same run has kept, or begins; call it before any work, on all processes.
 
         Args:
             identity: What the run is.
             restart: Whether to throw away what is kept.
             need: Bytes that the run will keep at most.
+            changeable: Names in the identity that may have other values, as what follows from them is kept under names
+                of its own; not once the result is saved.
 
         Raises:
             CheckpointError: What is kept is of another run, or the disk is too full.
         """
-        self.fresh = from_main(lambda: self._begin(identity, restart, need))
+        self.fresh = from_main(lambda: self._begin(identity, restart, need, changeable))
 
-    def _begin(self, identity: Mapping[str, Any], restart: bool, need: int) -> bool:
+    def _begin(self, identity: Mapping[str, Any], restart: bool, need: int, changeable: Collection[str]) -> bool:
         if restart:
             _clear(self.folder)
         path = self.folder / _RUN
         if path.is_file():
-            self._check(path, identity)
+            self._check(path, identity, () if self.saved else changeable)
             _clear(self.folder, leftovers=True)
+            self._note(path, identity)
             return False
         if any(file.name not in (_LOCK, _HOLDER) for file in self.folder.iterdir()):
             raise CheckpointError(f"{str(self.folder)!r} was left by another version of scap_hub; {ADVICE}")
@@ -70,16 +73,19 @@ class Unfinished:
                 f"the run needs up to {need / 1e6:,.0f} MB beside {str(self.output)!r}, and {free / 1e6:,.0f} MB are "
                 "free; make room, or choose another output folder"
             )
-        with replacing(path) as unfinished:
-            unfinished.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+        self._note(path, identity)
         return True
 
-    def _check(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def _note(self, path: Path, identity: Mapping[str, Any]) -> None:
+        with replacing(path) as unfinished:
+            unfinished.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+
+    def _check(self, path: Path, identity: Mapping[str, Any], changeable: Collection[str]) -> None:
         try:
             theirs = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise damaged(path, error) from error
-        if found := differences(theirs, identity):
+        if found := differences(*({k: own[k] for k in own if k not in changeable} for own in (theirs, identity))):
             more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
             raise CheckpointError(
                 f"an unfinished run with the same output differs: {'; '.join(found[:5])}{more}; repeat its command to "

@@ -40,7 +40,7 @@ class Quantizer(ABC):
 
     Attributes:
         schemes: Those that it knows, in the order in which they are tried.
-        layers: Names of what it can leave in float32, in the order in which they run; empty if it cannot.
+        layers: Names of what it can leave in float32, in the order in which they run.
     """
 
     schemes: Sequence[Scheme] = SCHEMES
