@@ -28,8 +28,9 @@ class Variant:
         bytes: Its size.
         top1: The task's metric, 0 to 1, on the images that models are measured on; None without labels.
         agreement: Share of the images to which it gives the answer of the pruned model in float32; None for the dense
-            one.
+            one, and for models that do not answer by logits alone.
         latency_ms: Milliseconds of one forward pass, measured in turns with the others.
+        output_error: Of these other models, the relative output error to the pruned model in float32.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Variant:
     top1: float | None
     agreement: float | None
     latency_ms: float
+    output_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,13 @@ class Deployment:
         return json.dumps(self.to_dict(), indent=1) + "\n"
 
     @property
+    def _by_answers(self) -> bool:
+        return any(variant.agreement is not None for variant in self.variants)
+
+    @property
     def head(self) -> list[str]:
         """Names of the columns of `rows`."""
-        return ["", "size", self.metric, "same answers", "latency", "faster"]
+        return ["", "size", self.metric, "same answers" if self._by_answers else "output error", "latency", "faster"]
 
     def rows(self) -> list[list[str]]:
         """The table a person reads."""
@@ -120,8 +126,8 @@ class Deployment:
             [
                 variant.name,
                 f"{variant.bytes / 1e6:,.2f} MB",
-                "" if variant.top1 is None else f"{100 * variant.top1:.2f} %",
-                "" if variant.agreement is None else f"{100 * variant.agreement:.2f} %",
+                _percent(variant.top1),
+                _percent(variant.output_error if variant.agreement is None else variant.agreement),
                 f"{variant.latency_ms:.2f} ms",
                 f"{slowest / variant.latency_ms:.2f}x",
             ]
@@ -161,13 +167,14 @@ class Deployment:
     def _snippet(self) -> str:
         """Code that runs the last file without scap_hub: with ONNX Runtime alone, or as transformers opens it."""
         file = next(variant.file for variant in reversed(self.variants) if variant.file)
+        left = f"({OUTPUT},)" if self._by_answers else "outputs"
         if file.endswith(".onnx"):
             lines = [
                 "import onnxruntime",
                 "from huggingface_hub import hf_hub_download",
                 "",
                 f'session = onnxruntime.InferenceSession(hf_hub_download("{HERE}", "{file}"))',
-                f'({OUTPUT},) = session.run(None, {{"{INPUT}": images}})  # {_FED}',
+                f'{left} = session.run(None, {{"{INPUT}": images}})  # {_FED}',
             ]
         else:
             folder = file.partition("/")[0]
@@ -179,6 +186,10 @@ class Deployment:
                 f"output = model({INPUT}=images)  # a tensor, {_FED}",
             ]
         return fenced("\n".join(lines), "python")
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f} %"
 
 
 def with_deployment(card: str, deployment: Deployment) -> str:
