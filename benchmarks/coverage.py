@@ -34,8 +34,9 @@ LIBRARIES = {
     "segmentation_models_pytorch": "segmentation_models_pytorch",
     "monai": "monai.networks.nets",
     "detectors": "detectors",
+    "prompted": "prompted",
 }
-"""The module that calls of each further library are looked up in; the last one stands beside this file."""
+"""The module that calls of each further library are looked up in; the last two stand beside this file."""
 QUICK = ("resnet18", "mobilenetv2_100", "convnext_atto", "regnety_002")
 
 

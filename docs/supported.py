@@ -56,11 +56,13 @@ Above, {main_wide} of {main} have 0.95 or more in the same sense.
 TASKS = """
 ## By task
 
-Models that are no classifiers, each as small as its library builds it. {count} were
-measured so far, of the {listed} that `benchmarks/models-tasks.txt` lists. {proven} are proven, and {wrong} gave a wrong
-result. **conv** and **linear** leave out the channels that a model returns; a
-backbone returns its stages, a detector also what its encoder has computed. What else stays whole is mostly the stream
-of a transformer to which positions are added that `forward` computes.{trained}
+Models that are no classifiers, each as small as its library builds it: {count} of the {listed} that
+`benchmarks/models-tasks.txt` lists. {proven} are proven, and {wrong} gave a wrong result. Refused are ZoeDepth with
+several heads, which chooses one of them by what it sees, and OneFormer, whose decoder looks up which masks are empty:
+of these a [part](tasks.md#a-part-of-a-model-whole-detectors) can be pruned, such as the backbone. **conv** and
+**linear** leave out the channels that a model returns; a backbone returns its stages, a detector also what its encoder
+has computed. What else stays whole is mostly the stream of a transformer to which positions are added that `forward`
+computes.{trained}
 
 | model | task | status | conv | linear | MACs | random | error | groups | seconds |
 |---|---|---|---|---|---|---|---|---|---|

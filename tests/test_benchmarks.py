@@ -204,3 +204,14 @@ def test_the_benchmark_by_task_runs(task, tmp_path):
     assert dense["target"] == "dense" and 0 < cut["macs"] <= 0.5 and len(cut["latency_ms"]) == 2
     assert all(0 <= cut[name] <= 1 for name in ("repaired", "tuned", "fine-tuned"))
     assert json.loads(path.read_text()) == [dense, cut]
+
+
+@needs_images
+@pytest.mark.slow
+def test_the_benchmark_of_features_runs_and_leaves_other_tasks_alone(tmp_path):
+    path, other = tmp_path / "out.json", {"task": "detection", "target": "dense", "metric": "mAP", "dense": 0.5}
+    path.write_text(json.dumps([other]))
+    rows = by_task.main(["--quick", "--tasks", "features", "--targets", "macs=0.5", "--json", str(path)])
+    assert [row["metric"] for row in rows] == 2 * ["feature cosine", "kNN top-1"]
+    assert rows[0]["dense"] == pytest.approx(1) and all(0 <= row["tuned"] <= 1 for row in rows[2:])
+    assert json.loads(path.read_text()) == [other, *rows]

@@ -137,16 +137,6 @@ def test_a_wrong_second_output_is_seen(tower, monkeypatch):
     assert not list(tower.glob("onnx/*"))
 
 
-def test_what_has_no_logits_is_not_quantised_blindly(tower):
-    with pytest.raises(
-        ModelError, match="judged by logits alone, and CLIPVisionModel returns last_hidden_state, pooler"
-    ):
-        export(tower, "onnx", int8=True, dataset="digits")
-    assert not list(tower.glob("onnx/*"))
-    with pytest.raises(ModelError, match="judged by logits alone"):  # before any work
-        scap_hub.forecast(tower, "digits", deploy_int8=True)
-
-
 def test_other_exporters_are_not_asked_for_several_outputs(tower):
     pytest.importorskip("openvino")
     with pytest.raises(ModelError, match="for models with one output, this one has last_hidden_state, pooler_out"):

@@ -75,7 +75,11 @@ def export(
         made = scap_hub.export(folder, to, out, int8=int8, dataset=data, max_loss=max_loss)
     if as_json:
         measured = {"deploy": made.deployment.to_dict()} if made.deployment else {}
-        print(json.dumps({"file": str(made.file), **measured}))
+        print(json.dumps({"file": str(made.file), "size_multiple": made.size_multiple, **measured}))
     elif made.deployment and not quiet:
         show_deployment(made.deployment)
+    if made.size_multiple:
+        any_size = made.size_multiple == 1
+        which = "of any height and width" if any_size else f"whose sides are multiples of {made.size_multiple}"
+        say(f"for images {which}", quiet or as_json)
     say(str(made.file), quiet or as_json)

@@ -1,4 +1,4 @@
-"""A model as exporters want it: images in, named tensors out, recorded for any batch size."""
+"""A model as exporters want it: images in, named tensors out, recorded for any batch size, and any height and width."""
 
 from __future__ import annotations
 
@@ -94,31 +94,21 @@ def _counts(value: Any, images: int) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0 and len(value) == images
 
 
-def check_judged(net: Named) -> None:
-    """Makes sure that int8 of a model can be judged, which is done by its logits.
-
-    Raises:
-        ModelError: It has other outputs.
-    """
-    if net.names != (OUTPUT,):
-        raise ModelError(
-            f"int8 is judged by logits alone, and {type(net.model).__name__} returns {', '.join(net.names)}: export it "
-            "in float32, and quantise that file with onnxruntime.quantization and a measure of your own"
-        )
-
-
-def captured(net: Named, images: Tensor) -> torch.export.ExportedProgram:
+def captured(net: Named, images: Tensor, resizable: bool = False) -> torch.export.ExportedProgram:
     """Records a model for any batch size.
 
     Args:
         net: In eval mode, in float32, on the CPU.
         images: Two or more of them, (N, C, H, W): a batch of one would be written into the program.
+        resizable: Whether for any height and width as well.
 
     Raises:
         ModelError: torch.export cannot record it.
     """
-    batch: dict[str, Any] = {INPUT: {0: torch.export.Dim("batch")}}
+    dims: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if resizable:
+        dims = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     try:
-        return torch.export.export(net, (images,), dynamic_shapes=batch, strict=False)
+        return torch.export.export(net, (images,), dynamic_shapes={INPUT: dims}, strict=False)
     except Exception as error:
         raise ModelError(f"torch.export cannot capture {type(net.model).__name__}: {one_line(error)}") from error

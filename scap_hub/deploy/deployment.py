@@ -29,8 +29,9 @@ class Variant:
         bytes: Its size.
         top1: The task's metric, 0 to 1, on the images that models are measured on; None without labels.
         agreement: Share of the images to which it gives the answer of the pruned model in float32; None for the dense
-            one.
+            one, and for models that do not answer by logits alone.
         latency_ms: Milliseconds of one forward pass, measured in turns with the others.
+        output_error: Of these other models, the relative output error to the pruned model in float32.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Variant:
     top1: float | None
     agreement: float | None
     latency_ms: float
+    output_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,10 @@ class Deployment:
         return device.title(self.to_dict())
 
     @property
+    def _by_answers(self) -> bool:
+        return device.by_answers(self.to_dict())
+
+    @property
     def head(self) -> list[str]:
         """Names of the columns of `rows`."""
         return device.head(self.to_dict())
@@ -142,13 +148,14 @@ class Deployment:
     def _snippet(self) -> str:
         """Code that runs the last file without scap_hub: with ONNX Runtime alone, or as transformers opens it."""
         file = next(variant.file for variant in reversed(self.variants) if variant.file)
+        left = f"({OUTPUT},)" if self._by_answers else "outputs"
         if file.endswith(".onnx"):
             lines = [
                 "import onnxruntime",
                 "from huggingface_hub import hf_hub_download",
                 "",
                 f'session = onnxruntime.InferenceSession(hf_hub_download("{HERE}", "{file}"))',
-                f'({OUTPUT},) = session.run(None, {{"{INPUT}": images}})  # {_FED}',
+                f'{left} = session.run(None, {{"{INPUT}": images}})  # {_FED}',
             ]
         else:
             folder = file.partition("/")[0]

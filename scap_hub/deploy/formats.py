@@ -19,6 +19,7 @@ from scap_hub.deploy.quantizers.executorch import XnnpackQuantizer
 from scap_hub.deploy.quantizers.onnx import OnnxQuantizer
 from scap_hub.deploy.quantizers.openvino import NncfQuantizer
 from scap_hub.deploy.runtimes import ExecuTorch, OnnxRuntime, OpenVino, Runtime, TorchExport, save_program
+from scap_hub.deploy.sizes import write_resizable
 from scap_hub.deploy.source import Source
 from scap_hub.errors import ModelError, ScapHubError
 from scap_hub.text import did_you_mean
@@ -61,8 +62,10 @@ class Format:
 
 
 def _write_onnx(source: Source, path: Path) -> None:
-    write_onnx(source.net, source.images, path)
-    describe(path, source.net.model)
+    multiple = write_resizable(source, path) if source.resizable else None
+    if multiple is None:
+        write_onnx(source.net, source.images, path)
+    describe(path, source.net.model, multiple)
 
 
 def _write_torch_export(source: Source, path: Path) -> None:

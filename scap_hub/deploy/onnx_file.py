@@ -18,13 +18,19 @@ from scap_hub.errors import ModelError
 from scap_hub.text import one_line
 
 
-def write_onnx(net: Named, images: Tensor, path: Path) -> None:
+def write_onnx(net: Named, images: Tensor, path: Path, resizable: bool = False) -> None:
     """Writes a model in float32; the exporter folds batch norm into the convolutions before it.
+
+    Args:
+        net: The model.
+        images: As for `captured`.
+        path: The file.
+        resizable: Whether for any height and width, too; what of it holds is for the caller to find out.
 
     Raises:
         ModelError: ONNX has no such operator, which is named with its module, or the exporter fails otherwise.
     """
-    program = captured(net, images)
+    program = captured(net, images, resizable)
     try:
         # torch 2.9 prints what it optimises, whatever it is asked: between the lines of a --json, too.
         with contextlib.redirect_stdout(io.StringIO()):

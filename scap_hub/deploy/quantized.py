@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import tempfile
 import warnings
@@ -13,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from scap_hub.deploy.capture import OUTPUT
 from scap_hub.deploy.deployment import Deployment, Int8, Variant
 from scap_hub.deploy.formats import FORMATS, Format, format_named, write_checked
-from scap_hub.deploy.measures import agreement, measured
+from scap_hub.deploy.measures import Judge
 from scap_hub.deploy.quantizers.base import Scheme
 from scap_hub.deploy.runtimes import OnnxRuntime, OpenVino, Runtime, parts
 from scap_hub.deploy.search import search
@@ -53,17 +55,22 @@ class Subject:
     folder: str | Path = ""
     zoo: str = ""
 
-    @property
+    @functools.cached_property
     def source(self) -> Source:
-        """The pruned model, ready to be exported."""
+        """The pruned model, ready to be exported, for images of its own size: only for these int8 finds its ranges."""
         return Source.of(self.model, self.input_size, self.folder, self.zoo)
+
+    @property
+    def by_answers(self) -> bool:
+        """Whether it answers by logits alone."""
+        return self.source.net.names == (OUTPUT,)
 
 
 def deploy_int8(subject: Subject, folder: Path, max_loss: float, batch_size: int = 1, to: str = "onnx") -> Deployment:
     """Writes a format's files in float32 and int8 into a folder of each process, and measures both beside dense.
 
-    What decides which int8 is kept is the metric on the validation images, or, without labels, how often int8 gives
-    float32's answer on the calibration images. What is reported is measured on the test images, if there are any.
+    What decides which int8 is kept is the metric on the validation images, or, without labels, how far int8 is from
+    float32 on the calibration images (see `Judge`). What is reported is measured on the test images, if there are any.
 
     Args:
         subject: What becomes files.
@@ -121,40 +128,43 @@ class _Trial:
     ) -> None:
         data = subject.data
         assert form.int8 is not None
-        self.form, self.task, self.scratch = form, data.task, scratch
+        self.form, self.scratch = form, scratch
         self.suffix = float_file.file.suffix
         self.quantizer = form.int8.quantizer(subject.source, float_file.file, images, scratch)
         self.probed = torch.cat(list(images))[:_PROBED]
-        self.logits = float_file(self.probed)
+        self.outputs = _listed(float_file.run(self.probed))
         self.labelled = data.validation is not None
-        self.loader = data.calibration if data.validation is None else data.validation
-        self.top1, self.answers = measured(float_file, self.loader, self.task, self.labelled)
+        loader = data.calibration if data.validation is None else data.validation
+        self.judge = Judge(float_file, subject.by_answers, loader, data.task, self.labelled)
 
     @property
     def decided_on(self) -> str:
         """Which images decide, and what of them."""
-        if self.labelled:
-            return f"the validation images ({self.task.metric.name})"
-        return "the calibration images (same answers)"
+        images = "validation" if self.labelled else "calibration"
+        return f"the {images} images ({self.judge.decides})"
 
     def loss(self, scheme: Scheme, kept: Sequence[str]) -> float:
         """What is lost where all layers but some are in int8, as a fraction."""
         place = self.scratch / f"tried{self.suffix}"
         tried = _written(self.form, place, lambda path: self.quantizer.write(path, scheme, kept=kept))
-        top1, answers = measured(tried, self.loader, self.task, self.labelled)
-        if self.top1 is None or top1 is None:
-            return 1 - agreement(answers, self.answers)
-        return self.top1 - top1
+        return self.judge.loss(tried)
 
     def harm(self, scheme: Scheme, only: Sequence[str]) -> float:
-        """Mean squared change of the logits of a few calibration images where some layers alone are in int8."""
+        """Relative squared change of the outputs of a few calibration images where some layers alone are in int8."""
 
         def changed() -> float:
             path = self.scratch / f"probe{self.suffix}"
             self.quantizer.write(path, scheme, only=only)
-            return (self.form.open(path)(self.probed) - self.logits).square().mean().item()
+            pairs = zip(_listed(self.form.open(path).run(self.probed)), self.outputs, strict=True)
+            return sum(
+                float((own - other).square().sum() / other.square().sum().clamp(min=1e-12)) for own, other in pairs
+            )
 
         return from_main(changed)
+
+
+def _listed(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
 def _measured(subject: Subject, form: Format, files: dict[str, Runtime], int8: Int8, batch_size: int) -> Deployment:
@@ -162,14 +172,23 @@ def _measured(subject: Subject, form: Format, files: dict[str, Runtime], int8: I
     data = subject.data
     labelled = data.measured_on is not None
     loader = data.calibration if data.measured_on is None else data.measured_on
-    results = [measured(runtime, loader, data.task, labelled) for runtime in files.values()]
-    same = [agreement(answers, results[0][1]) for _, answers in results]
+    judge = Judge(files[form.file], subject.by_answers, loader, data.task, labelled)
+    results = [judge.own, judge(list(files.values())[-1])]
+    top1 = None if judge.own.metric is None else subject.dense_top1
     dense, times = from_main(lambda: _latency(subject, form, list(files.values()), batch_size))
-    variants = [] if dense is None else [Variant("dense fp32", None, dense, subject.dense_top1, None, times[0])]
+    variants = [] if dense is None else [Variant("dense fp32", None, dense, top1, None, times[0])]
     variants += [
-        Variant(name, place, sum(part.stat().st_size for part in parts(runtime.file)), top1, agreed, ms)
-        for name, (place, runtime), (top1, _), agreed, ms in zip(
-            ("pruned fp32", "pruned int8"), files.items(), results, same, times[-2:], strict=True
+        Variant(
+            name,
+            place,
+            sum(part.stat().st_size for part in parts(runtime.file)),
+            judged.metric,
+            1 - judged.difference if subject.by_answers else None,
+            ms,
+            None if subject.by_answers else judged.difference,
+        )
+        for name, (place, runtime), judged, ms in zip(
+            ("pruned fp32", "pruned int8"), files.items(), results, times[-2:], strict=True
         )
     ]
     name = next(iter(files.values())).name

@@ -72,7 +72,7 @@ class OnnxRuntime(Runtime):
         super().__init__(file)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised
         try:
             self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:

@@ -12,9 +12,15 @@ def title(deploy: Mapping[str, Any]) -> str:
     return f"{deploy['runtime']}, {deploy['device']}, batch {deploy['batch_size']}{on}"
 
 
+def by_answers(deploy: Mapping[str, Any]) -> bool:
+    """Whether files are compared by their answers; models that do not answer by logits alone are by their outputs."""
+    return any(own["agreement"] is not None for own in deploy["variants"])
+
+
 def head(deploy: Mapping[str, Any]) -> list[str]:
     """Names of the columns of `rows`."""
-    return ["", "size", deploy["metric"], "same answers", "latency", "faster"]
+    compared = "same answers" if by_answers(deploy) else "output error"
+    return ["", "size", deploy["metric"], compared, "latency", "faster"]
 
 
 def rows(deploy: Mapping[str, Any]) -> list[list[str]]:
@@ -24,13 +30,17 @@ def rows(deploy: Mapping[str, Any]) -> list[list[str]]:
         [
             own["name"],
             f"{own['bytes'] / 1e6:,.2f} MB",
-            "" if own["top1"] is None else f"{100 * own['top1']:.2f} %",
-            "" if own["agreement"] is None else f"{100 * own['agreement']:.2f} %",
+            _percent(own["top1"]),
+            _percent(own.get("output_error") if own["agreement"] is None else own["agreement"]),
             f"{own['latency_ms']:.2f} ms",
             f"{variants[0]['latency_ms'] / own['latency_ms']:.2f}x",
         ]
         for own in variants
     ]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f} %"
 
 
 def notes(deploy: Mapping[str, Any]) -> list[str]:

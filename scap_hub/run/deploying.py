@@ -6,7 +6,6 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from scap_hub.deploy.capture import check_judged
 from scap_hub.deploy.formats import FORMATS, ONNX_INT8, format_named
 from scap_hub.deploy.manifest import write_manifest
 from scap_hub.deploy.quantized import Subject, deploy_int8
@@ -39,23 +38,20 @@ def check_export(loaded: LoadedModel, data: Data, recipe: Recipe) -> None:
 
     Raises:
         CalibrationError: int8 without calibration images.
-        ModelError: The model cannot be exported; names the operator and the module, if it is one that ONNX lacks. Or
-            int8 of such a model cannot be judged.
+        ModelError: The model cannot be exported; names the operator and the module, if it is one that ONNX lacks.
     """
     exported = recipe.target.target.kind == "latency" and recipe.target.runtime != "torch"
     if recipe.deploy.int8 and not any(len(batch[0]) for batch in data.calibration):
         raise CalibrationError("deploy.int8 needs calibration images, and the data set has none: give one with images")
     if recipe.deploy.int8 or exported:
         with announce("trying the export on the dense model"):
-            from_main(lambda: _try_export(loaded, recipe.deploy.int8))
+            from_main(lambda: _try_export(loaded))
 
 
-def _try_export(loaded: LoadedModel, int8: bool) -> None:
+def _try_export(loaded: LoadedModel) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             source = Source.of(loaded.module, loaded.preprocessing.input_size)
-            if int8:
-                check_judged(source.net)
             FORMATS["onnx"].write(source, Path(scratch, "dense.onnx"))
         except ModelError as error:
             raise ModelError(
@@ -84,7 +80,6 @@ def deployed(data: Data, stages: Stages, result: Result) -> Result:
     try:
         with stages("int8"):
             source = subject.source
-            check_judged(source.net)
             result.report.deploy = deploy_int8(
                 subject, Path(scratch.name), settings.max_loss, result.recipe.evaluate.batch_size
             )

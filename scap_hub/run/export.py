@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from scap_hub.deploy.capture import check_judged
 from scap_hub.deploy.deployment import DOCUMENT, Deployment, with_deployment
 from scap_hub.deploy.formats import format_named, write_checked
 from scap_hub.deploy.manifest import OPENED, write_manifest
+from scap_hub.deploy.onnx_metadata import size_multiple
 from scap_hub.deploy.quantized import Subject, deploy_int8
 from scap_hub.deploy.source import Source
 from scap_hub.errors import CheckpointError
@@ -37,10 +37,13 @@ class Exported:
     Attributes:
         file: The file that was asked for.
         deployment: What was measured; None where nothing was to be.
+        size_multiple: What heights and widths of images must be multiples of, 1 or 32; None where the file takes images
+            of the model's own size alone.
     """
 
     file: Path
     deployment: Deployment | None = None
+    size_multiple: int | None = None
 
     def __fspath__(self) -> str:
         return str(self.file)
@@ -58,9 +61,12 @@ def export(
 ) -> Exported:
     """Writes a saved model for another runtime, for any batch size, and compares all its outputs with the model's.
 
+    An ONNX file in float32 of a model that is no classifier takes images of any height and width, where the model and
+    torch's exporter do.
+
     With `int8`, the file in float32 is written too, and both are measured beside the dense model: the task's metric,
-    how often they give the same answer, and latency in turns. `deploy.json`, the model card and `report.json` of the
-    folder tell what was found.
+    how often they give the same answer (if they give other things than logits, the relative output error), and latency
+    in turns. `deploy.json`, the model card and `report.json` of the folder tell what was found.
 
     Args:
         folder: Saved pruned model, or its Hub id.
@@ -87,12 +93,11 @@ def export(
     kept = form.int8.file if int8 and form.int8 else form.file
     target = Path(output).expanduser() if output else place / kept
     net, size = load(folder, model), input_size(folder)
-    source = Source.of(net, size, folder, _zoo(net, size))
+    source = Source.of(net, size, folder, _zoo(net, size), resizable=True)
     deployment = None
     try:
         with tempfile.TemporaryDirectory() as scratch:
             if int8:
-                check_judged(source.net)
                 subject = _subject(folder, net, model, dataset)
                 deployment = deploy_int8(subject, Path(scratch), max_loss, to=to)
             else:
@@ -105,7 +110,7 @@ def export(
             _tell(place, deployment)
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {one_line(error)}") from error
-    return Exported(target, deployment)
+    return Exported(target, deployment, size_multiple(target) if to == "onnx" else None)
 
 
 def _zoo(net: nn.Module, size: tuple[int, int, int]) -> str:
