@@ -186,8 +186,8 @@ def detr(kind="Detr", **options):
         embedding_size=16, hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 1, 1], out_features=["stage4"]
     )
     config = getattr(hf, f"{kind}Config")(
-        use_timm_backbone=False, backbone=None, backbone_config=backbone, d_model=16, encoder_layers=1,
-        decoder_layers=1, encoder_ffn_dim=24, decoder_ffn_dim=24, encoder_attention_heads=2,
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, d_model=16,
+        encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24, decoder_ffn_dim=24, encoder_attention_heads=2,
         decoder_attention_heads=2, num_queries=5, num_labels=3, **options,
     )  # fmt: skip
     return getattr(hf, f"{kind}ForObjectDetection")(config)
