@@ -265,10 +265,13 @@ class _Proof(Recorder):
         self.found.labels[node] = mapped(theirs, lambda own: own and restricted(own, self.stays))
 
     def _single(self, expected: Node) -> bool:
-        """Whether a dimension that is tracked has a single element left, of which rules cannot tell which it is."""
+        """Whether a dimension that is tracked has a single channel left, of which rules cannot tell which it is.
+
+        It may be there in several elements: in the rows of two shuffles, one after the other.
+        """
         found = self.dense.found.labels
         return any(
-            self.stays[line].sum() == 1
+            np.unique(line[self.stays[line]]).size == 1
             for node in (expected, *expected.sources)
             for labels in flat(found[node])
             for _, line in labels.lines()
