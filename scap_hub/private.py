@@ -2,7 +2,7 @@
 
 A private name can change in any release, so nothing else in the package may use one. Each is tested for what it does in
 `tests/test_private.py`, which names the installed version when a name is gone or behaves in another way. Last run with
-torch 2.14, accelerate 1.15 and datasets 5.2. accelerate 1.10 and datasets 4.0, the oldest supported, have theirs too.
+torch 2.14, accelerate 1.15 and datasets 5.2, and with the oldest supported: torch 2.9, accelerate 1.10, datasets 4.0.
 
 Three things stay outside. `modeling_scap.py` travels with published weights and may import nothing of ours; its
 uses of timm's private modules are tested with timm itself. `cli.py` finds typer's error class by itself, because
