@@ -44,7 +44,8 @@ def tune(
 
     Each step takes 32 calibration images, shifted, half of them mixed with another one: the dense model says what the
     outputs for such an image should be, so few images go a long way. Batch norms keep their statistics. If the outputs
-    for the calibration images themselves have not come nearer in the end, the weights are what they were.
+    for the calibration images themselves have not come nearer in the end, the weights are what they were, and a warning
+    says so if they have gone away.
 
     Args:
         dense: The model before surgery.
@@ -76,6 +77,12 @@ def tune(
             after = _error(dense, small, images, apart, in_all)
             if not after < before:
                 small.load_state_dict(state)
+                if before < float("inf") and not after <= before:
+                    warnings.warn(
+                        f"tuning at the learning rate {learning_rate:g} took the outputs away from the dense model's, so "
+                        "the weights are those before it; a tenth of the rate may do better",
+                        stacklevel=2,
+                    )
                 after = before
     finally:
         lower_precision(small, precisions)
