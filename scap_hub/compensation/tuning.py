@@ -79,8 +79,8 @@ def tune(
                 small.load_state_dict(state)
                 if before < float("inf") and not after <= before:
                     warnings.warn(
-                        f"tuning at the learning rate {learning_rate:g} took the outputs away from the dense model's, so "
-                        "the weights are those before it; a tenth of the rate may do better",
+                        f"tuning at the learning rate {learning_rate:g} took the outputs away from the dense model's, "
+                        "so the weights are those before it; a tenth of the rate may do better",
                         stacklevel=2,
                     )
                 after = before
