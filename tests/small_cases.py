@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -12,17 +12,12 @@ from torch import Tensor, nn
 import scap_hub
 from tests.independent import TOLERANCE, copied, difference, double, leaves, plans, random_values, reference
 
-FAILS_TODAY = pytest.mark.slow
-"""What is held whole today and need not be. It runs with `-m slow`; whoever mends it takes the mark away."""
-
 Forward = Callable[[Any, Tensor], Any]
 
 
-def each(cases: Iterable[str], failing: Collection[str] = ()) -> pytest.MarkDecorator:
-    """Parametrises a test with the names of cases, of which some fail today."""
-    return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=FAILS_TODAY if name in failing else ()) for name in cases]
-    )
+def each(cases: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrises a test with the names of cases."""
+    return pytest.mark.parametrize("name", list(cases))
 
 
 def image(size: int = 8, dims: int = 2) -> Tensor:

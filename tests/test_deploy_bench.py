@@ -43,6 +43,7 @@ def test_a_pruned_model_beside_its_dense_one(folder):
         assert all(10e6 < row.peak_bytes < 2e9 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_command_prints_what_it_measured(folder):
     command = [sys.executable, "-m", "scap_hub", "bench", str(folder), "--runtime", "onnxruntime", "--batch", "1"]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)

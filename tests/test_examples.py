@@ -73,6 +73,7 @@ def test_own_images(model, images, tmp_path, capsys):
     assert json.loads((out / "config.json").read_text())["label_names"] == [f"digit {digit}" for digit in range(10)]
 
 
+@pytest.mark.slow
 def test_no_training(model, images, tmp_path, capsys):
     no_training.main([model, "--images", str(images), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
@@ -91,6 +92,7 @@ def four_classes(images, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_multi_gpu(model, four_classes, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, EXAMPLES / "multi_gpu.py", model, four_classes, "--recipe", "quick", "--epochs", "1"]

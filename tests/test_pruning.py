@@ -32,7 +32,7 @@ def images(count=16, channels=3, size=64, classes=5):
     return DataLoader(TensorDataset(pixels, torch.arange(count) % classes), batch_size=8)
 
 
-LARGE = {"vgg16_bn", "densenet121"}
+LARGE = {"vgg16_bn", "densenet121", "regnety_002", "mobilenetv2_100"}
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,13 @@ def test_transformers_model_by_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("criterion", "options"), [("scap-set", {}), ("obs", {"sequential": True}), ("scap", {}), ("l1", {})], ids=str
+    ("criterion", "options"),
+    [
+        ("scap-set", {}),
+        ("scap", {}),
+        *(pytest.param(*own, marks=pytest.mark.slow) for own in (("obs", {"sequential": True}), ("l1", {}))),
+    ],
+    ids=str,
 )
 def test_the_steps_one_by_one_give_the_plan_and_the_weights_of_prune(criterion, options):
     loader, net = images(32), Residual(width=16).eval()

@@ -271,7 +271,10 @@ def test_a_real_read_only_or_full_disk_is_told_before_any_work(options, message,
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow), (signal.SIGINT, 130)],
+)
 def test_signals_end_a_command_with_one_line_and_it_goes_on(number, code, tmp_path):
     command = [sys.executable, "-m", "scap_hub", *TINY, "--set", "finetune_epochs=500", "--out", str(tmp_path / "out")]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)

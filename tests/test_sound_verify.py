@@ -136,7 +136,9 @@ def test_a_package_that_is_missing_beside_the_models_code_does_no_harm():
     pruned_exactly(Own(), image())
 
 
-@pytest.mark.parametrize("backbone, heads", [([16, 24, 32, 40], 2), ([16, 16, 32, 32], 4)])
+@pytest.mark.parametrize(
+    "backbone, heads", [([16, 24, 32, 40], 2), pytest.param([16, 16, 32, 32], 4, marks=pytest.mark.slow)]
+)
 def test_what_is_called_prunable_in_detr_can_be_pruned(backbone, heads):
     import transformers
 

@@ -365,7 +365,7 @@ def test_backbones_of_transformers_know_the_new_widths():
     assert small.num_features == [state.shape[1] for state in output.hidden_states]
 
 
-@pytest.mark.parametrize("name", ["repghostnet_050", "mobileone_s0"])
+@pytest.mark.parametrize("name", ["repghostnet_050", pytest.param("mobileone_s0", marks=pytest.mark.slow)])
 def test_branches_can_be_fused_before_and_after(name):
     model, x = randomize(timm.create_model(name, num_classes=5)).eval(), torch.randn(1, 3, 64, 64)
     plan, small = halved(model, x)

@@ -22,7 +22,8 @@ Calls = dict[str, tuple[Shape, Shape]]
 Widths = dict[str, dict[str, Any]]
 """New values by module path and attribute."""
 
-_INPUTS, _OUTPUTS = ("in_chs", "in_channels", "in_dim", "dim", "groups"), ("out_chs", "out_channels", "out_dim")
+_INPUTS = ("in_chs", "in_channels", "in_dim", "dim_in", "dim", "groups")
+_OUTPUTS = ("out_chs", "out_channels", "out_dim", "dim_out")
 
 
 @dataclass
