@@ -76,8 +76,9 @@ def run(out: Path, ranks: int, kill_at: int | None = None, later: float = 0.0) -
     code = None
     while code is None:
         code, now = process.poll(), time.monotonic()
-        for path in hidden.glob("**/*"):
-            seen.setdefault(path.relative_to(hidden).as_posix(), now)
+        with contextlib.suppress(FileNotFoundError):  # a folder that a finishing run removes meanwhile
+            for path in hidden.glob("**/*"):
+                seen.setdefault(path.relative_to(hidden).as_posix(), now)
         if kill_at is not None and len(seen) >= kill_at and now - sorted(seen.values())[kill_at - 1] >= later:
             kill(process)
             break
