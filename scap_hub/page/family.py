@@ -124,7 +124,8 @@ def _named(points: Sequence[tuple[float, float]], names: Sequence[str], own: int
         long = _LETTER * len(name)
         # Above to the left first, where a rising curve is not; a line further away where nothing else is free.
         rows = [(x - 8 - long, y - 8), (x + 10, y + 18), (x + 8, y - 8), (x - 8 - long, y + 18)]
-        rows += [(x + 8, y + 4), (x - 8 - long, y + 4), (x - long / 2, y - 24), (x - long / 2, y + 34)]
+        rows += [(x + 8, y + 4), (x - 8 - long, y + 4)]
+        rows += [(x - long / 2, y + away) for away in (-10, 18, -24, 34)]
         boxes = [(left, bottom - 11, left + long, bottom + 3) for left, bottom in rows]
         costs = [_hidden(box, taken) + _CONFUSED * _confused(box, (x, y), others) for box in boxes]
         best = boxes[costs.index(min(costs))]
