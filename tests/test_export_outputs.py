@@ -70,6 +70,16 @@ def expected(output, names):
     return found
 
 
+def assert_answers(session, model, images, names):
+    """The file gives the model's outputs for some images, in the order of their names."""
+    with torch.no_grad():
+        theirs = expected(model(images), names)
+    ours = map(torch.from_numpy, session.run(None, {"pixel_values": images.numpy()}))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() <= 1e-4 * max(1, other.abs().max())
+
+
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in NAMES])
 def test_every_output_has_its_name_and_is_the_models(name, tmp_path):
     saved(tmp_path / "out", name)
@@ -80,12 +90,7 @@ def test_every_output_has_its_name_and_is_the_models(name, tmp_path):
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
     for batch in (1, 3):
         images = torch.randn(batch, *SIZE, generator=torch.Generator().manual_seed(batch))
-        with torch.no_grad():
-            theirs = expected(model(images), NAMES[name])
-        ours = map(torch.from_numpy, session.run(None, {"pixel_values": images.numpy()}))
-        for one, other in zip(ours, theirs, strict=True):
-            assert one.shape == other.shape
-            assert (one - other).abs().max() <= 1e-4 * max(1, other.abs().max())
+        assert_answers(session, model, images, NAMES[name])
 
 
 SLOW = ("AutoModelForObjectDetection", "AutoModelForDepthEstimation", "stages", "masks")

@@ -9,7 +9,7 @@ import torch
 import scap_hub
 from scap_hub import export
 from scap_hub.deploy.runtimes import OnnxRuntime
-from tests.test_export_outputs import NAMES, expected, onnxruntime, saved
+from tests.test_export_outputs import NAMES, assert_answers, onnxruntime, saved
 
 MULTIPLE = {
     "AutoModelForSemanticSegmentation": 1,
@@ -41,12 +41,7 @@ def test_a_file_takes_images_of_other_sizes_and_answers_as_the_model_does(name, 
     session = onnxruntime.InferenceSession(str(made.file))
     for batch, height, width in ((1, 64, 64), (3, 32, 160), (2, 77, 101) if MULTIPLE[name] == 1 else (2, 96, 128)):
         images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height))
-        with torch.no_grad():
-            theirs = expected(model(images), NAMES[name])
-        ours = map(torch.from_numpy, session.run(None, {"pixel_values": images.numpy()}))
-        for one, other in zip(ours, theirs, strict=True):
-            assert one.shape == other.shape
-            assert (one - other).abs().max() <= 1e-4 * max(1, other.abs().max())
+        assert_answers(session, model, images, NAMES[name])
 
 
 def test_a_model_with_places_of_one_size_keeps_it(tmp_path):
