@@ -65,7 +65,7 @@ def channel_groups(
             raise ModelError(f"{error}{parts}") from error
         raise
     groups, stuck = analysis.groups()
-    while stuck is not None or analysis.depends_on_calls():
+    while stuck is not None or analysis.looks_again():
         groups, stuck = analysis.groups() if stuck is None else analysis.mended(groups, stuck)
     return groups
 
@@ -116,10 +116,10 @@ class _Analysis:
         """Nothing has been tried yet."""
         return cls(passes, list(passes.found.ledger.equal))
 
-    def depends_on_calls(self) -> bool:
-        """Whether numbers in calls have to change of which it is not yet known if they count images, too.
+    def looks_again(self) -> bool:
+        """Adds a pass of more images where numbers in calls have to change; whether it did, which it does once.
 
-        Where they do, as 16 does in `x.view(1, b * 16, h, w)` with one image, another number of images shows it.
+        Such a number may count images, too, as 16 does in `x.view(1, b * 16, h, w)` with one image: more show it.
         """
         asked = len(self.passes.found.ledger.equal)
         if not any(isinstance(use, CallUse) for use in self.chosen) or not self.passes.add_batch():
