@@ -7,17 +7,23 @@
 The images come from Debian's package `dataset-fashion-mnist` (or `--data FOLDER` with its files). A tenth of the
 training images is the validation split, which the tables show; the test images are looked at once for each finished
 model, nothing is decided on them, and `--test` prints them. Each net is trained once; that, and every finished cell, is
-kept under `--out`, and the same call takes up there. What else the JSON holds stays in it, each part with the command
-that measured it. Runs on the GPU where there is one.
+kept under `--out`, and the same call takes up there. With `--jobs`, nets, variants and seeds are measured in processes
+of their own, so many at a time; after `--minutes` they are stopped, and the cells that are finished are written. What
+else the JSON holds stays in it, each part with the command that measured it. Runs on the GPU where there is one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shlex
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +31,14 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import scap_hub
 from scap_hub.recipe import FinetuneSettings
+from scap_hub.run.comparison import Comparison
 from scap_hub.training.data import augment, load_data
 from scap_hub.training.finetune import finetune
 
@@ -126,6 +134,7 @@ def nets(weights: Path | None) -> dict[str, Net]:
         "resnet56": (resnet56, (1, 32, 32), 4e-3),
         "resnet18": (partial(timm.create_model, "resnet18", in_chans=1, num_classes=CLASSES), (1, 64, 64), 2e-3),
         "mobilenetv2": (partial(mobilenetv2, weights), (3, 64, 64), 2e-3),
+        "convnext": (partial(timm.create_model, "convnext_atto", in_chans=1, num_classes=CLASSES), (1, 64, 64), 2e-3),
     }
 
 
@@ -195,13 +204,14 @@ def trained(name: str, net: Net, splits: dict[str, DataLoader], settings: Finetu
     build, _, rate = net
     torch.manual_seed(0)
     model, path = build(), out / f"{name}-{settings.epochs}.safetensors"
-    if path.is_file():
-        model.load_state_dict(load_file(path))
-        return model.eval()
-    settings = settings.model_copy(update={"learning_rate": rate, "schedule": "onecycle"})
-    finetune(model, load_data(splits, None), settings, output_dir=out / f".{name}-training")
-    save_file(model.state_dict(), out / f".{path.name}")
-    (out / f".{path.name}").rename(path)
+    with FileLock(out / f".{path.name}.lock"):
+        if path.is_file():
+            model.load_state_dict(load_file(path))
+            return model.eval()
+        settings = settings.model_copy(update={"learning_rate": rate, "schedule": "onecycle"})
+        finetune(model, load_data(splits, None), settings, output_dir=out / f".{name}-training")
+        save_file(model.state_dict(), out / f".{path.name}")
+        (out / f".{path.name}").rename(path)
     return model
 
 
@@ -230,6 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--round-to", type=int, default=1)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "no"))
     parser.add_argument("--mobilenet-weights", type=Path, help="torchvision's mobilenet_v2-b0353104.pth")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--minutes", type=float, help="after which jobs are stopped")
+    parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--test", action="store_true", help="print the test split's tables, not the validation split's")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -242,38 +255,89 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if options.json and options.json.is_file():
         found = json.loads(options.json.read_text())
-    for name in options.nets.split(","):
-        net = nets(options.mobilenet_weights)[name]
-        precision = layout(name, options.precision)
-        splits = loaders(options.data, net[1], options.images, options.batch)
-        settings = FinetuneSettings(epochs=options.dense_epochs, weight_decay=0.05, **precision)
-        model = trained(name, net, splits, settings, out)
-        for variant in options.variants.split(","):
-            print(f"\n{name}, {variant}", flush=True)
-            recipe = {
-                "data": {"calibration_images": options.calibration, "batch_size": options.batch},
-                "finetune": {"epochs": options.epochs, "learning_rate": options.learning_rate, **precision},
-            }
-            asked: dict[str, Any] = {
-                "targets": options.targets.split(","),
-                "criteria": "all" if options.criteria == "all" else options.criteria.split(","),
-                "round_to": options.round_to,
-                **VARIANTS[variant],
-            }
-            comparison = scap_hub.compare(
-                model, splits, recipe, seeds=options.seeds, model_input_size=net[1],
-                output=out / f"{name}-{variant.replace(' ', '-')}.json", **asked,
-            )  # fmt: skip
-            own = argparse.Namespace(**vars(options) | {"nets": name, "variants": variant})
-            found.setdefault(name, {})[variant] = {"command": repeated(parser, own), **comparison.to_dict()}
-            for row in comparison.rows("test" if options.test else "validation"):
-                print("  ".join(f"{cell:>20}" for cell in row), flush=True)
-            if options.json:
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                unfinished = options.json.with_name(f".{options.json.name}.unfinished")
-                unfinished.write_text(json.dumps(found, indent=1) + "\n")
-                unfinished.replace(options.json)
+    if options.jobs > 1:
+        compared = spread(options, arguments, out)
+    else:
+        compared = ((name, variant, cells(name, variant, options, out)) for name, variant in pairs(options))
+    for name, variant, comparison in compared:
+        own = argparse.Namespace(**vars(options) | {"nets": name, "variants": variant, "jobs": 1, "minutes": None})
+        found.setdefault(name, {})[variant] = {"command": repeated(parser, own), **comparison.to_dict()}
+        for row in comparison.rows("test" if options.test else "validation"):
+            print("  ".join(f"{cell:>20}" for cell in row), flush=True)
+        if options.json and options.seed is None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = options.json.with_name(f".{options.json.name}.unfinished")
+            unfinished.write_text(json.dumps(found, indent=1) + "\n")
+            unfinished.replace(options.json)
     return found
+
+
+def pairs(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Every net with every variant, variant by variant."""
+    return [(name, variant) for variant in options.variants.split(",") for name in options.nets.split(",")]
+
+
+def place(out: Path, name: str, variant: str, seed: int | None) -> Path:
+    """Where the cells of a net are kept: of one seed, or of all."""
+    return out / f"{name}-{variant.replace(' ', '-')}{'' if seed is None else f'-{seed}'}.json"
+
+
+def cells(name: str, variant: str, options: argparse.Namespace, out: Path) -> Comparison:
+    """The cells of a net in one variant, kept under `out` as they are finished."""
+    print(f"\n{name}, {variant}", flush=True)
+    net = nets(options.mobilenet_weights)[name]
+    precision = layout(name, options.precision)
+    splits = loaders(options.data, net[1], options.images, options.batch)
+    settings = FinetuneSettings(epochs=options.dense_epochs, weight_decay=0.05, **precision)
+    recipe = {
+        "data": {"calibration_images": options.calibration, "batch_size": options.batch},
+        "finetune": {"epochs": options.epochs, "learning_rate": options.learning_rate, **precision},
+    }
+    criteria = options.criteria.split(",")
+    if VARIANTS[variant].get("finetune_epochs") == 0:
+        criteria = [own for own in criteria if not own.startswith("scratch")]  # nothing is trained there
+    asked: dict[str, Any] = {
+        "targets": options.targets.split(","),
+        "criteria": "all" if options.criteria == "all" else criteria,
+        "round_to": options.round_to,
+        **VARIANTS[variant],
+    }
+    return scap_hub.compare(
+        trained(name, net, splits, settings, out), splits, recipe,
+        seeds=options.seeds if options.seed is None else [options.seed], model_input_size=net[1],
+        output=place(out, name, variant, options.seed), **asked,
+    )  # fmt: skip
+
+
+def spread(
+    options: argparse.Namespace, arguments: Sequence[str] | None, out: Path
+) -> Iterator[tuple[str, str, Comparison]]:
+    """The cells of all nets and variants, each seed in a process of its own; what is finished when time is over."""
+    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
+
+    def run(name: str, variant: str, seed: int) -> None:
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is None or left > 0:
+            own = ["--nets", name, "--variants", variant, "--seed", str(seed), "--jobs", "1"]
+            command = [sys.executable, __file__, *(sys.argv[1:] if arguments is None else arguments), *own]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(command, timeout=left, check=False, env=os.environ | threads)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        waiting = [pool.submit(run, *pair, seed) for seed in range(options.seeds) for pair in pairs(options)]
+    for job in waiting:
+        job.result()
+    for name, variant in pairs(options):
+        kept = [path for seed in range(options.seeds) if (path := place(out, name, variant, seed)).is_file()]
+        if kept:
+            yield name, variant, merged([json.loads(path.read_text()) for path in kept])
+
+
+def merged(documents: Sequence[dict[str, Any]]) -> Comparison:
+    """One comparison of what was found seed by seed."""
+    about = {key: documents[0][key] for key in ("model", "data", "recipe", "metric")}
+    return Comparison(about, documents[0]["dense"], [cell for document in documents for cell in document["cells"]])
 
 
 def given(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, Any]:

@@ -3,14 +3,16 @@
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
     python benchmarks/gpu.py --quick --json out/gpu.json                     # tiny, on the CPU too
 
-Parts, each in a process of its own; what a part has found is written when it ends, and a part that would begin after
---minutes is left out and named:
+Parts, in processes of their own; what a part has found is written when it ends, and what would go on after --minutes is
+stopped and named:
 
 - parity: scores and plans of four networks on the GPU and on the CPU, in float32 without TF32.
 - ranks: two processes that share the device give the plan of one.
-- scoring, repair, latency: `scoring.py`, `repair.py` and `latency.py`, which say more.
+- latency, scoring, repair: `latency.py`, `scoring.py` and `repair.py`, which say more. What is timed has the device for
+  itself.
+- trained: as many cells of `accuracy.py` as the time left allows, where Fashion-MNIST is there.
 
-Weights and images are random, so nothing is downloaded.
+Other weights and images are random, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,12 +33,24 @@ import timm
 import torch
 from scipy.stats import spearmanr
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from fashion_mnist import FOLDER
+
 import scap_hub
 from scap_hub.progress import set_quiet
+from scap_hub.run import peers
 from scap_hub.timing.clock import device_name
 
 HERE = Path(__file__).parent
 NETWORKS = ("resnet50", "mobilenetv2_100", "convnext_tiny", "vgg16_bn")
+TIMED = ("resnet50", "vgg16", "mobilenetv2_100", "convnext_tiny")
+TRAINED = [
+    *("--nets", "mobilenetv2,resnet56,vgg16", "--targets", "macs=0.1,macs=0.3,macs=0.5"),
+    *("--variants", "repaired and tuned", "--epochs", "2", "--precision", "no"),
+    *("--criteria", f"scap-set,obs,l1,random,{'torch-pruning,' * peers.available()}scratch"),
+    *("--images", "12000", "--dense-epochs", "5", "--calibration", "256", "--jobs", str(os.cpu_count())),
+]
+QUICKLY = ["--seconds", "0.3", "--plan-seconds", "0.03"]
 CRITERIA = ("scap-set", "obs", "scap", "l1")
 BUDGET = "macs=0.5"
 
@@ -120,64 +135,119 @@ def ranks(networks: Sequence[str], images: int, size: int) -> list[dict[str, Any
     return rows
 
 
-def parts(quick: bool, folder: Path) -> dict[str, tuple[list[str], Path]]:
-    """The command of each part, and where it writes."""
-    own = [str(HERE / "gpu.py"), *(["--quick"] if quick else [])]
-    less = ["--quick"] if quick else []
-    commands = {
-        "parity": [*own, "--part", "parity"],
-        "ranks": [*own, "--part", "ranks"],
-        "latency": [
-            str(HERE / "latency.py"), *(less or ["--batches", "1,64,256", "--dtypes", "bf16,fp16", "--seconds", "0.5"]),
-        ],
-        "scoring": [str(HERE / "scoring.py"), *(less or ["--extended"])],
-        "repair": [str(HERE / "repair.py"), *less],
+Command = tuple[list[str], Path]
+"""What runs, and where it writes."""
+WAVES = ((("parity", "ranks", "trained"), 0.45), (("latency",), 0.83), (("scoring",), 0.95), (("repair",), 1.0))
+"""Parts that run at once, and at which share of the time they are stopped. What is timed has the device for itself."""
+
+
+def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[Command]]:
+    """The commands of each part, which run at once."""
+    quick = ["--quick"] if options.quick else []
+    tested, timed = (("mobilenetv2_035",), ("mobilenetv2",)) if options.quick else (NETWORKS, TIMED)
+    # Each batch size by itself, so that the many compilations run at once; a plan for half the time is one's own.
+    settings = (
+        [quick]
+        if options.quick
+        else [
+            *(
+                ["--batches", size, "--latency-batch", size, "--dtypes", "bf16", *QUICKLY]
+                for size in ("1", "64", "256")
+            ),
+            ["--batches", "1,64,256", "--latency-batch", "64", "--dtypes", "fp16", "--modes", "eager", *QUICKLY],
+        ]
+    )
+    lock = ["--lock", str(folder / "lock")]
+    found: dict[str, list[list[str]]] = {
+        "parity": [["gpu.py", *quick, "--part", "parity", "--only", name] for name in tested],
+        "ranks": [["gpu.py", *quick, "--part", "ranks", "--only", name] for name in tested],
+        "latency": [["latency.py", "--only", name, *lock, *setting] for name in timed for setting in settings],
+        "scoring": [["scoring.py", *quick]],
+        "repair": [["repair.py", *quick]],
+    }
+    if options.data.is_dir():
+        weights = ["--mobilenet-weights", str(options.mobilenet_weights)] if options.mobilenet_weights else []
+        given = [*weights, "--data", str(options.data), "--out", str(options.out), *(quick or TRAINED)]
+        found["trained"] = [["accuracy.py", *given]]
+    return {
+        part: [
+            ([sys.executable, str(HERE / script), *rest, "--json", str(folder / f"{part}-{number}.json")],
+             folder / f"{part}-{number}.json")
+            for number, (script, *rest) in enumerate(listed)
+        ]
+        for part, listed in found.items()
     }  # fmt: skip
-    return {part: ([*command, "--json", str(folder / f"{part}.json")], folder / f"{part}.json")
-            for part, command in commands.items()}  # fmt: skip
 
 
-def run(quick: bool, minutes: float, path: Path | None) -> dict[str, Any]:
-    """Runs the parts one after the other."""
-    start = time.perf_counter()
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs the parts one after the other, and writes after each what has been found."""
+    start, whole = time.perf_counter(), 60 * options.minutes
     found: dict[str, Any] = {"device": device_name(torch.device(device())), "torch": torch.__version__, "left_out": []}
     with tempfile.TemporaryDirectory() as folder:
-        for part, (command, out) in parts(quick, Path(folder)).items():
-            left = 60 * minutes - (time.perf_counter() - start)
-            print(f"\n{part}, {max(0, left):.0f} seconds left", flush=True)
-            try:
-                subprocess.run([sys.executable, *command], check=True, timeout=max(left, 0.001), env=os.environ)
-            except subprocess.TimeoutExpired:
-                found["left_out"].append(part)
-            except subprocess.CalledProcessError as error:
-                found["left_out"].append(f"{part}: exit code {error.returncode}")
-            if out.exists():
-                found[part] = json.loads(out.read_text())
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(found, indent=1) + "\n")
+        parts = commands(options, Path(folder))
+        for together, share in WAVES:
+            end = start + share * whole
+            print(f"\n{', '.join(together)}; {max(0, end - time.perf_counter()):.0f} seconds at most", flush=True)
+            running = {part: [_started(command, end) for command, _ in parts.get(part, [])] for part in together}
+            for part, processes in running.items():
+                ends = [_end(process, end) for process in processes]
+                wrong = sorted({text for text in ends if text}) if ends else ["no data"]
+                found["left_out"] += [f"{part}: {text}" for text in wrong]
+                found[part] = [row for _, out in parts.get(part, []) if out.exists() for row in _rows(out)]
+            if options.json:
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"\n{time.perf_counter() - start:.0f} seconds; not finished: {', '.join(found['left_out']) or 'nothing'}")
     return found
 
 
-def main() -> None:
+def _started(command: list[str], end: float) -> subprocess.Popen | None:
+    """The command in processes of its own, unless the time is over."""
+    seconds = end - time.perf_counter()
+    limit = ["--minutes", f"{(seconds - 20) / 60:.2f}"] if command[1].endswith("accuracy.py") else []
+    return subprocess.Popen([*command, *limit], start_new_session=True) if seconds > 0 else None
+
+
+def _end(process: subprocess.Popen | None, end: float) -> str:
+    """Waits till then at most. Returns what is wrong with how it ended, if anything."""
+    if process is None:
+        return "no time left"
+    try:
+        code = process.wait(max(end - time.perf_counter(), 0.001))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return "stopped"
+    return f"exit code {code}" if code else ""
+
+
+def _rows(path: Path) -> list[Any]:
+    """What a part has written, as rows."""
+    document = json.loads(path.read_text())
+    return document if isinstance(document, list) else document.get("rows", [document])
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--minutes", type=float, default=8, help="after which nothing is begun or goes on")
     parser.add_argument(
         "--quick", action="store_true", help="one network at 32 pixels, and the quick form of each part"
     )
+    parser.add_argument("--data", type=Path, default=FOLDER, help="of the part that trains, as for accuracy.py")
+    parser.add_argument("--mobilenet-weights", type=Path, help="as for accuracy.py")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="as for accuracy.py")
     parser.add_argument("--part", choices=("parity", "ranks"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
     set_quiet(True)
     if options.part:
-        networks, size = (("mobilenetv2_035",), 32) if options.quick else (NETWORKS, 64)
-        rows = {"parity": parity, "ranks": ranks}[options.part](networks, 16, size)
-        options.json.write_text(json.dumps(rows, indent=1))
-    else:
-        if not torch.cuda.is_available() and not options.quick:
-            parser.error("there is no GPU here; --quick tries the parts on the CPU")
-        run(options.quick, options.minutes, options.json)
+        measured = {"parity": parity, "ranks": ranks}[options.part]
+        options.json.write_text(json.dumps(measured([options.only], 16, 32 if options.quick else 64), indent=1))
+        return None
+    if not torch.cuda.is_available() and not options.quick:
+        parser.error("there is no GPU here; --quick tries the parts on the CPU")
+    return run(options)
 
 
 if __name__ == "__main__":

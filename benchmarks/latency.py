@@ -5,13 +5,16 @@
     python benchmarks/latency.py --only resnet50 --batches 64 --dtypes bf16 --modes compile
 
 "half" keeps half the MACs with channel counts that are multiples of 8, "half, any counts" with any counts; "latency" is
-pruned to half the dense time, measured at the first batch size. Weights and scores are random, and every group keeps
-the same fraction: speed depends on shapes only. Runs on the GPU where there is one; `OMP_NUM_THREADS` is yours.
+pruned to half the dense time, eager, in the first dtype, at `--latency-batch`. Weights and scores are random, and every
+group keeps the same fraction: speed depends on shapes only. Runs on the GPU where there is one; `OMP_NUM_THREADS` is
+yours. Several of these processes can share a GPU: with `--lock` they compile at once and measure one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import json
 import sys
 from collections.abc import Sequence
@@ -22,14 +25,15 @@ from typing import Any
 
 import timm
 import torch
+from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parent))
 from accuracy import repeated
 
 import scap_hub
-from scap_hub.run.bench import speeds
+from scap_hub.run.bench import DTYPES, speeds
 from scap_hub.selection.latency import select_latency
-from scap_hub.timing.clock import device_name, milliseconds
+from scap_hub.timing.clock import Call, Timer, device_name, milliseconds
 from scap_hub.training.distributed import accelerator
 from scap_hub.training.evaluate import count
 
@@ -49,10 +53,15 @@ def measure(name: str, size: int, options: argparse.Namespace) -> list[dict[str,
         "half": scap_hub.select(groups, scores, budget, round_to=8, scope="uniform"),
         "half, any counts": scap_hub.select(groups, scores, budget, round_to=1, scope="uniform"),
     }
-    timer = partial(milliseconds, seconds=options.seconds, turns=options.turns)
-    images = torch.randn(batches[0], 3, size, size, device=device)
+    lock = FileLock(options.lock) if options.lock else contextlib.nullcontext()
+    timer = alone(partial(milliseconds, seconds=options.seconds, turns=options.turns), lock)
+    dtype = DTYPES[options.dtypes.split(",")[0]]
+    images = torch.randn(options.latency_batch, 3, size, size, device=device, dtype=dtype)
     try:
-        choice = select_latency(dense, groups, scores, options.fraction, images, scope="uniform")
+        with lock:
+            own = copy.deepcopy(dense).to(dtype)
+            quick = None if options.plan_seconds is None else partial(milliseconds, seconds=options.plan_seconds)
+            choice = select_latency(own, groups, scores, options.fraction, images, scope="uniform", timer=quick)
         plans["latency"] = choice.plan
         print(f"{name}: asked for {options.fraction:.3f} of the time, found a plan that takes {choice.share:.3f}")
     except scap_hub.ScapHubError as error:
@@ -61,6 +70,19 @@ def measure(name: str, size: int, options: argparse.Namespace) -> list[dict[str,
     macs = {key: count(model, (3, size, size))["macs"] for key, model in models.items()}
     rows = speeds(models, (3, size, size), batches, options.dtypes.split(","), options.modes.split(","), timer)
     return [{"network": name, "macs": macs[row.model] / macs["dense"], **asdict(row)} for row in rows]
+
+
+def alone(timer: Timer, lock: contextlib.AbstractContextManager) -> Timer:
+    """A timer that measures under a lock what has run before, so what is compiled is compiled outside of it."""
+
+    def measure(calls: Sequence[Call]) -> list[float]:
+        with torch.no_grad():
+            for module, images in calls:
+                module.eval()(images)
+        with lock:
+            return timer(calls)
+
+    return measure
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -73,6 +95,11 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--batches", default="1,64")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--modes", default="eager,compile")
+    parser.add_argument("--latency-batch", type=int, default=1, help="images at once, where half the time is sought")
+    parser.add_argument(
+        "--plan-seconds", type=float, help="for each figure that this plan is chosen by; 0.5 for a model"
+    )
+    parser.add_argument("--lock", help="file that processes hold while they measure")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--fraction", type=float, default=0.5, help="of the MACs, and of the time, that stays")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each figure and model, at least")
@@ -98,7 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             about = {"device": device_name(accelerator().device), "torch": torch.__version__}
-            document = {"command": repeated(parser, options), **about, "rows": rows}
+            own = argparse.Namespace(**vars(options) | {"lock": None})
+            document = {"command": repeated(parser, own), **about, "rows": rows}
             options.json.write_text(json.dumps(document, indent=1) + "\n")
     return rows
 

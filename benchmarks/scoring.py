@@ -3,8 +3,8 @@
     python benchmarks/scoring.py --json out/scoring.json
     python benchmarks/scoring.py --quick                        # VGG16 and small inputs
 
-Each figure comes from a process of its own: seconds (CPU time of all threads, or a GPU's wall clock), and peak memory
-above what the model and the images take. The materialised reference scores VGG16's convolutions only, on as many images
+Each figure is seconds (CPU time of all threads, in a process of its own, or a GPU's wall clock), and peak memory above
+what the model and the images take. The materialised reference scores VGG16's convolutions only, on as many images
 as fit; "scap" beside it scores the same. "Spectra" is SCAP without autoencoders: the forward passes, what is kept of
 them, and its normalisation. Weights are random: the cost does not depend on them. Runs on the GPU where
 there is one; `OMP_NUM_THREADS` is yours.
@@ -120,6 +120,24 @@ def _kilobytes(key: str) -> int:
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if key in line)
 
 
+def _apart(name: str, size: int, images: int, batch: int, what: str) -> dict[str, Any] | str:
+    """As `measure`, in a process of its own on the CPU, whose memory is the process's; or what went wrong."""
+    import torch
+
+    if torch.cuda.is_available():
+        try:
+            return measure(name, size, images, batch, what)
+        except torch.cuda.OutOfMemoryError as error:
+            return str(error).splitlines()[0]
+        finally:
+            torch.cuda.empty_cache()
+    command = [sys.executable, __file__, "--one", name, str(size), str(images), str(batch), what]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return done.stderr.strip().splitlines()[-1][:150] if done.stderr else "killed"
+    return json.loads(done.stdout)
+
+
 def jobs(quick: bool, images: int, only: str, extended: bool) -> list[tuple[str, int, int, int, str]]:
     """(model, size, images, batch size, what) of every row."""
     rows: list[tuple[str, int, int, int, str]] = []
@@ -152,15 +170,11 @@ def main() -> None:
     reference: dict[str, Any] = {}
     print(f"{'model':18} {'images':>12} {'':28} {'seconds':>9} {'MB':>9} {'time':>8} {'memory':>8}")
     for name, size, images, batch, what in jobs(options.quick, options.images, options.only, options.extended):
-        command = [sys.executable, __file__, "--one", name, str(size), str(images), str(batch), what]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            print(
-                f"{name:18} {what}: {done.stderr.strip().splitlines()[-1][:150] if done.stderr else 'killed'}",
-                flush=True,
-            )
+        measured = _apart(name, size, images, batch, what)
+        if isinstance(measured, str):
+            print(f"{name:18} {what}: {measured}", flush=True)
             continue
-        row = {"model": name, "size": size, "images": images, "batch": batch, "what": what} | json.loads(done.stdout)
+        row = {"model": name, "size": size, "images": images, "batch": batch, "what": what} | measured
         if what in ("forward", "convolutions, materialised"):
             reference = row
         row["times_reference"] = {key: row[key] / max(reference[key], 1) for key in ("seconds", "bytes")}

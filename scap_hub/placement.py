@@ -8,6 +8,7 @@ before that work and lowered after it.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ def placement(model: nn.Module) -> Placement:
 
     A model without any counts as one on the CPU in torch's default type.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.is_floating_point():
             return Placement(tensor.device, tensor.dtype)
     return Placement(torch.device("cpu"), torch.get_default_dtype())

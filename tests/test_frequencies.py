@@ -75,11 +75,12 @@ class InPlace(nn.Module):
         return self.head(self.act(self.first(x)).flatten(1))
 
 
-def test_gradients_are_those_before_a_value_is_written_over():
+@pytest.mark.parametrize("together", [1, 5])
+def test_gradients_are_those_before_a_value_is_written_over(together):
     """Finite differences know nothing of hooks: the power at all frequencies together is the gradient's energy."""
     torch.manual_seed(0)
     net, images = InPlace().double().eval(), torch.randn(12, 3, 8, 8).double()
-    outputs = Outputs(net, [images], 7, 12)
+    outputs = Outputs(net, [images], 7, 12, together)
     found = outputs.powers(["first", "head"])
     scale = inverse_variances([[net(images).detach()]])[0]
     assert set(found) == {"first"} and found["first"].shape == (8, 8)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scap_hub import refine
 from scap_hub.channels import channel_groups
@@ -68,6 +69,38 @@ def test_kinds_keep_their_numbers():
     gram, weight = torch.eye(6, dtype=torch.float64), torch.arange(6, dtype=torch.float64)[None] + 1
     compensated = CompensatedWeight(weight, gram, torch.arange(6), ridge=1e-2)
     assert eliminate([compensated], torch.tensor([0, 0, 0, 1, 1, 1]), [2, 1]) == [0, 3, 4]
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators after which Python waits for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masks = func is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        names = ("nonzero", "_local_scalar_dense", "is_nonzero", "equal", "linalg_inv", "linalg_solve")
+        self.count += masks or func.overloadpacket.__name__ in names
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_an_elimination_does_not_wait_for_a_device_at_every_step(width):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(400, 40 * width, generator=generator, dtype=torch.float64)
+    weight = torch.randn(3, 40 * width, generator=generator, dtype=torch.float64)
+    compensated = CompensatedWeight(weight, rows.T @ rows, torch.arange(40).repeat_interleave(width), ridge=1e-2)
+    with Waits() as waits:
+        assert len(eliminate([compensated], torch.zeros(40, dtype=torch.long), [0])) == 40
+    assert waits.count < 10, "the one that reads which channel leaves is a copy to the host"
+
+
+def test_costs_that_are_no_numbers_end_the_elimination():
+    compensated = CompensatedWeight(torch.ones(1, 3).double(), torch.eye(3).double(), torch.arange(3), ridge=1e-2)
+    compensated.weight.fill_(torch.nan)
+    with pytest.raises(CalibrationError, match="NaN or Inf in what channels cost"):
+        eliminate([compensated], torch.zeros(3, dtype=torch.long), [1])
 
 
 def test_a_duplicate_leaves_and_its_twin_stays():

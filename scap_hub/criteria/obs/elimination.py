@@ -7,7 +7,9 @@ and the others take over as well as they can; that is the exact increase of tr((
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,13 +25,50 @@ _PENDING = 256
 _STAYS, _LEFT = -1, -2
 
 
+@dataclass(eq=False)
+class _Channels:
+    """Channels that are read by equally many columns.
+
+    What has left is known without asking the device: a GPU that is asked at every step waits most of the time.
+
+    Attributes:
+        numbers: (c,) of the channels.
+        columns: (c, width) that read them.
+        blocks: (c, width, width) of H⁻¹; the identity for a channel that has left.
+        rows: Which of the c each channel is that is left.
+    """
+
+    numbers: Tensor
+    columns: Tensor
+    blocks: Tensor
+    rows: dict[int, int]
+
+    @property
+    def width(self) -> int:
+        """Columns of a channel."""
+        return self.columns.shape[1]
+
+    def update(self, left: Tensor, right: Tensor) -> None:
+        """Takes leftᵀ right, both (r, n), off H⁻¹."""
+        self.blocks -= left.T[self.columns] @ right.T[self.columns].mT
+
+    def drop(self, channel: int) -> None:
+        """A channel has left."""
+        row = self.rows.pop(channel)
+        self.blocks[row] = torch.eye(self.width, dtype=self.blocks.dtype, device=self.blocks.device)
+        if self.rows and len(self.rows) < _COMPACT * len(self.numbers):
+            held = torch.tensor(list(self.rows.values()), device=self.numbers.device)
+            self.numbers, self.columns, self.blocks = self.numbers[held], self.columns[held], self.blocks[held]
+            self.rows = {number: row for row, number in enumerate(self.rows)}
+
+
 class CompensatedWeight:
     """A weight W that makes up for the channels that have left, and what each of the others would cost.
 
     After every call, with H the regularised second moment of the columns that are left:
 
     - `weight` is the W' with the least tr((W' - W) H (W' - W)ᵀ) among those that are 0 where columns have left;
-    - H⁻¹ is `_inverse` minus the sum of Lᵀ R over the pending updates (L, R);
+    - H⁻¹ is `_inverse` minus Lᵀ R, where L and R are the `_rank` pending rows of `_left` and `_right`;
     - `_channels` holds [H⁻¹]_kk of every channel k that is left.
 
     Attributes:
@@ -52,10 +91,19 @@ class CompensatedWeight:
         self.columns = torch.arange(len(moment), device=moment.device)
         self._channel = channel_of_column.to(moment.device, copy=True)
         self._inverse = _regular_inverse(moment, ridge)
-        self._pending: list[tuple[Tensor, Tensor]] = []
         self._transposed = weight.T.clone(memory_format=torch.contiguous_format)
         self._energy = ((weight @ moment) * weight).sum().clamp(min=torch.finfo(moment.dtype).tiny)
+        self._hold()
+
+    def _hold(self) -> None:
+        """Begins anew with the columns that are held, without anything pending."""
         self._channels = self._by_width()
+        self._held = len(self.columns)
+        widest = max((own.width for own in self._channels), default=0)
+        # Where all columns together are fewer, nothing waits for more.
+        rows = min(_PENDING, len(self.columns)) + widest
+        self._left, self._right = (self._inverse.new_empty(rows, len(self.columns)) for _ in range(2))
+        self._rank = 0
 
     @property
     def weight(self) -> Tensor:
@@ -65,12 +113,14 @@ class CompensatedWeight:
     def costs(self, channels: int) -> Tensor:
         """Increase of the relative squared output error if a channel left, (channels,); 0 for one that is not read."""
         costs = self._inverse.new_zeros(channels)
-        for numbers, columns, block in self._channels:
-            weight = self._transposed[columns]  # (channels, columns, O)
+        for own in self._channels:
+            weight = self._transposed[own.columns]  # (channels, columns, O)
             energy = weight @ weight.mT
             # tr(W_k B⁻¹ W_kᵀ), where B is a number for a channel with one column.
-            costs[numbers] = (
-                (torch.linalg.inv(block) * energy).sum((1, 2)) if block.shape[1] > 1 else (energy / block)[:, 0, 0]
+            costs[own.numbers] = (
+                (torch.linalg.inv_ex(own.blocks).inverse * energy).sum((1, 2))
+                if own.width > 1
+                else (energy / own.blocks)[:, 0, 0]
             )
         return costs / self._energy
 
@@ -83,25 +133,26 @@ class CompensatedWeight:
 
         both of which are 0 in the columns k.
         """
-        k = (self._channel == channel).nonzero()[:, 0]
-        if not len(k):
+        own = next((own for own in self._channels if channel in own.rows), None)
+        if own is None:
             return
-        rows = self._inverse[k]
-        for left, right in self._pending:
-            rows -= left[:, k].T @ right
-        change = torch.linalg.solve(rows[:, k], rows)
+        k = own.columns[own.rows[channel]]
+        rows = self._inverse[k] - self._left[: self._rank, k].T @ self._right[: self._rank]
+        block = rows[:, k]
+        change = torch.linalg.solve_ex(block, rows).result if own.width > 1 else rows / block
         self._transposed.addmm_(change.T, self._transposed[k], alpha=-1)
-        self._transposed[k] = 0  # where rounding left a little
-        self._pending.append((rows, change))
-        self._channel[k] = _LEFT
-        self._channels = [
-            (numbers[stays], columns[stays], block[stays] - rows.T[columns[stays]] @ change.T[columns[stays]].mT)
-            for numbers, columns, block in self._channels
-            if (stays := numbers != channel).any()
-        ]
-        if sum(len(left) for left, _ in self._pending) >= _PENDING:
+        self._transposed.index_fill_(0, k, 0)  # where rounding left a little
+        self._channel.index_fill_(0, k, _LEFT)
+        self._left[self._rank : self._rank + own.width] = rows
+        self._right[self._rank : self._rank + own.width] = change
+        self._rank += own.width
+        self._held -= own.width
+        for others in self._channels:
+            others.update(rows, change)
+        own.drop(channel)
+        if self._rank >= _PENDING:
             self._apply_pending()
-            if (self._channel != _LEFT).sum() < _COMPACT * len(self._channel):
+            if self._held < _COMPACT * len(self.columns):
                 self.compact()
 
     def compact(self) -> None:
@@ -110,16 +161,14 @@ class CompensatedWeight:
         held = self._channel != _LEFT
         self._inverse, self._transposed = self._inverse[held][:, held], self._transposed[held]
         self.columns, self._channel = self.columns[held], self._channel[held]
-        self._channels = self._by_width()
+        self._hold()
 
     def _apply_pending(self) -> None:
-        if self._pending:
-            left, right = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
-            self._inverse.addmm_(left.T, right, alpha=-1)
-            self._pending = []
+        self._inverse.addmm_(self._left[: self._rank].T, self._right[: self._rank], alpha=-1)
+        self._rank = 0
 
-    def _by_width(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Channels with equally many columns: numbers (c,), columns (c, width), blocks of H⁻¹ (c, width, width)."""
+    def _by_width(self) -> list[_Channels]:
+        """The channels whose columns are held, by how many these are."""
         order = self._channel.argsort(stable=True)
         order = order[self._channel[order] > _STAYS]
         numbers, width = self._channel[order].unique_consecutive(return_counts=True)
@@ -127,7 +176,8 @@ class CompensatedWeight:
         channels = []
         for w in width.unique():
             columns = order[start[width == w][:, None] + torch.arange(int(w), device=order.device)]
-            channels.append((numbers[width == w], columns, self._inverse[columns[:, :, None], columns[:, None]]))
+            own, blocks = numbers[width == w], self._inverse[columns[:, :, None], columns[:, None]]
+            channels.append(_Channels(own, columns, blocks, {number: row for row, number in enumerate(own.tolist())}))
         return channels
 
 
@@ -159,20 +209,32 @@ def eliminate(
 
     Returns:
         The channels that left, in this order.
+
+    Raises:
+        CalibrationError: A cost is NaN or Inf.
     """
     gone = list(before)
     staying = torch.ones(len(class_of), dtype=torch.bool)
     staying[gone] = False
     left = torch.bincount(class_of[staying], minlength=len(keep)).tolist()
-    while True:
-        spare = torch.tensor([have > wanted for have, wanted in zip(left, keep, strict=True)])
-        candidates = (staying & spare[class_of]).nonzero()[:, 0]
-        if not len(candidates):
-            return gone
-        costs = sum(weight.costs(len(class_of)).cpu() for weight in weights)[candidates]  # type: ignore[index]
-        channel = int(candidates[(costs <= costs.min() * (1 + _TIE)).nonzero()[0, 0]])
-        staying[channel] = False
-        left[int(class_of[channel])] -= 1
+    spare = torch.tensor([have > wanted for have, wanted in zip(left, keep, strict=True)])
+    device = weights[0].columns.device
+    candidates, on_device, classes = (staying & spare[class_of]).to(device), class_of.to(device), class_of.tolist()
+    while any(have > wanted for have, wanted in zip(left, keep, strict=True)):
+        costs = torch.stack([weight.costs(len(class_of)) for weight in weights]).sum(0)
+        costs = costs.masked_fill(~candidates, math.inf)
+        least = costs.min()
+        first = (costs <= least * (1 + _TIE)).int().argmax()
+        number, cost = torch.stack([first.to(least), least]).tolist()  # both at once: the only wait for the device
+        if not math.isfinite(cost):
+            raise CalibrationError("NaN or Inf in what channels cost; check the images and the weights")
+        channel = int(number)
+        candidates[channel] = False
+        own = classes[channel]
+        left[own] -= 1
+        if left[own] == keep[own]:
+            candidates &= on_device != own
         gone.append(channel)
         for weight in weights:
             weight.remove(channel)
+    return gone

@@ -107,7 +107,7 @@ def portions(eliminations: Iterator[Elimination]) -> Iterator[list[Elimination]]
 class Outputs:
     """A model's outputs on some of the calibration images; of outputs that are maps, the low-pass spectra."""
 
-    def __init__(self, model: nn.Module, batches: Collection[Any], bins: int, probes: int) -> None:
+    def __init__(self, model: nn.Module, batches: Collection[Any], bins: int, probes: int, together: int = 1) -> None:
         """Runs the model.
 
         Args:
@@ -115,13 +115,14 @@ class Outputs:
             batches: This process's calibration images.
             bins: Frequencies kept on each axis of an output that is a map.
             probes: How many of the images, over all processes.
+            together: How many of them run at once; `errors` needs each one's own gradients of the weights, so 1 there.
         """
-        self._bins = bins
+        self._bins, self._together = bins, together
         self._model = copy.deepcopy(model).requires_grad_(False)
         raise_precision(self._model)
         self._probes = _probes(batches, probes)
         with evaluating(self._model), torch.no_grad():
-            factors = inverse_variances([z[None] for z in self._run(image)] for image in self._probes)
+            factors = inverse_variances(self._run(images) for images in self._batches())
         self._weights = [math.sqrt(factor) for factor in factors]
 
     def errors(self, eliminations: Sequence[Elimination]) -> list[list[tuple[int, float]] | None]:
@@ -139,15 +140,16 @@ class Outputs:
             CalibrationError: A gradient is not finite.
         """
         read = _weights_read(self._model, eliminations)
-        totals = [torch.zeros(len(elimination.gone), dtype=torch.float64) for elimination in eliminations]
+        device = placement(self._model).device
+        totals = [torch.zeros(len(own.gone), dtype=torch.float64, device=device) for own in eliminations]
         reached: set[str] = set()
         with evaluating(self._model), torch.enable_grad(), _trainable(read):
-            for image in track(self._probes, "output loss"):
-                for gradients in self._gradients(image, read):
+            for images in track(list(self._batches()), "output loss"):
+                for gradients in self._gradients(images, read):
                     reached |= gradients.keys()
                     for total, elimination in zip(totals, eliminations, strict=True):
-                        total += _change(elimination, gradients).square().double().cpu() / VECTORS
-        everywhere = gather_object([(reached, totals)])
+                        total += _change(elimination, gradients).square().double() / VECTORS
+        everywhere = gather_object([(reached, [total.cpu() for total in totals])])
         reached = set().union(*(part for part, _ in everywhere))
         totals = [sum(parts) for parts in zip(*(part for _, part in everywhere), strict=True)]
         if not all(bool(total.isfinite().all()) for total in totals):
@@ -188,43 +190,53 @@ class Outputs:
             for path in paths:
                 layer = self._model.get_submodule(path)
                 stack.callback(layer.register_forward_hook(partial(after, path)).remove)
-            for image in track(self._probes, "gradient spectra"):
-                pixels = fed(self._model, image).clone()
+            for images in track(list(self._batches()), "gradient spectra"):
+                pixels = fed(self._model, images).clone()
                 if not pixels.is_floating_point():
                     continue
                 pixels.requires_grad_()
-                for projections in self._projections(image, self._run(pixels.clone()), 1):
+                # Images do not see each other, so the gradients of a sum over them are each one's own.
+                for projections in self._projections(images, self._run(pixels.clone()), 1):
                     torch.autograd.grad(projections, pixels, allow_unused=True)
                 found, seen = summed([found, *seen]), []
         return summed(gather_object([found]))
 
-    def _gradients(self, image: Tensor, read: Mapping[str, Sequence[Tensor]]) -> Iterator[dict[str, Tensor]]:
+    def _gradients(self, images: Tensor, read: Mapping[str, Sequence[Tensor]]) -> Iterator[dict[str, Tensor]]:
         """For each random vector, the gradients of ⟨v, outputs⟩: (O, m) for each layer that they reach."""
         tensors = list(itertools.chain(*read.values()))
-        for number, projections in enumerate(self._projections(image, self._run(image), VECTORS), 1):
+        for number, projections in enumerate(self._projections(images, self._run(images), VECTORS), 1):
             retain = number < VECTORS
             found = torch.autograd.grad(projections, tensors, retain_graph=retain, allow_unused=True)
             by_tensor = dict(zip(map(id, tensors), found, strict=True))
             parts = {path: [by_tensor[id(tensor)] for tensor in own] for path, own in read.items()}
             yield {path: _beside(own) for path, own in parts.items() if all(part is not None for part in own)}
 
-    def _projections(self, image: Tensor, outputs: Sequence[Tensor], vectors: int) -> Iterator[list[Tensor]]:
-        """For each of so many random vectors v, ⟨v, outputs⟩ of an image, output by output, where it has a gradient."""
+    def _projections(self, images: Tensor, outputs: Sequence[Tensor], vectors: int) -> Iterator[list[Tensor]]:
+        """For each of so many random vectors v, ⟨v, outputs⟩ summed over images, by output, where it has a gradient."""
         # An image draws its own vectors, whichever process sees it.
-        generator = torch.Generator().manual_seed(zlib.crc32(image.float().cpu().numpy().tobytes()))
+        generators = [
+            torch.Generator().manual_seed(zlib.crc32(image.float().cpu().numpy().tobytes())) for image in images
+        ]
         for _ in range(vectors):
-            signs = [(torch.randint(2, z.shape, generator=generator) * 2 - 1).to(z) for z in outputs]
-            projections = [w * (z * v).sum() for w, z, v in zip(self._weights, outputs, signs, strict=True)]
+            projections = []
+            for weight, z in zip(self._weights, outputs, strict=True):
+                signs = [torch.randint(2, z.shape[1:], generator=generator) for generator in generators]
+                projections.append(weight * (z * (torch.stack(signs) * 2 - 1).to(z)).sum())
             projections = [projection for projection in projections if projection.requires_grad]
             if projections:
                 yield projections
 
-    def _run(self, image: Tensor) -> list[Tensor]:
-        """Every output for one image, flat."""
+    def _run(self, images: Tensor) -> list[Tensor]:
+        """Every output for some images, (N, numbers)."""
         return [
-            (spectrum(z, z.shape[2:], self._bins) if z.ndim > 2 else z.float()).flatten()
-            for z in outputs_of(self._model, fed(self._model, image))
+            (spectrum(z, z.shape[2:], self._bins) if z.ndim > 2 else z.float()).flatten(1)
+            for z in outputs_of(self._model, fed(self._model, images))
         ]
+
+    def _batches(self) -> Iterator[Tensor]:
+        """The images, as many at a time as are to run at once, if they are alike."""
+        for _, alike in itertools.groupby(self._probes, lambda image: (image.shape, image.dtype)):
+            yield from torch.cat(list(alike)).split(self._together)
 
 
 def _weights_read(model: nn.Module, eliminations: Iterable[Elimination]) -> dict[str, list[Tensor]]:
@@ -267,13 +279,13 @@ def _beside(gradients: Sequence[Tensor]) -> Tensor:
 
 def _change(elimination: Elimination, gradients: Mapping[str, Tensor]) -> Tensor:
     """⟨g, W' - W⟩ summed over the blocks that read the group, at each width, (widths,)."""
-    total = torch.zeros(len(elimination.gone))
+    parts = []
     for block, change in elimination.changes:
         if block.path in gradients:
             height = change.shape[1]
             gradient = gradients[block.path][block.number * height : (block.number + 1) * height]
-            total = total.to(gradient) + change.flatten(1) @ gradient.flatten()
-    return total
+            parts.append(change.flatten(1) @ gradient.flatten())
+    return torch.stack(parts).sum(0) if parts else torch.zeros(())
 
 
 def marginal(order: Sequence[int], errors: Sequence[tuple[int, float]]) -> Tensor:

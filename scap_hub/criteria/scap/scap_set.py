@@ -21,6 +21,8 @@ from scap_hub.criteria.scap.codes import CodeMoments, encoders
 from scap_hub.criteria.scap.criterion import check_size
 from scap_hub.criteria.scap.outputs import Outputs, eliminated, marginal, portions
 
+_TOGETHER = 8  # images that run at once while gradients of outputs are measured
+
 
 @dataclass(kw_only=True)
 class ScapSet(OBS):
@@ -76,7 +78,7 @@ class ScapSet(OBS):
     ) -> Mapping[str, Tensor]:
         if not self.frequency_weights:
             return {}
-        return Outputs(model, batches, self.bins, self.probes).powers(by_layer(blocks))
+        return Outputs(model, batches, self.bins, self.probes, _TOGETHER).powers(by_layer(blocks))
 
     def _moments(
         self,
