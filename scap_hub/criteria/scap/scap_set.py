@@ -21,7 +21,7 @@ from scap_hub.criteria.scap.codes import CodeMoments, encoders
 from scap_hub.criteria.scap.criterion import check_size
 from scap_hub.criteria.scap.outputs import Outputs, eliminated, marginal, portions
 
-_TOGETHER = 8  # images that run at once while gradients of outputs are measured
+_TOGETHER = 4  # images that run at once while gradients of outputs are measured
 
 
 @dataclass(kw_only=True)
