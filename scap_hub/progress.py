@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 import weakref
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -41,7 +43,7 @@ def announce(description: str) -> tqdm[None]:
 def tell(line: str) -> None:
     """Writes a line that stays, above the bars; to standard error, so that it stands in a log as well."""
     if not _quiet:
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(_folded(line) if _terminal() else line, file=sys.stderr)
 
 
 def tell_stage(name: str, seconds: float) -> None:
@@ -66,6 +68,12 @@ def in_notebook() -> bool:
 def _open() -> list[tqdm[Any]]:
     # The innermost first: it is the lowest on the screen.
     return sorted((bar for bar in _bars if not bar.disable), key=lambda bar: -abs(bar.pos))
+
+
+def _folded(text: str) -> str:
+    """Lines that a terminal need not break inside of words."""
+    columns = shutil.get_terminal_size().columns
+    return "\n".join(textwrap.fill(line, columns, subsequent_indent="  ") for line in text.splitlines())
 
 
 def _terminal() -> bool:

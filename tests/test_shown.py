@@ -54,13 +54,23 @@ def test_a_report_draws_itself(result):
     for kind in ("channels", "training", "targets", "classes"):
         figure = result.report.plot(kind)
         assert figure._repr_png_().startswith(b"\x89PNG") and figure.axes[0].has_data()
+        (legend,) = figure.legends
+        below = figure.axes[0].get_window_extent().y1
+        assert legend.get_window_extent().y0 >= below, "it lies on nothing that is drawn"
+        if kind == "training":
+            assert all(tick == int(tick) for tick in figure.axes[0].get_xticks()), "epochs are whole"
+            assert {"loss", "validation loss", "top-1"} == {text.get_text() for text in legend.get_texts()}
     with pytest.raises(errors.ScapHubError, match="did you mean 'training'"):
         result.report.plot("trainin")
 
 
-def test_a_stage_leaves_one_line_in_a_notebook(monkeypatch, capsys):
+@pytest.fixture
+def notebook(monkeypatch):
     shell = types.SimpleNamespace(config={"IPKernelApp": {}})
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+
+
+def test_a_stage_leaves_one_line_in_a_notebook(notebook, capsys):
     stages = Stages(0)
     with stages("scores"):
         for _ in progress.track(range(3), "outer"):
@@ -69,18 +79,27 @@ def test_a_stage_leaves_one_line_in_a_notebook(monkeypatch, capsys):
     assert len(left) == 1 and re.fullmatch(r"scores +0\.0 s", left[0])
 
 
+def test_each_stage_of_a_run_leaves_one_line_in_a_notebook(notebook, capsys):
+    scap_hub.prune(tiny_net(), "digits", RECIPE)
+    left = screen(capsys.readouterr().err)
+    named = [found[1] for line in left if (found := re.fullmatch(r"([a-z -]+?) +\d+\.\d s", line))]
+    assert len(named) == len(set(named)) > 8, named
+    others = [line for line in left if not re.fullmatch(r".* s", line)]
+    assert all(line.startswith("epoch ") for line in others), others
+
+
 def test_no_bars_without_a_terminal(capsys):
     with progress.announce("loading"):
         assert list(progress.track(range(3), "scores")) == [0, 1, 2]
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("model", ["resnet10t", "no-such-model"])
-def test_bars_leave_nothing_on_the_screen(model):
+def shown_in_a_terminal(*command):
+    """What a Python command writes to standard error where that is a terminal of 80 columns."""
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [sys.executable, "-m", "scap_hub", "inspect", model, "--untrained", "--size", "32"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=end, env=dict(os.environ))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    running = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=end, env=environment)
     os.close(end)
     shown = b""
     while True:
@@ -92,9 +111,35 @@ def test_bars_leave_nothing_on_the_screen(model):
             break
         shown += part
     running.communicate()
-    left = screen(shown.decode())
-    assert b"loading" in shown or model != "resnet10t", "there were bars"
+    return shown.decode()
+
+
+@pytest.mark.parametrize("model", ["resnet10t", "no-such-model"])
+def test_bars_leave_nothing_on_the_screen(model):
+    shown = shown_in_a_terminal("-m", "scap_hub", "inspect", model, "--untrained", "--size", "32")
+    left = screen(shown)
+    assert "loading" in shown or model != "resnet10t", "there were bars"
     assert all(line.startswith("scap-hub: ") for line in left) and len(left) == (model != "resnet10t"), left
+
+
+WARNING = """
+import warnings, scap_hub
+from scap_hub.cli.output import output
+from scap_hub.progress import announce, tell
+with output(quiet=False), announce("working"):
+    warnings.warn_explicit("tuning did not help", UserWarning, scap_hub.__file__, 1)
+    warnings.warn_explicit("old call", UserWarning, "other.py", 7)
+    tell("epoch 1 of 20: " + "loss 1.6640, validation loss 1.9040, " * 3)
+"""
+
+
+def test_warnings_and_lines_that_stay_are_whole_lines_on_the_screen():
+    shown = shown_in_a_terminal("-c", WARNING)
+    left = screen(shown)
+    assert "working ..." in shown
+    assert left[:2] == ["warning: tuning did not help", "other.py:7: UserWarning: old call"]
+    assert all(re.match(r"epoch|  [a-z0-9]", line) and len(line) <= 80 for line in left[2:]) and len(left) == 4
+    assert " ".join(line.strip() for line in left[2:]).count("validation loss 1.9040,") == 3, "no word is broken"
 
 
 def screen(text):

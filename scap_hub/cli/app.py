@@ -10,7 +10,7 @@ import typer
 
 from scap_hub.cli import folders, models, runs
 from scap_hub.cli.family import family
-from scap_hub.cli.output import end_if_told_or_lost, fail
+from scap_hub.cli.output import end_if_told_or_lost, fail, say_json
 from scap_hub.cli.recipes import recipes
 from scap_hub.cli.verify import verify
 from scap_hub.errors import ScapHubError, UnverifiableError, VerificationError
@@ -65,6 +65,7 @@ def main() -> None:
     except UsageError as error:
         command = error.ctx.command_path if getattr(error, "ctx", None) else "scap-hub"  # type: ignore[attr-defined]
         fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)  # type: ignore[attr-defined]
-    except Exception:
+    except Exception as error:
         end_if_told_or_lost()
+        say_json(f"{type(error).__name__}: {error}", 1)
         raise
