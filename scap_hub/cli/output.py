@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -123,7 +123,14 @@ def output(quiet: bool) -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _tell_warning(message: Any, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+def _tell_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Our own warnings are sentences to the user; of others it matters where they come from."""
     ours = Path(filename).is_relative_to(_PACKAGE)
     tell(f"warning: {message}" if ours else warnings.formatwarning(message, category, filename, lineno).rstrip())
