@@ -16,6 +16,15 @@ _quiet = False
 _bars: weakref.WeakSet[tqdm[Any]] = weakref.WeakSet()
 
 
+class _Bar(tqdm):
+    """A bar that leaves room for the ^C that a terminal writes behind it; a broken line would not be taken away."""
+
+    @property
+    def format_dict(self) -> Any:
+        found = super().format_dict
+        return found if found["ncols"] is None else {**found, "ncols": found["ncols"] - 2}
+
+
 def set_quiet(quiet: bool) -> None:
     """Turns every progress bar of the process off, or on again."""
     global _quiet
@@ -25,7 +34,7 @@ def set_quiet(quiet: bool) -> None:
 def track(items: Iterable[T], description: str, total: int | None = None, **options: Any) -> tqdm[T]:
     """Iterates with a progress bar that shows the time left; in a notebook, only where no other bar is open."""
     hidden = not (_terminal() or (in_notebook() and not _open()))
-    bar = tqdm(
+    bar = _Bar(
         items, desc=description, total=total, disable=_quiet or hidden, leave=False, dynamic_ncols=True, **options
     )
     _bars.add(bar)
@@ -35,7 +44,7 @@ def track(items: Iterable[T], description: str, total: int | None = None, **opti
 def announce(description: str) -> tqdm[None]:
     """A context manager that shows a line of text, for work whose steps cannot be counted."""
     hidden = _quiet or not _terminal()
-    bar = tqdm(desc=description, bar_format="{desc} ...", disable=hidden, leave=False, dynamic_ncols=True)
+    bar = _Bar(desc=description, bar_format="{desc} ...", disable=hidden, leave=False, dynamic_ncols=True)
     _bars.add(bar)
     return bar
 

@@ -94,12 +94,21 @@ def test_no_bars_without_a_terminal(capsys):
     assert capsys.readouterr().err == ""
 
 
-def shown_in_a_terminal(*command):
-    """What a Python command writes to standard error where that is a terminal of 80 columns."""
+COLUMNS = 80
+
+
+def shown_in_a_terminal(*command, ctrl_c_at=None):
+    """What a Python command writes to standard error where that is a terminal of 80 columns.
+
+    Once it has written `ctrl_c_at`, somebody there presses Ctrl-C.
+    """
     terminal, end = pty.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    running = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=end, env=environment)
+    running = subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=end, env=environment, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(2, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
     os.close(end)
     shown = b""
     while True:
@@ -110,6 +119,9 @@ def shown_in_a_terminal(*command):
         if not part:
             break
         shown += part
+        if ctrl_c_at is not None and ctrl_c_at.encode() in shown:
+            os.write(terminal, b"\x03")
+            ctrl_c_at = None
     running.communicate()
     return shown.decode()
 
@@ -142,8 +154,24 @@ def test_warnings_and_lines_that_stay_are_whole_lines_on_the_screen():
     assert " ".join(line.strip() for line in left[2:]).count("validation loss 1.9040,") == 3, "no word is broken"
 
 
-def screen(text):
-    """The lines that are not blank once a terminal has shown a text."""
+INTERRUPTED = """
+import time
+from scap_hub.cli.output import output
+from scap_hub.progress import announce, track
+with output(quiet=False), announce("fine-tuning"):
+    for _ in track(range(20), "epoch 1 of 3"):
+        time.sleep(0.3)
+"""
+
+
+def test_ctrl_c_leaves_nothing_of_bars_on_the_screen():
+    shown = shown_in_a_terminal("-c", INTERRUPTED, ctrl_c_at="1/20")
+    left = screen(shown, COLUMNS)
+    assert "^C" in shown and left[0].startswith("scap-hub: interrupted; ") and "fine-tuning" not in "".join(left), left
+
+
+def screen(text, columns=None):
+    """The lines that are not blank once a terminal, of that width, has shown a text."""
     lines, row, column = [[]], 0, 0
     for found in re.finditer(r"\x1b\[A|\x1b\[\d*[A-Za-z]|\r|\n|.", text):
         match found[0]:
@@ -154,6 +182,8 @@ def screen(text):
             case "\x1b[A":
                 row -= 1
             case sign if not sign.startswith("\x1b"):
+                if column == columns:
+                    row, column = row + 1, 0
                 lines += [[] for _ in range(row + 1 - len(lines))]
                 lines[row] += [" "] * (column + 1 - len(lines[row]))
                 lines[row][column] = sign
