@@ -378,6 +378,13 @@ def test_every_verb_has_an_example(run, verb):
     assert code == 0 and f"Example: scap-hub {' '.join(verb)}" in out
 
 
+@pytest.mark.parametrize("group", [[], ["recipe"]], ids=["", "recipe"])
+def test_help_cuts_no_sentence(run, group):
+    shown = run(*group, "--help")[1]
+    commands = shown.rpartition("Commands:")[2]
+    assert "..." not in commands and commands.count(".") >= (3 if group else 11)
+
+
 def test_help_tells_the_exit_codes(run):
     assert run("--help")[1] == run()[1] and "Exit code 0" in run()[1]
 

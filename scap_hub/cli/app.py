@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from importlib import metadata
 from typing import Annotated
@@ -41,6 +42,9 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(recipes, name="recipe")
+for info in (*app.registered_commands, *recipes.registered_commands):
+    # Lists of commands fold it; without it they cut the help after 45 letters.
+    info.short_help = inspect.cleandoc(info.callback.__doc__ or "").partition("\n\n")[0]
 
 
 @app.callback()
