@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 import weakref
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -14,6 +16,15 @@ _quiet = False
 _bars: weakref.WeakSet[tqdm[Any]] = weakref.WeakSet()
 
 
+class _Bar(tqdm):
+    """A bar that leaves room for the ^C that a terminal writes behind it; a broken line would not be taken away."""
+
+    @property
+    def format_dict(self) -> Any:
+        found = super().format_dict
+        return found if found["ncols"] is None else {**found, "ncols": found["ncols"] - 2}
+
+
 def set_quiet(quiet: bool) -> None:
     """Turns every progress bar of the process off, or on again."""
     global _quiet
@@ -23,7 +34,7 @@ def set_quiet(quiet: bool) -> None:
 def track(items: Iterable[T], description: str, total: int | None = None, **options: Any) -> tqdm[T]:
     """Iterates with a progress bar that shows the time left; in a notebook, only where no other bar is open."""
     hidden = not (_terminal() or (in_notebook() and not _open()))
-    bar = tqdm(
+    bar = _Bar(
         items, desc=description, total=total, disable=_quiet or hidden, leave=False, dynamic_ncols=True, **options
     )
     _bars.add(bar)
@@ -33,7 +44,7 @@ def track(items: Iterable[T], description: str, total: int | None = None, **opti
 def announce(description: str) -> tqdm[None]:
     """A context manager that shows a line of text, for work whose steps cannot be counted."""
     hidden = _quiet or not _terminal()
-    bar = tqdm(desc=description, bar_format="{desc} ...", disable=hidden, leave=False, dynamic_ncols=True)
+    bar = _Bar(desc=description, bar_format="{desc} ...", disable=hidden, leave=False, dynamic_ncols=True)
     _bars.add(bar)
     return bar
 
@@ -41,7 +52,7 @@ def announce(description: str) -> tqdm[None]:
 def tell(line: str) -> None:
     """Writes a line that stays, above the bars; to standard error, so that it stands in a log as well."""
     if not _quiet:
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(_folded(line) if _terminal() else line, file=sys.stderr)
 
 
 def tell_stage(name: str, seconds: float) -> None:
@@ -66,6 +77,12 @@ def in_notebook() -> bool:
 def _open() -> list[tqdm[Any]]:
     # The innermost first: it is the lowest on the screen.
     return sorted((bar for bar in _bars if not bar.disable), key=lambda bar: -abs(bar.pos))
+
+
+def _folded(text: str) -> str:
+    """Lines that a terminal need not break inside of words."""
+    columns = shutil.get_terminal_size().columns
+    return "\n".join(textwrap.fill(line, columns, subsequent_indent="  ") for line in text.splitlines())
 
 
 def _terminal() -> bool:

@@ -1,5 +1,6 @@
 """The command line, in this process where one is enough."""
 
+import io
 import json
 import os
 import re
@@ -377,6 +378,13 @@ def test_every_verb_has_an_example(run, verb):
     assert code == 0 and f"Example: scap-hub {' '.join(verb)}" in out
 
 
+@pytest.mark.parametrize("group", [[], ["recipe"]], ids=["", "recipe"])
+def test_help_cuts_no_sentence(run, group):
+    shown = run(*group, "--help")[1]
+    commands = shown.rpartition("Commands:")[2]
+    assert "..." not in commands and commands.count(".") >= (3 if group else 11)
+
+
 def test_help_tells_the_exit_codes(run):
     assert run("--help")[1] == run()[1] and "Exit code 0" in run()[1]
 
@@ -393,7 +401,8 @@ def test_inspect_fits_into_80_columns_and_cuts_no_name(run, monkeypatch):
         assert "whole:itisanoutputofthemodel" in joined
     dearest = [line.split()[0] for line in run("inspect", "test_vit", "--untrained", "--sort", "macs")[1].splitlines()]
     assert dearest[1] == max(groups, key=lambda group: group["macs"])["name"]
-    assert "producers" in run("inspect", "test_vit", "--untrained", "--wide")[1]
+    wide = run("inspect", "test_vit", "--untrained", "--wide")[1]
+    assert all(producer in wide for group in groups for producer in group["producers"])
 
 
 def test_a_name_that_does_not_fit_goes_on_in_the_next_line(capsys, monkeypatch):
@@ -406,6 +415,28 @@ def test_a_name_that_does_not_fit_goes_on_in_the_next_line(capsys, monkeypatch):
     assert max(map(len, shown.splitlines())) <= 60
     assert "    model.encoder.layers.0.\n".strip() in shown, "it is cut behind a dot"
     assert name in re.sub(r"\s+", "", shown)
+
+
+@pytest.mark.parametrize(("encoding", "sign"), [("utf-8", "█"), ("cp1252", "#"), ("ascii", "#")])
+def test_bars_are_of_signs_that_the_output_has(monkeypatch, encoding, sign):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    rows = [{"name": name, "size": 64, "macs": share, "pinned_because": None, "constraint": [], "prunable": True}
+            for name, share in (("a", 0.6), ("b", 0.3), ("c", 0.0))]  # fmt: skip
+    print_groups(rows, blocks=False)
+    sys.stdout.flush()
+    assert [line.count(sign) for line in written.getvalue().decode(encoding).splitlines()[1:4]] == [10, 5, 0]
+
+
+def test_a_fault_of_ours_is_json_too(run, monkeypatch, capsys):
+    def fault(*_):
+        raise RuntimeError("not foreseen")
+
+    monkeypatch.setattr("scap_hub.cli.models.groups_of", fault)
+    monkeypatch.setattr(sys, "argv", ["scap-hub", "inspect", "test_resnet", "--json"])
+    with pytest.raises(RuntimeError):
+        cli.main()
+    assert json.loads(capsys.readouterr().out) == {"error": "RuntimeError: not foreseen", "exit_code": 1}
 
 
 def test_errors_are_json_where_json_is_asked_for(run):

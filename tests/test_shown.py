@@ -54,13 +54,23 @@ def test_a_report_draws_itself(result):
     for kind in ("channels", "training", "targets", "classes"):
         figure = result.report.plot(kind)
         assert figure._repr_png_().startswith(b"\x89PNG") and figure.axes[0].has_data()
+        (legend,) = figure.legends
+        below = figure.axes[0].get_window_extent().y1
+        assert legend.get_window_extent().y0 >= below, "it lies on nothing that is drawn"
+        if kind == "training":
+            assert all(tick == int(tick) for tick in figure.axes[0].get_xticks()), "epochs are whole"
+            assert {"loss", "validation loss", "top-1"} == {text.get_text() for text in legend.get_texts()}
     with pytest.raises(errors.ScapHubError, match="did you mean 'training'"):
         result.report.plot("trainin")
 
 
-def test_a_stage_leaves_one_line_in_a_notebook(monkeypatch, capsys):
+@pytest.fixture
+def notebook(monkeypatch):
     shell = types.SimpleNamespace(config={"IPKernelApp": {}})
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+
+
+def test_a_stage_leaves_one_line_in_a_notebook(notebook, capsys):
     stages = Stages(0)
     with stages("scores"):
         for _ in progress.track(range(3), "outer"):
@@ -69,18 +79,36 @@ def test_a_stage_leaves_one_line_in_a_notebook(monkeypatch, capsys):
     assert len(left) == 1 and re.fullmatch(r"scores +0\.0 s", left[0])
 
 
+def test_each_stage_of_a_run_leaves_one_line_in_a_notebook(notebook, capsys):
+    scap_hub.prune(tiny_net(), "digits", RECIPE)
+    left = screen(capsys.readouterr().err)
+    named = [found[1] for line in left if (found := re.fullmatch(r"([a-z -]+?) +\d+\.\d s", line))]
+    assert len(named) == len(set(named)) > 8, named
+    others = [line for line in left if not re.fullmatch(r".* s", line)]
+    assert all(line.startswith("epoch ") for line in others), others
+
+
 def test_no_bars_without_a_terminal(capsys):
     with progress.announce("loading"):
         assert list(progress.track(range(3), "scores")) == [0, 1, 2]
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("model", ["resnet10t", "no-such-model"])
-def test_bars_leave_nothing_on_the_screen(model):
+COLUMNS = 80
+
+
+def shown_in_a_terminal(*command, ctrl_c_at=None):
+    """What a Python command writes to standard error where that is a terminal of 80 columns.
+
+    Once it has written `ctrl_c_at`, somebody there presses Ctrl-C.
+    """
     terminal, end = pty.openpty()
-    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [sys.executable, "-m", "scap_hub", "inspect", model, "--untrained", "--size", "32"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=end, env=dict(os.environ))
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    running = subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=end, env=environment, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(2, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
     os.close(end)
     shown = b""
     while True:
@@ -91,14 +119,59 @@ def test_bars_leave_nothing_on_the_screen(model):
         if not part:
             break
         shown += part
+        if ctrl_c_at is not None and ctrl_c_at.encode() in shown:
+            os.write(terminal, b"\x03")
+            ctrl_c_at = None
     running.communicate()
-    left = screen(shown.decode())
-    assert b"loading" in shown or model != "resnet10t", "there were bars"
+    return shown.decode()
+
+
+@pytest.mark.parametrize("model", ["resnet10t", "no-such-model"])
+def test_bars_leave_nothing_on_the_screen(model):
+    shown = shown_in_a_terminal("-m", "scap_hub", "inspect", model, "--untrained", "--size", "32")
+    left = screen(shown)
+    assert "loading" in shown or model != "resnet10t", "there were bars"
     assert all(line.startswith("scap-hub: ") for line in left) and len(left) == (model != "resnet10t"), left
 
 
-def screen(text):
-    """The lines that are not blank once a terminal has shown a text."""
+WARNING = """
+import warnings, scap_hub
+from scap_hub.cli.output import output
+from scap_hub.progress import announce, tell
+with output(quiet=False), announce("working"):
+    warnings.warn_explicit("tuning did not help", UserWarning, scap_hub.__file__, 1)
+    warnings.warn_explicit("old call", UserWarning, "other.py", 7)
+    tell("epoch 1 of 20: " + "loss 1.6640, validation loss 1.9040, " * 3)
+"""
+
+
+def test_warnings_and_lines_that_stay_are_whole_lines_on_the_screen():
+    shown = shown_in_a_terminal("-c", WARNING)
+    left = screen(shown)
+    assert "working ..." in shown
+    assert left[:2] == ["warning: tuning did not help", "other.py:7: UserWarning: old call"]
+    assert all(re.match(r"epoch|  [a-z0-9]", line) and len(line) <= 80 for line in left[2:]) and len(left) == 4
+    assert " ".join(line.strip() for line in left[2:]).count("validation loss 1.9040,") == 3, "no word is broken"
+
+
+INTERRUPTED = """
+import time
+from scap_hub.cli.output import output
+from scap_hub.progress import announce, track
+with output(quiet=False), announce("fine-tuning"):
+    for _ in track(range(20), "epoch 1 of 3"):
+        time.sleep(0.3)
+"""
+
+
+def test_ctrl_c_leaves_nothing_of_bars_on_the_screen():
+    shown = shown_in_a_terminal("-c", INTERRUPTED, ctrl_c_at="1/20")
+    left = screen(shown, COLUMNS)
+    assert "^C" in shown and left[0].startswith("scap-hub: interrupted; ") and "fine-tuning" not in "".join(left), left
+
+
+def screen(text, columns=None):
+    """The lines that are not blank once a terminal, of that width, has shown a text."""
     lines, row, column = [[]], 0, 0
     for found in re.finditer(r"\x1b\[A|\x1b\[\d*[A-Za-z]|\r|\n|.", text):
         match found[0]:
@@ -109,6 +182,8 @@ def screen(text):
             case "\x1b[A":
                 row -= 1
             case sign if not sign.startswith("\x1b"):
+                if column == columns:
+                    row, column = row + 1, 0
                 lines += [[] for _ in range(row + 1 - len(lines))]
                 lines[row] += [" "] * (column + 1 - len(lines[row]))
                 lines[row][column] = sign

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from importlib import metadata
 from typing import Annotated
@@ -10,7 +11,7 @@ import typer
 
 from scap_hub.cli import folders, models, runs
 from scap_hub.cli.family import family
-from scap_hub.cli.output import end_if_told_or_lost, fail
+from scap_hub.cli.output import end_if_told_or_lost, fail, say_json
 from scap_hub.cli.recipes import recipes
 from scap_hub.cli.verify import verify
 from scap_hub.errors import ScapHubError, UnverifiableError, VerificationError
@@ -41,6 +42,9 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(recipes, name="recipe")
+for info in (*app.registered_commands, *recipes.registered_commands):
+    # Lists of commands fold it; without it they cut the help after 45 letters.
+    info.short_help = inspect.cleandoc(info.callback.__doc__ or "").partition("\n\n")[0]
 
 
 @app.callback()
@@ -65,6 +69,7 @@ def main() -> None:
     except UsageError as error:
         command = error.ctx.command_path if getattr(error, "ctx", None) else "scap-hub"  # type: ignore[attr-defined]
         fail(f"{error.format_message().rstrip('.')}; see `{command} --help`", 2)  # type: ignore[attr-defined]
-    except Exception:
+    except Exception as error:
         end_if_told_or_lost()
+        say_json(f"{type(error).__name__}: {error}", 1)
         raise

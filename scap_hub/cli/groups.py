@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -10,7 +11,7 @@ from typing import Any
 
 _BAR = 10
 _FIGURES = 18 + _BAR
-_EIGHTHS = " ▏▎▍▌▋▊▉"
+_SIGNS = " ▏▎▍▌▋▊▉█"
 
 
 def print_groups(rows: Sequence[Mapping[str, Any]], blocks: bool) -> None:
@@ -20,12 +21,13 @@ def print_groups(rows: Sequence[Mapping[str, Any]], blocks: bool) -> None:
         rows: As `scap-hub inspect --json` gives them.
         blocks: Whether groups stand under the block of the network that they are in, with the block's MACs.
     """
+    signs = _signs()
     columns = max(shutil.get_terminal_size((80, 24)).columns, 50)
     width = min(columns - _FIGURES, max((len(row["name"]) + 2 for row in rows), default=0))
-    print("\n".join(_lines(rows, blocks, width, columns)))
+    print("\n".join(_lines(rows, blocks, width, columns, signs)))
 
 
-def _lines(rows: Sequence[Mapping[str, Any]], blocks: bool, width: int, columns: int) -> Iterator[str]:
+def _lines(rows: Sequence[Mapping[str, Any]], blocks: bool, width: int, columns: int, signs: str) -> Iterator[str]:
     most = max((row["macs"] for row in rows), default=0.0) or 1.0
     yield f"{'group':<{width}}{'channels':>10}{'MACs':>7}"
     for block, members in groupby(rows, key=lambda row: _block(row["name"]) if blocks else ""):
@@ -37,7 +39,8 @@ def _lines(rows: Sequence[Mapping[str, Any]], blocks: bool, width: int, columns:
         for row in own:
             *begun, name = _folded(row["name"], width - len(indent))
             yield from (indent + part for part in begun)
-            yield f"{indent + name:<{width}}{row['size']:>10}{row['macs']:>7.1%} {_bar(row['macs'] / most)}".rstrip()
+            bar = _bar(row["macs"] / most, signs)
+            yield f"{indent + name:<{width}}{row['size']:>10}{row['macs']:>7.1%} {bar}".rstrip()
             note = f"whole: it {row['pinned_because']}" if row["pinned_because"] else "; ".join(row["constraint"])
             yield from textwrap.wrap(note, columns, initial_indent=indent + "    ", subsequent_indent=indent + "    ")
     free = sum(row["prunable"] for row in rows)
@@ -61,6 +64,16 @@ def _folded(name: str, width: int) -> list[str]:
     return [*parts, name]
 
 
-def _bar(share: float) -> str:
-    eighths = round(8 * _BAR * share)
-    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+def _signs() -> str:
+    """Those of a bar, from an empty place to a full one; plain ones where the output has no others."""
+    try:
+        _SIGNS.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return " #"
+    return _SIGNS
+
+
+def _bar(share: float, signs: str) -> str:
+    parts = len(signs) - 1
+    filled = round(parts * _BAR * share)
+    return signs[-1] * (filled // parts) + signs[filled % parts].strip()

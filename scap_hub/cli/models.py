@@ -71,10 +71,8 @@ def _described(group: ChannelGroup, mac_share: float) -> dict[str, Any]:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     """A channel group as a person reads it."""
-    first, *others = row["producers"]
-    producers = f"{first} +{len(others)}" if others else first
     constraint, reason = "; ".join(row["constraint"]), row["pinned_because"] or ""
-    return [row["name"], str(row["size"]), producers, f"{row['macs']:.1%}", constraint, reason]
+    return [row["name"], str(row["size"]), "\n".join(row["producers"]), f"{row['macs']:.1%}", constraint, reason]
 
 
 def bench(

@@ -11,14 +11,17 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from scap_hub.cli.signals import Stopped, stopping
-from scap_hub.progress import clear_bars, set_quiet
+from scap_hub.progress import clear_bars, set_quiet, tell
+
+_PACKAGE = Path(__file__).parents[1]
 
 
 def show_report(report: Any) -> None:
@@ -80,14 +83,22 @@ def fail(message: str, code: int) -> None:
     clear_bars()
     if _tells():
         print(f"scap-hub: {message}", file=sys.stderr)
-        if "--json" in sys.argv:
-            print(json.dumps({"error": message, "exit_code": code}))
+        say_json(message, code)
     sys.exit(code)
+
+
+def say_json(message: str, code: int) -> None:
+    """Prints an error as JSON where JSON was asked for."""
+    if "--json" in sys.argv:
+        print(json.dumps({"error": message, "exit_code": code}))
 
 
 @contextlib.contextmanager
 def output(quiet: bool) -> Iterator[None]:
-    """Keeps quiet where asked, and on all processes but the main one; the libraries too, which read this on import."""
+    """Keeps quiet where asked, and on all processes but the main one; the libraries too, which read this on import.
+
+    Warnings are lines of their own, above the bars.
+    """
     quiet = quiet or not is_main_process()
     if quiet:
         for variable in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
@@ -96,6 +107,7 @@ def output(quiet: bool) -> Iterator[None]:
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
     set_quiet(quiet)
+    shown, warnings.showwarning = warnings.showwarning, _tell_warning
     try:
         with stopping():
             yield
@@ -106,8 +118,22 @@ def output(quiet: bool) -> Iterator[None]:
         fail(f"interrupted{by}; with the same --out, the same command goes on where it was", 128 + number)
     finally:
         clear_bars()
+        warnings.showwarning = shown
         set_quiet(False)
         logging.disable(logging.NOTSET)
+
+
+def _tell_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings are sentences to the user; of others it matters where they come from."""
+    ours = Path(filename).is_relative_to(_PACKAGE)
+    tell(f"warning: {message}" if ours else warnings.formatwarning(message, category, filename, lineno).rstrip())
 
 
 def _tells() -> bool:

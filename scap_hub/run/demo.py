@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from scap_hub.progress import tell
 from scap_hub.recipe import DataSettings, FinetuneSettings
 from scap_hub.run.pruning import prune
 from scap_hub.run.result import Result
@@ -40,6 +41,7 @@ def run(output_dir: str | Path) -> tuple[Result, float]:
         The result, and the largest difference between its logits and those of the reloaded model.
     """
     check_free(output_dir)
+    tell("a small ResNet is trained on the digits, then pruned")
     dense = train_dense()
     result = prune(dense, "digits", "quick", output_dir=output_dir, model_input_size=INPUT_SIZE, evaluate_latency=True)
     return result, reload_difference(result.model, Path(output_dir))

@@ -11,6 +11,7 @@ from scap_hub.text import did_you_mean
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 except ModuleNotFoundError:
     raise ScapHubError("pictures need matplotlib: pip install 'scap-hub[plot]'") from None
 
@@ -35,6 +36,8 @@ def plot(report: Any, kind: str) -> Figure:
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     kinds[kind](report, axes)
+    # Above the axes: inside of them it would lie on what is drawn.
+    figure.legend(loc="outside upper right", ncols=3, frameon=False)
     return figure
 
 
@@ -45,7 +48,6 @@ def _channels(report: Any, axes: Axes) -> None:
     if len(report.groups) <= 40:
         axes.set_xticks(places, list(report.groups), rotation=90, fontsize=7)
     axes.set_ylabel("channels")
-    axes.legend(frameon=False)
 
 
 def _training(report: Any, axes: Axes) -> None:
@@ -54,14 +56,16 @@ def _training(report: Any, axes: Axes) -> None:
     for key, colour in (("loss", _STAYS), ("validation_loss", _OTHER)):
         points = [(number, row[key]) for number, row in enumerate(report.history) if key in row]
         axes.plot(*zip(*points, strict=True), color=colour, marker="o", label=key.replace("_", " "))
-    metric = [(number, row[report.metric.key]) for number, row in enumerate(report.history) if report.metric.key in row]
+    key = report.metric.key
+    metric = [(number, 100 * row[key]) for number, row in enumerate(report.history) if key in row]
     if metric:
         right = axes.twinx()
         right.plot(*zip(*metric, strict=True), color="#333", linestyle="--", label=report.metric.name)
-        right.set_ylabel(report.metric.name)
+        right.set_ylabel(f"{report.metric.name}, %")
+        right.spines["top"].set_visible(False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel("loss")
-    axes.legend(frameon=False)
 
 
 def _targets(report: Any, axes: Axes) -> None:
@@ -69,7 +73,7 @@ def _targets(report: Any, axes: Axes) -> None:
         raise ScapHubError("this report has no other targets; run prune to get them")
     choices = report.details.choices
     axes.plot([choice.macs / 1e6 for choice in choices], [100 * choice.loss for choice in choices], "o-", color=_STAYS)
-    axes.axvline(report.after.macs / 1e6, color=_OTHER, linestyle="--")
+    axes.axvline(report.after.macs / 1e6, color=_OTHER, linestyle="--", label="this run")
     axes.set_xlabel("million MACs that stay")
     axes.set_ylabel("predicted loss, %")
 
@@ -84,6 +88,8 @@ def _classes(report: Any, axes: Axes) -> None:
     axes.bar([place + 0.2 for place in places], shares[1], 0.4, color=_STAYS, label="pruned")
     names = (report.details.classes if report.details else None) or {}
     if len(before) <= 40:
-        axes.set_xticks(places, [names.get(number, str(number)) for number in before], rotation=90, fontsize=7)
+        shown = [names.get(number, str(number)) for number in before]
+        turned = max(map(len, shown)) > 3
+        axes.set_xticks(places, shown, rotation=90 if turned else 0, fontsize=7 if turned else 9)
+    axes.set_xlabel("class")
     axes.set_ylabel(f"{report.metric.name}, %")
-    axes.legend(frameon=False)

@@ -155,7 +155,7 @@ def prune_loaded(
     stages, kept = stages or Stages(recipe.seed), Kept(work)
     criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
     given, size = loaded.module.to(accelerator().device).eval(), loaded.preprocessing.input_size
-    with stages("load"):
+    with stages("load images"):
         calibration = shard_calibration(data, recipe.data.batch_size)
     if before is None:
         with stages("measure dense"):
@@ -248,8 +248,7 @@ class _Pipeline:
         name = f"plan-{number}" if recipe.evaluate.verify else f"plan-{number}-unverified"
         chosen = self.kept.value(name, _Chosen, lambda: self._chosen(model, groups, scores, earlier))
         groups, plan = groups.pinned(chosen.guilty), chosen.plan
-        with stages("surgery"):
-            small = apply_plan(model, plan)
+        small = apply_plan(model, plan)
         if recipe.publish.layout == "uniform" and number + 1 == recipe.schedule.steps:
             plain_config(self.loaded, small)  # refuses before the training what saving would refuse after it
         if self.loaded.earlier is not None and number == 0:

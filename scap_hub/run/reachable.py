@@ -48,7 +48,7 @@ def reach_of(loaded: LoadedModel, recipes: Sequence[Recipe], stages: Stages, wor
         TargetError: One of them cannot be reached; says what can.
     """
     first = recipes[0]
-    with stages("channel groups"):
+    with stages("reachable targets"):
         net = raised(loaded.module.to(accelerator().device).eval())
         groups = candidates(net, example(net, loaded), first.protect)
     if first.schedule.steps > 1:
