@@ -31,7 +31,7 @@ END = "<!-- scap_hub: end -->"
 _MEASUREMENTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "macs": ("MACs", lambda value: f"{value / 1e9:.3f} G" if value >= 1e8 else f"{value / 1e6:.2f} M"),
     "params": ("Parameters", count),
-    "bytes": ("File size", lambda value: f"{value / 2**20:.1f} MiB"),
+    "bytes": ("File size", lambda value: f"{value / 1e6:.1f} MB"),
     "latency_ms": ("Latency", lambda value: f"{value:.2f} ms"),
 }
 # Of the metadata these follow the model; everything else belongs to whoever wrote it first.
