@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.detection import FasterRCNN, RetinaNet
@@ -96,6 +97,77 @@ def test_what_is_given_to_the_part_counts_not_the_image():
 def test_the_error_without_a_part_offers_the_backbone_first():
     with pytest.raises(ModelError, match=r"nothing to compare.*by themselves: part='backbone'"):
         scap_hub.prune(detector(FasterRCNN), loader(), **QUICK)
+
+
+def oneformer():
+    """OneFormer, as it is without the question that it wants beside the images."""
+    body = transformers.SwinConfig(
+        embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=4, image_size=64,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = transformers.OneFormerConfig(
+        backbone_config=body, num_queries=4, task_seq_len=4, conv_dim=32, mask_dim=32, hidden_dim=32, num_labels=3,
+        encoder_feedforward_dim=48, encoder_layers=1, decoder_layers=3, num_attention_heads=4, dim_feedforward=48,
+    )  # fmt: skip
+    return transformers.OneFormerForUniversalSegmentation(config).eval()
+
+
+class Asked(nn.Module):
+    """OneFormer with the same question for all images."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = oneformer()
+        self.register_buffer("question", torch.arange(4.0)[None])
+
+    def forward(self, images):
+        return self.model(images, self.question.expand(len(images), -1))
+
+
+PIXELS = "model.model.pixel_level_module"
+LARGER = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_parts_of_a_transformers_model_are_offered():
+    """This one lies below a wrapper, and wants values when it is recorded."""
+    with pytest.raises(ModelError, match=f"values of the input.*by themselves: part='{PIXELS}'"):
+        scap_hub.channel_groups(Asked(), LARGER[:1])
+
+
+@pytest.mark.slow
+def test_the_part_that_is_offered_of_a_transformers_model_is_pruned():
+    """It is called with a flag beside the images."""
+    data = DataLoader(TensorDataset(LARGER), batch_size=4)
+    result = scap_hub.prune(Asked(), data, part=PIXELS, **{**QUICK, "repair_tune": {"steps": 0}})
+    assert result.report.after.macs <= 0.6 * result.report.before.macs
+    assert result.report.verified < 1e-9
+    assert result.report.whole.part == PIXELS
+    assert result.model(LARGER[:2]).class_queries_logits.shape == (2, 4, 4)
+
+
+def test_a_part_that_is_called_with_a_setting_beside_its_tensor():
+    class Halving(Body):
+        def forward(self, x, halved):
+            return super().forward(x) / (2 if halved else 1)
+
+    class Flagged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Halving()
+
+        def forward(self, x):
+            found = self.body(x, True)
+            return found[found.mean((1, 2, 3)) > -9]
+
+    with pytest.raises(ModelError, match="part='body'"):
+        scap_hub.channel_groups(Flagged(), IMAGES)
+    result = scap_hub.prune(Flagged(), loader(), part="body", **QUICK)
+    assert result.report.verified < 1e-9
+
+
+def test_a_model_that_wants_more_than_images_is_told_so():
+    with pytest.raises(ModelError, match=r"takes 'task_inputs' beside the images: give a module of your own"):
+        scap_hub.prune(oneformer(), loader(), **QUICK)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import numpy as np
 from scap_hub.channels.attempts import attempts, use_of
 from scap_hub.channels.forward import ENTERS, AttributeUse, CallUse, Choice, Forward
 from scap_hub.channels.operators import Call
-from scap_hub.channels.proof import Outcome, Run, expected_numbers, prove
+from scap_hub.channels.proof import Left, Outcome, Run, expected_numbers, prove
 from scap_hub.errors import PlanError
 from scap_hub.graph.modes import untouched
 from scap_hub.graph.node import Node
@@ -86,11 +86,11 @@ def described(forward: Forward, plan: PruningPlan, stays: np.ndarray) -> Pruning
     values = {path: own for path, own in values.items() if shrinks(path)}
     for path, known in plan.attributes.items():
         values[path] = {name: value for name, value in values.get(path, {}).items() if name not in known}
-    labels = stays[forward.partition.channel_of]
+    left = _left(forward, stays)
     while values:
         with untouched(small):
             set_attributes(small, values)
-            outcome = prove(small, forward.runs, labels)
+            outcome = prove(small, left)
         if outcome.failed is None:
             break
         blamed = next((forward.kinds[path] for path in outcome.failed if values.get(path)), None)
@@ -101,6 +101,12 @@ def described(forward: Forward, plan: PruningPlan, stays: np.ndarray) -> Pruning
         if own:
             merged.setdefault(path, {}).update(own)
     return plan.model_copy(update={"attributes": merged})
+
+
+def _left(forward: Forward, stays: np.ndarray) -> tuple[Left, ...]:
+    """What is left of the recorded forward passes where these channels stay."""
+    labels = stays[forward.partition.channel_of]
+    return tuple(Left(run, labels) for run in forward.runs)
 
 
 class _Arrival:
@@ -116,33 +122,46 @@ class _Arrival:
     __hash__ = None  # type: ignore[assignment]
 
 
+_Change = tuple[str, int, int, float]
+"""Of a call: its function, which call of it, the position in it, and the new number."""
+_Tried = tuple[Outcome, dict[tuple[str, str, int, int], _Arrival]]
+"""How far the model came, and the numbers that arrived at the calls that were changed."""
+
+
 class _Trial:
     """A pruned model without weights, run with one choice after another."""
 
     def __init__(self, forward: Forward, plan: PruningPlan, stays: np.ndarray) -> None:
         self.forward, self.plan, self.stays = forward, plan, stays
         self.small = apply_plan(forward.model, plan)
-        self.labels = stays[forward.partition.channel_of]
+        self.left = _left(forward, stays)
         self.shrinks = forward.narrower(plan)
-        self.tried: dict[Choice, tuple[Outcome, dict[tuple[str, str, int, int], _Arrival]]] = {}
+        self.tried: dict[Choice, _Tried] = {}
+        self.alike: dict[str, _Tried] = {}
+        """What was tried, by what it changes: several choices may come to the same."""
 
     def __call__(self, chosen: Choice) -> Outcome:
         if chosen not in self.tried:
-            self.tried[chosen] = self._run(chosen)
+            attributes, calls = self._attributes(chosen), self._calls(chosen)
+            changes = repr((sorted((path, sorted(own.items())) for path, own in attributes.items()),
+                            sorted((path, sorted(own)) for path, own in calls.items())))  # fmt: skip
+            if changes not in self.alike:
+                self.alike[changes] = self._run(attributes, calls)
+            self.tried[chosen] = self.alike[changes]
         return self.tried[chosen][0]
 
-    def _run(self, chosen: Choice) -> tuple[Outcome, dict[tuple[str, str, int, int], _Arrival]]:
+    def _run(self, attributes: dict[str, dict[str, Any]], calls: dict[str, list[_Change]]) -> _Tried:
         """How far the model comes, and the numbers that arrived at the calls that were changed."""
         arrivals: dict[tuple[str, str, int, int], _Arrival] = {}
         with untouched(self.small):
-            set_attributes(self.small, self._attributes(chosen))
-            for path, changes in self._calls(chosen).items():
+            set_attributes(self.small, attributes)
+            for path, changes in calls.items():
                 noted: list[Any] = []
                 for function, call, position, new in changes:
                     arrival = arrivals.setdefault((path, function, call, position), _Arrival())
                     noted.append((function, call, position, arrival, new))
                 set_calls(self.small, {path: noted})
-            return prove(self.small, self.forward.runs, self.labels), arrivals
+            return prove(self.small, self.left), arrivals
 
     def completed(self, chosen: Choice) -> PruningPlan:
         """The plan with the numbers of a choice that was tried."""
@@ -186,7 +205,7 @@ class _Trial:
                 own.setdefault(integer.name, list(getattr(module, integer.name)))[integer.index] = new
         return values
 
-    def _calls(self, chosen: Choice) -> dict[str, list[tuple[str, int, int, float]]]:
+    def _calls(self, chosen: Choice) -> dict[str, list[_Change]]:
         """New numbers in calls, by module path: function, call, position, number."""
         values: dict[str, dict[tuple[str, int, int], set[float]]] = {}
         for use in chosen:
@@ -204,7 +223,7 @@ class _Trial:
 
     def _number(self, node: Node, run: Run, use: CallUse) -> float | None:
         """What an argument of an operator must be in the pruned model; None if the operator has no such number."""
-        for number in expected_numbers(Call(node, run.found), self.labels):
+        for number in expected_numbers(Call(node, run.found), self.left[0].stays):
             if (number.argument, number.index) == (use.argument, use.item):
                 return number.pruned
         value = node.arguments.get(use.argument)

@@ -10,24 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from scap_hub.errors import ModelError
-from scap_hub.graph.copies import index_buffers, without_weights
+from scap_hub.graph.copies import copied, index_buffers, without_weights
 from scap_hub.graph.modes import evaluating, untouched
 from scap_hub.graph.record import capture
-from scap_hub.graph.values import on_meta
+from scap_hub.graph.values import on_meta, tensors_of
 from scap_hub.private import tree_map
 from scap_hub.text import one_line
 
 _DEPTH = 2
-"""How far below the model parts are looked for."""
+"""How many levels below the model parts are looked for."""
 _NAMED = 3
 
 
 class Part(nn.Module):
-    """A part of a model, at the path that it has there: names and plans are those of the whole. It holds no copy."""
+    """A part of a model, at the path that it has there: names and plans are those of the whole. It holds no copy.
 
-    def __init__(self, model: nn.Module, path: str) -> None:
+    `constants` are arguments that follow those that it is called with.
+    """
+
+    def __init__(self, model: nn.Module, path: str, constants: tuple[Any, ...] = ()) -> None:
         super().__init__()
-        self.scap_part = path
+        self.scap_part, self.scap_constants = path, constants
         *above, name = path.split(".")
         owner: nn.Module = self
         for step in above:
@@ -37,7 +40,7 @@ class Part(nn.Module):
         self.eval()
 
     def forward(self, *inputs: Any) -> Any:
-        return self.get_submodule(self.scap_part)(*inputs)
+        return self.get_submodule(self.scap_part)(*inputs, *self.scap_constants)
 
 
 def part_of(model: nn.Module, path: str, inputs: tuple[Any, ...]) -> tuple[Part, tuple[Any, ...]]:
@@ -109,20 +112,43 @@ def _parameters(module: nn.Module) -> int:
 
 
 def by_image(arguments: tuple[Any, ...], images: int) -> bool:
-    """Whether a part is called with one tensor of numbers that has a row for each of so many images."""
-    first = arguments[0] if len(arguments) == 1 else None
-    return isinstance(first, Tensor) and first.is_floating_point() and first.ndim > 1 and len(first) == images
+    """Whether a part is called with one tensor of numbers that has a row for each of so many images.
+
+    What follows it holds no tensor, and so is the same for all images.
+    """
+    first, *constants = arguments or (None,)
+    alone = isinstance(first, Tensor) and not tensors_of(constants)
+    return alone and first.is_floating_point() and first.ndim > 1 and len(first) == images
 
 
 def _capturable(model: nn.Module, inputs: tuple[Any, ...]) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """The outermost modules below the model that can be recorded with what reaches them, and that."""
-    waiting = [name for name, _ in model.named_children()]
+    waiting = _below(model, "", _DEPTH)
     while waiting:
-        path = waiting.pop(0)
+        path, depth = waiting.pop(0)
         with contextlib.suppress(Exception):  # whatever else it is that cannot be recorded
             part, arguments = part_of(model, path, inputs)
-            capture(without_weights(part), on_meta(arguments), numbers=index_buffers(part))
+            _record(part, arguments)
             yield path, arguments
             continue
-        if path.count(".") + 1 < _DEPTH:
-            waiting += [f"{path}.{name}" for name, _ in model.get_submodule(path).named_children()]
+        waiting += _below(model.get_submodule(path), f"{path}.", depth)
+
+
+def _below(module: nn.Module, prefix: str, depth: int) -> list[tuple[str, int]]:
+    """The modules inside one, with the levels left below each; one that holds all its parameters is no level."""
+    own = _parameters(module)
+    children = [(f"{prefix}{name}", depth - (_parameters(child) < own)) for name, child in module.named_children()]
+    return [(path, left) for path, left in children if left >= 0]
+
+
+def _record(part: Part, arguments: tuple[Any, ...]) -> None:
+    """Records a part without weights, or else with them, as the analysis does.
+
+    Raises:
+        ModelError: It cannot be recorded either way.
+    """
+    numbers = index_buffers(part)
+    try:
+        capture(without_weights(part), on_meta(arguments), numbers=numbers)
+    except ModelError:
+        capture(copied(part), arguments, numbers=numbers)

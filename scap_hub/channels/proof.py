@@ -9,8 +9,8 @@ first operator that does not is named.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from scap_hub.channels.labels import STAYS, Labels, Ledger, restricted, support
 from scap_hub.channels.operators import Call, Trace, flat, operator_of, sizes_of
 from scap_hub.channels.trace import label
 from scap_hub.graph.modes import emptied_caches, running, untouched
-from scap_hub.graph.node import Node, mapped
+from scap_hub.graph.node import Form, Node, mapped, rebuilt
 from scap_hub.graph.record import VALUES, Capture, Recorder
 
 
@@ -63,6 +63,35 @@ class Number:
     pruned: float | None
 
 
+@dataclass(eq=False)
+class Left:
+    """What is left of a recorded forward pass: known once for all pruned models that keep the same channels.
+
+    Attributes:
+        run: The forward pass.
+        stays: Of every label of its trace, whether it stays.
+        agreed: Calls that were seen to do what the channels say, each by its place, its operator, the dense model's
+            nodes for the tensors that it reads, and its numbers. These settle what it does, so it need not be checked
+            again when the next numbers are tried further on.
+    """
+
+    run: Run
+    stays: np.ndarray
+    agreed: set[tuple[Any, ...]] = field(default_factory=set)
+    _labels: dict[Node, Any] = field(default_factory=dict)
+
+    def labels(self, node: Node) -> Any:
+        """The labels that are left of a dense node's: `Labels`, a list of them, or None.
+
+        Raises:
+            ValueError: The elements that stay fill no rectangle.
+        """
+        if node not in self._labels:
+            labels = self.run.found.labels[node]
+            self._labels[node] = mapped(labels, lambda own: own and restricted(own, self.stays))
+        return self._labels[node]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How far a pruned model came.
@@ -80,17 +109,16 @@ class Outcome:
     wrong: tuple[Number, ...] = ()
 
 
-def prove(small: nn.Module, runs: tuple[Run, ...], stays: np.ndarray) -> Outcome:
+def prove(small: nn.Module, left: Sequence[Left]) -> Outcome:
     """Runs a pruned model without weights beside what was recorded of the dense one.
 
     Args:
         small: The pruned model, with the attributes and call numbers to try; left as it was.
-        runs: The dense model's forward passes, in eval mode and perhaps in training mode.
-        stays: Of every label of the traces, whether it stays.
+        left: What is left of the dense model's forward passes, in eval mode and perhaps in training mode.
     """
     finished = 0.0
-    for run in runs:
-        proof = _Proof(small, run, stays)
+    for run in left:
+        proof = _Proof(small, run)
         try:
             with untouched(small), emptied_caches(small):
                 proof.run()
@@ -126,9 +154,11 @@ def expected_numbers(call: Call, stays: np.ndarray) -> Iterator[Number]:
 class _Proof(Recorder):
     """Runs a pruned model and stops at the first operator that does not do what the channels say."""
 
-    def __init__(self, model: nn.Module, dense: Run, stays: np.ndarray) -> None:
-        self.dense, self.stays = dense, stays
+    def __init__(self, model: nn.Module, left: Left) -> None:
+        dense = left.run
+        self.left, self.dense, self.stays = left, dense, left.stays
         self.position = 0
+        self.told: tuple[Any, ...] | None = None
         self.wrong: list[Number] = []
         self.found = Trace(_Replay())
         self.states = {node.state: node for node in dense.captured.given if node.state}
@@ -138,11 +168,17 @@ class _Proof(Recorder):
         for node in self._given:  # parameters, buffers and inputs
             self._same(node)
 
-    def called(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def place(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Nobody asks a pruned model where it calls a function; see `Recorder.place`."""
+
+    def called(self, target: Any, form: Form, leaves: list[Any]) -> None:
         """Checks the call before it runs, because torch may refuse wrong numbers; see `Recorder.called`."""
         if target in VALUES:
             return
-        call = Node(target, args, kwargs)
+        self.told = self._told(target, form, leaves)
+        if self.told in self.left.agreed:
+            return
+        call = Node(target, *rebuilt(form, leaves))
         for source in call.sources:  # it is not part of the graph
             source.users.remove(call)
         self._check_arguments(call, self._expected(call))
@@ -153,8 +189,20 @@ class _Proof(Recorder):
         if not node.is_operator:
             self._check_sources(node.args, expected.args)
         self.same[node] = expected
-        self._check_labels(node, expected)
+        told = self.told if node.is_operator else None
+        if told not in self.left.agreed:
+            self._check_labels(node, expected)
+            if told is not None:
+                self.left.agreed.add(told)
+        self.found.labels[node] = self.left.labels(expected)
         self.position += 1
+
+    def _told(self, target: Any, form: Form, leaves: list[Any]) -> tuple[Any, ...] | None:
+        """What a call is known by, see `Left.agreed`; None if it reads a tensor not known yet, or lists of lists."""
+        if any(leaf not in self.same if isinstance(leaf, Node) else isinstance(leaf, list | dict) for leaf in leaves):
+            return None
+        told = (self.same[leaf] if isinstance(leaf, Node) else (type(leaf), leaf) for leaf in leaves)
+        return self.position, target, form, *told
 
     def _expected(self, node: Node) -> Node:
         """What the dense model does next, which must be the same operator."""
@@ -192,10 +240,10 @@ class _Proof(Recorder):
             if dense is None:
                 raise RuntimeError("it uses a constant that the dense model does not have")
             self.same[node] = dense
-            labels = self.dense.found.labels[dense]
+            labels = self.left.labels(dense)
             if node.state in self.dense.found.indices:
                 labels, node.numbers = self._numbers(dense)
-            self.found.labels[node] = restricted(labels, self.stays)
+            self.found.labels[node] = labels
             if not node.state and not node.varies and not _alike(node, dense):
                 raise RuntimeError("a constant that it computes without operators has changed")
         return self.same[node]
@@ -206,7 +254,8 @@ class _Proof(Recorder):
         channels = self.dense.found.indices[dense.state]
         labels = channels[dense.numbers]
         kept = np.flatnonzero(self.stays[channels])
-        return Labels(labels.shape, (labels,)), np.searchsorted(kept, dense.numbers[self.stays[labels]])
+        left = restricted(Labels(labels.shape, (labels,)), self.stays)
+        return left, np.searchsorted(kept, dense.numbers[self.stays[labels]])
 
     def _check_arguments(self, node: Node, expected: Node) -> None:
         """The call must read the same tensors and compute with the right numbers."""
@@ -249,20 +298,15 @@ class _Proof(Recorder):
         fresh = self.dense.found.fresh.get(expected, [])
         self.found.ledger.next = iter([array[self.stays[array]] for array in fresh])
         shapes = mapped(node.value, lambda value: tuple(value.shape) if isinstance(value, torch.Tensor) else None)
-        theirs = self.dense.found.labels[expected]
-        for shape, labels in zip(shapes if isinstance(shapes, list) else [shapes], _listed(theirs), strict=False):
-            if labels is None:
-                continue
-            left = restricted(labels, self.stays)
-            if shape is not None and shape != left.shape:
-                raise RuntimeError(f"{node.target} makes shape {list(shape)} instead of {list(left.shape)}")
+        left = self.left.labels(expected)
+        for shape, labels in zip(shapes if isinstance(shapes, list) else [shapes], _listed(left), strict=False):
+            if labels is not None and shape is not None and shape != labels.shape:
+                raise RuntimeError(f"{node.target} makes shape {list(shape)} instead of {list(labels.shape)}")
         ours = label(self.found, node)
         if not self._single(expected):
-            for own, labels in zip(flat(ours), flat(theirs), strict=True):
-                left = restricted(labels, self.stays)
-                if not all(_found_in(array, own.arrays) for array in left.arrays):
+            for own, labels in zip(flat(ours), flat(left), strict=True):
+                if not all(_found_in(array, own.arrays) for array in labels.arrays):
                     raise RuntimeError(f"{node.target} reads other channels than those that stay")
-        self.found.labels[node] = mapped(theirs, lambda own: own and restricted(own, self.stays))
 
     def _single(self, expected: Node) -> bool:
         """Whether a dimension that is tracked has a single channel left, of which rules cannot tell which it is.

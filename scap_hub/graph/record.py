@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from scap_hub.errors import ModelError
 from scap_hub.graph.modes import emptied_caches, evaluating, running, uncompiled, untouched
-from scap_hub.graph.node import Node, Site, flattened, mapped, numbers_in, rebuilt
+from scap_hub.graph.node import Form, Node, Site, flattened, mapped, numbers_in, rebuilt
 from scap_hub.graph.shapes import in_place, run
 from scap_hub.graph.values import is_tensor, tensors_of, without_values
 from scap_hub.private import (
@@ -158,8 +158,8 @@ class Recorder(PreDispatchMode):
             self._outputs = [self.node(leaf) for leaf in returned]
         return output
 
-    def called(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Called before an operator runs, with nodes in the place of tensors."""
+    def called(self, target: Any, form: Form, leaves: list[Any]) -> None:
+        """Called before an operator runs, with nodes in the place of tensors; see `rebuilt`."""
 
     def made(self, node: Node, value: Any) -> None:
         """Called for each operator, and for each part of a result that has parts."""
@@ -197,10 +197,7 @@ class Recorder(PreDispatchMode):
         subject = args[0] if args and is_tensor(args[0]) else None
         if name in _LOOKS and subject is not None and self.node(subject).varies:
             raise RuntimeError(f"it looks at the values of a tensor that depends on the input ({name})")
-        for call in self._stack:
-            call.functions[name] += 1
-        number = self._stack[-1].functions[name] if self._stack else 0
-        outer, self.site = self.site, Site(name, number, tuple(numbers_in(args, kwargs)))
+        outer, self.site = self.site, self.place(name, args, kwargs)
         try:
             result = func(*args, **kwargs)
         finally:
@@ -212,6 +209,13 @@ class Recorder(PreDispatchMode):
                 self._alias(result, made)
         return result
 
+    def place(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Site | None:
+        """Where the forward pass calls a torch function; None where nobody asks."""
+        for call in self._stack:
+            call.functions[name] += 1
+        number = self._stack[-1].functions[name] if self._stack else 0
+        return Site(name, number, tuple(numbers_in(args, kwargs)))
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.running = func
         form, leaves = flattened(args, kwargs or {})
@@ -221,7 +225,7 @@ class Recorder(PreDispatchMode):
             raise RuntimeError("it looks at the value of a tensor that depends on the input")
         if varies and _sized_by_values(func, leaves, nodes):
             raise RuntimeError("it makes a tensor whose size depends on the values of the input")
-        self.called(func, *rebuilt(form, nodes))
+        self.called(func, form, nodes)
         result = run(func, form, leaves)
         if func not in VALUES:
             whole = self._call(func, *rebuilt(form, nodes), result, varies)

@@ -88,11 +88,12 @@ def on_part(loaded: LoadedModel, data: Data, path: str) -> tuple[LoadedPart, Dat
     if images is None:
         raise DataError("there are no calibration images: none of them can be read, or there are none")
     images = images[:IMAGES]
-    sizes = tuple(_reached(whole, path, images).shape[1:])
+    first, *constants = _reached(whole, path, images)
+    sizes = tuple(first.shape[1:])
     _check_alone(whole, path)
 
     def reached(images: Tensor) -> Tensor:
-        found = _reached(whole, path, images)
+        found = _reached(whole, path, images)[0]
         if found.shape[1:] != sizes:
             raise ModelError(
                 f"{path!r} is given {tuple(found.shape[1:])} of some images, {sizes} of others: give images of one size"
@@ -101,14 +102,14 @@ def on_part(loaded: LoadedModel, data: Data, path: str) -> tuple[LoadedPart, Dat
 
     known: dict[str, Any] = {own.name: getattr(loaded, own.name) for own in fields(loaded)}
     known |= {
-        "module": Part(whole, path), "zoo": PLAIN, "num_classes": 0, "labels": None, "config": {},
-        "preprocessing": replace(loaded.preprocessing, input_size=sizes),  # type: ignore[arg-type]
+        "module": Part(whole, path, tuple(constants)), "zoo": PLAIN, "num_classes": 0, "labels": None, "config": {},
+        "preprocessing": replace(loaded.preprocessing, input_size=sizes),
     }  # fmt: skip
     part = LoadedPart(**known, whole=loaded, images=images)
     return part, replace(data, task=PartOutputs(reached), labels=None)
 
 
-def _reached(whole: nn.Module, path: str, images: Tensor) -> Tensor:
+def _reached(whole: nn.Module, path: str, images: Tensor) -> tuple[Any, ...]:
     arguments = reaching(whole, path, (fed(whole, images),))
     if not by_image(arguments, len(images)):
         shown = ", ".join(
@@ -119,7 +120,7 @@ def _reached(whole: nn.Module, path: str, images: Tensor) -> Tensor:
             f"the part {path!r} is called with ({shown}) for {len(images)} images, and can be pruned by itself if that "
             "is one tensor with a row for each image: choose a part before it, such as the backbone"
         )
-    return arguments[0]
+    return arguments
 
 
 def _check_alone(whole: nn.Module, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -46,8 +47,9 @@ class Outputs(Task):
         """This task, for a model that returns something for each image.
 
         Raises:
-            ModelError: It does not; names parts of it that do.
+            ModelError: It does not; names parts of it that do. Or it takes more than images.
         """
+        _check_takes_images(loaded)
         device, dtype = placement(loaded.module)
         images = torch.zeros(_IMAGES, *loaded.preprocessing.input_size, device=device, dtype=dtype)
         with torch.no_grad(), evaluating(loaded.module):
@@ -160,3 +162,15 @@ class OutputError(Meter):
         squares = [sum(own) for own in zip(*(part[1] for part in parts), strict=True)]
         error = sum(factor * square for factor, square in zip(factors, squares, strict=True))
         return {OUTPUT_ERROR.key: error, "loss": error, "images": sum(part[0] for part in parts)}
+
+
+def _check_takes_images(loaded: LoadedModel) -> None:
+    """Refuses a model that wants an argument beside the images, such as a question about them."""
+    wanted = inspect.signature(loaded.module.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    missing = [own.name for own in [*wanted][1:] if own.kind in kinds and own.default is own.empty]
+    if missing:
+        raise ModelError(
+            f"{loaded.name} takes {', '.join(map(repr, missing))} beside the images: give a module of your own around "
+            "it whose forward(images) adds what it needs, the same for all images"
+        )
