@@ -55,7 +55,7 @@ def test_a_smaller_model_of_the_zoo_stands_at_the_nearest_target():
     [
         ("scratch", {"finetune_epochs": 0}, "'scratch' is trained for the fine-tuning's epochs, of which there are no"),
         ("zoo:resnet18", {"targets": ["ratio=0.5"]}, "resnet18 needs a target in MACs or parameters"),
-        ("zoo:vit_tiny_patch16_224", {}, "wants its images as .* the dense model as"),
+        ("zoo:vit_tiny_patch16_224", {}, "wants its images as mean=.*std=.* the dense model as mean="),
     ],
 )
 def test_a_baseline_that_cannot_be_had_is_told(name, change, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import nn
@@ -111,9 +112,12 @@ def smaller_models(names: Iterable[str], loaded: LoadedModel, recipe: Recipe) ->
             name.removeprefix(ZOO), recipe.model.pretrained, loaded.num_classes, loaded.preprocessing.input_size
         )
         if small.preprocessing != loaded.preprocessing:
+            own, dense = asdict(small.preprocessing), asdict(loaded.preprocessing)
+            differ = [key for key in own if own[key] != dense[key]]
+            theirs, ours = (", ".join(f"{key}={way[key]!r}" for key in differ) for way in (own, dense))
             raise RecipeError(
-                f"{small.name} wants its images as {small.preprocessing}, the dense model as {loaded.preprocessing}: "
-                "compare with one that is fed the same way"
+                f"{small.name} wants its images as {theirs}, the dense model as {ours}: compare with one that is fed "
+                "the same way"
             )
         found[name] = small
     return found
