@@ -4,9 +4,13 @@ import onnx
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import scap_hub
 from scap_hub import export
+from scap_hub.channels.oracle import randomize
+from scap_hub.deploy.capture import Named
+from scap_hub.deploy.onnx_file import write_onnx
 from scap_hub.deploy.runtimes import OnnxRuntime, TorchExport
 from scap_hub.errors import ModelError, VerificationError
 from scap_hub.hub.checkpoint import save_checkpoint
@@ -33,6 +37,21 @@ def masks():
     return transformers.MaskFormerForInstanceSegmentation(config)
 
 
+def queries():
+    """RT-DETR, which asks for the `len` of its batch."""
+    backbone = transformers.RTDetrResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = transformers.RTDetrConfig(
+        backbone_config=backbone, encoder_hidden_dim=32, encoder_in_channels=[24, 32, 40], encoder_attention_heads=4,
+        encoder_ffn_dim=48, d_model=32, num_queries=5, decoder_in_channels=[32, 32, 32], decoder_ffn_dim=48,
+        decoder_layers=1, decoder_attention_heads=4, num_labels=3, freeze_backbone_batch_norms=False,
+    )  # fmt: skip
+    # As it is initialised, all places have the same score, and which queries are picked is chance.
+    return randomize(transformers.RTDetrForObjectDetection(config))
+
+
 NAMES = {
     "AutoModelForSemanticSegmentation": ["logits"],
     "AutoModelForObjectDetection": ["logits", "pred_boxes"],
@@ -43,6 +62,7 @@ NAMES = {
     "headless": ["features"],
     "stages": ["features_0", "features_1", "features_2", "features_3"],
     "masks": ["class_queries_logits", "masks_queries_logits"],
+    "queries": ["logits", "pred_boxes"],
 }
 
 
@@ -51,7 +71,7 @@ QUICK = ("AutoModel", "headless")
 
 def saved(folder, name):
     torch.manual_seed(0)
-    loaded = load_model((MODELS | {"masks": masks})[name](), input_size=SIZE)
+    loaded = load_model((MODELS | {"masks": masks, "queries": queries})[name](), input_size=SIZE)
     groups = scap_hub.channel_groups(loaded.module, torch.zeros(1, *SIZE))
     scores = {group.name: torch.rand(group.size) for group in groups.prunable}
     plan = scap_hub.select(groups, scores, "ratio=0.5", round_to=1)
@@ -91,6 +111,27 @@ def test_every_output_has_its_name_and_is_the_models(name, tmp_path):
     for batch in (1, 3):
         images = torch.randn(batch, *SIZE, generator=torch.Generator().manual_seed(batch))
         assert_answers(session, model, images, NAMES[name])
+
+
+class Counting(nn.Module):
+    """Asks for the `len` of its batch, which Python makes an integer."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.places = nn.Conv2d(3, 8, 3, 2), nn.Parameter(torch.randn(1, 8))
+
+    def forward(self, x):
+        x = self.body(x).mean((2, 3))
+        return x + self.places.expand(len(x), -1)
+
+
+def test_a_batch_whose_length_plain_python_asks_for_stays_open(tmp_path):
+    model, images = Counting().eval(), torch.randn(2, 3, 16, 16)
+    write_onnx(Named(model, images), images, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    more = torch.randn(5, 3, 16, 16)
+    (found,) = session.run(None, {"pixel_values": more.numpy()})
+    assert torch.allclose(torch.from_numpy(found), model(more), atol=1e-5)
 
 
 SLOW = ("AutoModelForObjectDetection", "AutoModelForDepthEstimation", "stages", "masks")

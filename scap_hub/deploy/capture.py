@@ -18,6 +18,8 @@ OUTPUT = "logits"
 
 _ANSWERS = ("logits", "pred_boxes", "pred_masks", "class_queries_logits", "masks_queries_logits", "predicted_depth")
 """What a model of transformers answers; what it returns beside are steps on the way."""
+_FIXED = "specialized it to be a constant"
+"""What torch.export says of an axis that it cannot leave open."""
 _NAMES = {
     "image-classification": OUTPUT,
     "semantic-segmentation": OUTPUT,
@@ -111,4 +113,12 @@ def captured(net: Named, images: Tensor, resizable: bool = False) -> torch.expor
     try:
         return torch.export.export(net, (images,), dynamic_shapes={INPUT: dims}, strict=False)
     except Exception as error:
-        raise ModelError(f"torch.export cannot capture {type(net.model).__name__}: {one_line(error)}") from error
+        refused = ModelError(f"torch.export cannot capture {type(net.model).__name__}: {one_line(error)}")
+        if resizable or _FIXED not in str(error):
+            raise refused from error
+    # Plain Python has fixed the batch, such as `len(features)`, which only returns integers. Read as bytecode, which
+    # takes several times as long, it stays open.
+    try:
+        return torch.export.export(net, (images,), dynamic_shapes={INPUT: dims}, strict=True)
+    except Exception as error:
+        raise refused from error
