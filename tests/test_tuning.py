@@ -15,6 +15,8 @@ import scap_hub
 from scap_hub import apply_plan, channel_groups, repair, select, tune
 from scap_hub.errors import CalibrationError
 from scap_hub.run import repairing
+from scap_hub.tasks.classification import ImageClassification
+from scap_hub.tasks.outputs import unlabelled
 from tests.nets import Residual
 from tests.test_pruning import QUICK
 from tests.test_pruning import images as labelled
@@ -42,12 +44,9 @@ def test_outputs_come_nearer_on_images_that_were_not_seen():
     small = pruned(net)
     norms = {k: v.clone() for k, v in small.named_buffers()}
     new = torch.randn(64, 3, 12, 12)
-    first, unseen = error(net, small, torch.cat(IMAGES)), error(net, small, new)
+    unseen = error(net, small, new)
     before, after = tune(net, small, IMAGES, steps=60, learning_rate=1e-2)
-    assert before == pytest.approx(first, rel=1e-4) and after == pytest.approx(
-        error(net, small, torch.cat(IMAGES)), rel=1e-4
-    )
-    assert after < 0.7 * before and error(net, small, new) < 0.8 * unseen
+    assert after < 0.8 * before and error(net, small, new) < 0.8 * unseen
     assert all(torch.equal(value, norms[name]) for name, value in small.named_buffers()), "batch norm is fixed"
     assert not small.training and all(weight.grad is None for weight in small.parameters())
 
@@ -146,6 +145,36 @@ def test_two_processes_end_with_the_same_weights(tmp_path):
     (before, after, weights), other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert after < before and (before, after) == other[:2]
     assert all(torch.equal(value, other[2][name]) for name, value in weights.items())
+
+
+def test_what_is_judged_is_not_what_a_repaired_model_was_fitted_to(monkeypatch):
+    seen = []
+
+    def distance(small, dense, batch):
+        seen.append(batch)
+        return (small(batch) - dense(batch)).square().mean()
+
+    torch.manual_seed(0)
+    net = Residual(width=16).eval()
+    tune(net, pruned(net), IMAGES, steps=0, distance=distance)
+    judged, given = torch.cat(seen[: len(seen) // 2]), torch.cat(IMAGES)
+    assert judged.shape == given.shape and torch.equal(judged, torch.cat(seen[len(seen) // 2 :])), "the same twice"
+    as_they_are = [any(torch.equal(one, other) for other in given) for one in judged]
+    assert sum(as_they_are) < 0.2 * len(given)
+
+
+def test_prune_tunes_a_classifier_by_what_its_logits_mean():
+    """Logits may all grow or shrink by one number: no class becomes more likely."""
+    task, (net, x) = ImageClassification(), (nn.Linear(4, 3), torch.randn(5, 4))
+    shifted = copy.deepcopy(net)
+    with torch.no_grad():
+        shifted.bias += 7
+    for known in (task, unlabelled(task)):
+        assert float(repairing.distance_of(known, 2.0)(shifted, net, x)) == pytest.approx(0, abs=1e-6)
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other.bias[0] += 7
+    assert float(repairing.distance_of(task, 2.0)(other, net, x)) > 0.1
 
 
 @pytest.mark.parametrize(("epochs", "steps", "tuned"), [(0, None, 200), (1, None, 0), (0, 0, 0), (1, 3, 3)], ids=str)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ STEPS = 200
 BATCH = 32
 """Images in a step."""
 _SHIFT = 0.1  # of an image's sides, at most
+_JUDGES = 1 << 32  # apart from all seeds of the steps
 Distance = Callable[[nn.Module, nn.Module, Tensor], Tensor]
 
 
@@ -44,8 +45,9 @@ def tune(
 
     Each step takes 32 calibration images, shifted, half of them mixed with another one: the dense model says what the
     outputs for such an image should be, so few images go a long way. Batch norms keep their statistics. If the outputs
-    for the calibration images themselves have not come nearer in the end, the weights are what they were, and a warning
-    says so if they have gone away.
+    have not come nearer in the end, the weights are what they were, and a warning says so if they have gone away. That
+    is judged by calibration images that are shifted and mixed in other ways: for the images as they are, a repaired
+    model is better than for any others.
 
     Args:
         dense: The model before surgery.
@@ -59,7 +61,7 @@ def tune(
             variance over the images, mean over the outputs.
 
     Returns:
-        The distance for the calibration images, before and after.
+        The distance for shifted and mixed calibration images that no step took, before and after.
 
     Raises:
         CalibrationError: Fewer than 2 images over all processes, or outputs that are not finite.
@@ -71,10 +73,11 @@ def tune(
     try:
         with evaluating(dense), evaluating(small):
             apart = distance or _place_by_place(dense, images, in_all)
-            before = _error(dense, small, images, apart, in_all)
+            judges = _judges(images, seed)
+            before = _error(dense, small, judges, apart)
             state = copy.deepcopy(small.state_dict())
             _train(dense, small, images, apart, steps, learning_rate, seed)
-            after = _error(dense, small, images, apart, in_all)
+            after = _error(dense, small, judges, apart)
             if not after < before:
                 small.load_state_dict(state)
                 if before < float("inf") and not after <= before:
@@ -99,13 +102,11 @@ def _train(
         return
     optimizer = AdamW(weights, lr=rate, weight_decay=0.0)
     schedule = OneCycleLR(optimizer, rate, total_steps=steps)
-    shift = RandomAffine(0, translate=(_SHIFT, _SHIFT)) if images.ndim == 4 else nn.Identity()
     state = PartialState()
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed + state.process_index)
         for _ in track(range(steps), "tuning"):
-            batch = shift(_mixed(images[torch.randint(len(images), (BATCH,))]))
-            loss = distance(small, dense, batch)
+            loss = distance(small, dense, _varied(images[torch.randint(len(images), (BATCH,))]))
             if not loss.requires_grad:
                 warnings.warn("no gradient of the outputs reaches the weights: they are not tuned", stacklevel=3)
                 return
@@ -116,6 +117,19 @@ def _train(
             optimizer.step()
             schedule.step()
     optimizer.zero_grad()
+
+
+def _judges(images: Tensor, seed: int) -> list[Tensor]:
+    """The images in batches, each shifted or mixed once, in a draw of its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(_JUDGES + seed)
+        return [_varied(batch) for batch in images[torch.randperm(len(images))].split(BATCH)]
+
+
+def _varied(images: Tensor) -> Tensor:
+    """Shifted images, if they are such, half of them mixed with another one."""
+    shift = RandomAffine(0, translate=(_SHIFT, _SHIFT)) if images.ndim == 4 else nn.Identity()
+    return shift(_mixed(images))
 
 
 def _mixed(images: Tensor) -> Tensor:
@@ -147,7 +161,7 @@ def _place_by_place(dense: nn.Module, images: Tensor, in_all: int) -> Distance:
 
 
 @torch.no_grad()
-def _error(dense: nn.Module, small: nn.Module, images: Tensor, distance: Distance, in_all: int) -> float:
-    """The distance for the calibration images of all processes."""
-    parts = [distance(small, dense, batch).double() * len(batch) for batch in images.split(BATCH)]
-    return float(sum_over_processes(torch.stack(parts).sum())) / in_all
+def _error(dense: nn.Module, small: nn.Module, batches: Sequence[Tensor], distance: Distance) -> float:
+    """The distance, mean over the images of all processes."""
+    parts = [distance(small, dense, batch).double() * len(batch) for batch in batches]
+    return float(sum_over_processes(torch.stack(parts).sum())) / total_images(sum(map(len, batches)))

@@ -37,20 +37,26 @@ def repaired(
     """
     repair(dense, small, plan, images, **recipe.repair.model_dump(exclude={"tune"}))
     if steps := tuning_steps(recipe):
-        rate, distance = recipe.repair.tune.learning_rate, distance_of(task)
+        rate = recipe.repair.tune.learning_rate
+        distance = distance_of(task, recipe.finetune.distillation.temperature)
         tune(teacher, small, images, steps=steps, learning_rate=rate, seed=recipe.seed, distance=distance)
 
 
-def distance_of(task: Task) -> Distance | None:
-    """How a task compares the outputs of two models for the same images; None where place by place is right."""
+def distance_of(task: Task, temperature: float = 1.0) -> Distance | None:
+    """How a task compares the outputs of two models for the same images; None where place by place is right.
+
+    Args:
+        task: What the models are for.
+        temperature: As for `Task.distance`.
+    """
     known = task.inner if isinstance(task, Unlabelled) else task
-    if known.in_place:
+    if not known.by_distance:
         return None
 
     def distance(small: nn.Module, dense: nn.Module, images: Tensor) -> Tensor:
         with torch.no_grad():
             guide = known.output(dense, images)
-        return known.distance(known.output(small, images), guide, 1.0)
+        return known.distance(known.output(small, images), guide, temperature)
 
     return distance
 

@@ -64,8 +64,9 @@ class Task(ABC):
         from_teacher: Whether outputs are compared with those of the dense model, not with targets: then the meter gets
             the pair of these outputs and the targets, which may be None.
         uses_targets: Whether targets mean anything.
-        in_place: Whether the same place in the outputs of two models means the same. Queries of a detector do not:
-            which of them finds an object may change, so outputs have to be compared by `distance`.
+        by_distance: Whether tuning without labels brings down `distance`. Else outputs are compared place by place,
+            which means little for logits, where only differences count, and nothing for a detector's queries: which of
+            them finds an object may change.
     """
 
     name: ClassVar[str]
@@ -74,7 +75,7 @@ class Task(ABC):
     refuses: ClassVar[tuple[str, ...]] = ()
     from_teacher: ClassVar[bool] = False
     uses_targets: ClassVar[bool] = True
-    in_place: ClassVar[bool] = True
+    by_distance: ClassVar[bool] = False
 
     @property
     def pipeline_tag(self) -> str | None:

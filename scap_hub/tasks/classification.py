@@ -26,6 +26,7 @@ class ImageClassification(Task):
     """Targets are labels, int64 (N,); a model's output is its logits, float32 (N, classes)."""
 
     name: ClassVar[str] = "image-classification"
+    by_distance: ClassVar[bool] = True
     metric: ClassVar[Metric] = Metric("top1", "top-1", "Top-1 accuracy", "accuracy")
 
     def target_column(self, kinds: Mapping[str, str], asked: str | None, listing: str) -> str | None:

@@ -54,7 +54,7 @@ class ObjectDetection(PlacedTask):
     classes: int = 0
 
     name: ClassVar[str] = "object-detection"
-    in_place: ClassVar[bool] = False
+    by_distance: ClassVar[bool] = True
     metric: ClassVar[Metric] = Metric("map", "mAP", "Mean average precision", "mean_average_precision")
     others: ClassVar[tuple[Metric, ...]] = (Metric("map_50", "mAP50", "mAP at IoU 0.5", "mean_average_precision"),)
     wanted: ClassVar[str] = "objects: for each image lists `bbox` (COCO's x, y, width, height in pixels) and `category`"
