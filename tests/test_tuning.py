@@ -156,11 +156,11 @@ def test_what_is_judged_is_not_what_a_repaired_model_was_fitted_to(monkeypatch):
 
     torch.manual_seed(0)
     net = Residual(width=16).eval()
-    tune(net, pruned(net), IMAGES, steps=0, distance=distance)
+    tune(net, pruned(net), IMAGES, steps=0, learning_rate=1.0, distance=distance)
     judged, given = torch.cat(seen[: len(seen) // 2]), torch.cat(IMAGES)
     assert judged.shape == given.shape and torch.equal(judged, torch.cat(seen[len(seen) // 2 :])), "the same twice"
     as_they_are = [any(torch.equal(one, other) for other in given) for one in judged]
-    assert sum(as_they_are) < 0.2 * len(given)
+    assert sum(as_they_are) < 0.6 * len(given), "half are mixed, and those that are not may be shifted by nothing"
 
 
 def test_prune_tunes_a_classifier_by_what_its_logits_mean():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from accelerate.state import PartialState
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
-from torchvision.transforms.v2 import RandomAffine
+from torchvision.transforms.v2 import RandomCrop
 
 from scap_hub.compensation.processes import sum_over_processes
 from scap_hub.criteria.calibration import images_of, total_images
@@ -26,6 +27,11 @@ STEPS = 200
 """How many steps `prune` takes where nothing is trained afterwards."""
 BATCH = 32
 """Images in a step."""
+RATES = (1e-3, 3e-4, 1e-4)
+"""Learning rates that are tried."""
+_TRIAL = 8  # a rate is tried in so small a part of the steps
+TRIALS = len(RATES) / _TRIAL
+"""Steps that go into finding the rate, for each step at that rate."""
 _SHIFT = 0.1  # of an image's sides, at most
 _JUDGES = 1 << 32  # apart from all seeds of the steps
 Distance = Callable[[nn.Module, nn.Module, Tensor], Tensor]
@@ -37,7 +43,7 @@ def tune(
     batches: Iterable[Any],
     *,
     steps: int = STEPS,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
     seed: int = 0,
     distance: Distance | None = None,
 ) -> tuple[float, float]:
@@ -54,7 +60,8 @@ def tune(
         small: The pruned model, repaired if it is to be; changed in place, on all processes alike.
         batches: Calibration batches (this process's share, not empty); images only are used.
         steps: Of AdamW, over one cycle of the learning rate; 0 does nothing.
-        learning_rate: The highest one.
+        learning_rate: The highest one. Left out, a short cycle at each of `RATES` shows which brings the outputs
+            nearest: what a layer bears depends on the batch norm behind it, whose statistics are fixed.
         seed: Of what is drawn.
         distance: Of the outputs of the pruned model from the dense one's for some images, given both models and these;
             mean over the images. Left out, outputs are compared place by place: their squared distance, relative to the
@@ -76,8 +83,15 @@ def tune(
             judges = _judges(images, seed)
             before = _error(dense, small, judges, apart)
             state = copy.deepcopy(small.state_dict())
-            _train(dense, small, images, apart, steps, learning_rate, seed)
-            after = _error(dense, small, judges, apart)
+
+            def trained(steps: int, rate: float) -> float:
+                small.load_state_dict(state)
+                _train(dense, small, images, apart, steps, rate, seed)
+                return _error(dense, small, judges, apart)
+
+            if learning_rate is None:
+                learning_rate = min(RATES, key=lambda rate: trained(steps // _TRIAL, rate))
+            after = trained(steps, learning_rate)
             if not after < before:
                 small.load_state_dict(state)
                 if before < float("inf") and not after <= before:
@@ -128,8 +142,13 @@ def _judges(images: Tensor, seed: int) -> list[Tensor]:
 
 def _varied(images: Tensor) -> Tensor:
     """Shifted images, if they are such, half of them mixed with another one."""
-    shift = RandomAffine(0, translate=(_SHIFT, _SHIFT)) if images.ndim == 4 else nn.Identity()
-    return shift(_mixed(images))
+    mixed = _mixed(images)
+    if images.ndim != 4:
+        return mixed
+    height, width = images.shape[2:]
+    margins = [math.ceil(_SHIFT * side) for side in (width, height)]
+    # What comes in at the border continues the image: a border of one colour is nothing that a model has seen.
+    return RandomCrop((height, width), padding=margins, padding_mode="edge")(mixed)
 
 
 def _mixed(images: Tensor) -> Tensor:

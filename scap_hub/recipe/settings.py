@@ -186,8 +186,8 @@ class TuneSettings(Block):
     steps: CountOrZero | None = None
     """Steps on the calibration images towards the dense model's outputs, without labels; 200 where no fine-tuning
     follows and none where it does, if left out."""
-    learning_rate: Positive = 1e-3
-    """The highest one, of AdamW over one cycle."""
+    learning_rate: Positive | None = None
+    """The highest one, of AdamW over one cycle; the best of three in short trials, if left out."""
 
 
 class RepairSettings(Block):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from scap_hub.compensation import PASSES
-from scap_hub.compensation.tuning import BATCH
+from scap_hub.compensation.tuning import BATCH, TRIALS
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.errors import DataError
 from scap_hub.placement import raise_precision
@@ -155,7 +155,9 @@ def expected(loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning, re
         reach: What can be pruned, if that is to be told of.
     """
     model, images = loaded.module.to(accelerator().device).eval(), _sample(data)
-    trains, tuned = tuning.trains(recipe.finetune), tuning_steps(recipe)
+    trains, tuned = tuning.trains(recipe.finetune), float(tuning_steps(recipe))
+    if recipe.repair.tune.learning_rate is None:
+        tuned *= 1 + TRIALS
     forward, train, saved = _seconds_forward(model, data, images), 0.0, 0
     if trains or tuned:
         train, saved = _training(model, data, images, trains)
