@@ -10,7 +10,7 @@ from scap_hub.zoo import import_hooks
 if TYPE_CHECKING:
     from scap_hub.channels import ChannelGroup, ChannelGroups, channel_groups, verify
     from scap_hub.channels.verified import apply_plan
-    from scap_hub.compensation import repair, tune
+    from scap_hub.compensation import repair
     from scap_hub.criteria import Criterion, score
     from scap_hub.errors import ScapHubError
     from scap_hub.hub.checkpoint import load
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from scap_hub.run.report import Report
     from scap_hub.run.result import Result
     from scap_hub.run.sizes import Family
-    from scap_hub.run.steps import refine
+    from scap_hub.run.steps import refine, tune
     from scap_hub.scores import Scores
     from scap_hub.selection.select import select
     from scap_hub.selection.target import Target
@@ -68,7 +68,7 @@ _HOMES = {
     "repair": "compensation",
     "score": "criteria",
     "select": "selection.select",
-    "tune": "compensation",
+    "tune": "run.steps",
     "verify": "channels",
 }
 

@@ -166,7 +166,8 @@ def test_devices_are_compared_by_the_order_of_scores_and_by_what_stays(monkeypat
     assert other["rank_correlation"] == pytest.approx(-1) and other["kept_by_both"] == 1
 
 
-def test_a_part_that_does_not_fit_into_the_time_is_named(tmp_path):
+def test_a_part_that_does_not_fit_into_the_time_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "set_quiet", lambda quiet: None)  # it would last
     found = gpu.main(["--quick", "--minutes", "0", "--json", str(tmp_path / "gpu.json")])
     assert {text.split(":")[0] for text in found["left_out"]} >= {"parity", "ranks", "latency", "scoring", "repair"}
     assert all(text.endswith(("no time left", "no data")) for text in found["left_out"])

@@ -10,9 +10,9 @@ import transformers as hf
 from torch.utils.data import DataLoader
 
 import scap_hub
+from scap_hub.compensation import tune
 from scap_hub.errors import DataError
 from scap_hub.run.inputs import load_dense
-from scap_hub.run.repairing import distance_of
 from scap_hub.run.stages import Stages
 from scap_hub.tasks import task_of
 from scap_hub.tasks.detection import Detected, ObjectDetection
@@ -132,9 +132,9 @@ def test_a_detector_is_tuned_towards_the_queries_that_are_most_alike():
     batches = [next(iter(data.validation))[0]]
     for task in (data.task, unlabelled(data.task)):
         small = Swapped(copy.deepcopy(dense))
-        before, after = scap_hub.tune(small, Swapped(small), batches, steps=0)
+        before, after = tune(small, Swapped(small), batches, steps=0)
         assert before > 0.01, "place by place"
-        before, after = scap_hub.tune(dense, small, batches, steps=1, distance=distance_of(task))
+        before, after = scap_hub.tune(dense, small, batches, steps=1, task=task)
         assert after <= before < 1e-3
 
 

@@ -224,12 +224,13 @@ def test_cost_aware_compares_what_one_channel_costs():
     assert kept["a"] == pytest.approx(8, abs=1) and kept["b"] == pytest.approx(64, abs=2)
 
 
-def test_uniform_leaves_groups_of_one_size_equally_wide():
+@pytest.mark.parametrize("better", ["a", "b"])
+def test_what_is_left_of_a_budget_goes_to_the_best_channels_first(better):
     groups = branches(a=64, b=64)
-    scores = {group.name: torch.rand(group.size) + group.name.endswith("b") for group in groups}
-    # Two groups of 32 leave room for one more step of 8, which only one of them could have.
+    scores = {group.name: torch.rand(group.size) + (group.name.endswith(better)) for group in groups}
+    # Two groups of 32 leave room for one more step of 8, not for two.
     kept = numbers(select(groups, scores, f"macs={72 / 128}", scope="uniform"), groups)
-    assert kept == {"a": 32, "b": 32}
+    assert kept == {**dict.fromkeys("ab", 32), better: 40}
 
 
 @pytest.mark.parametrize("better", ["a", "b"])

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import scap_hub
-from scap_hub import apply_plan, channel_groups, repair, select, tune
+from scap_hub import apply_plan, channel_groups, repair, select
+from scap_hub.compensation import tune
 from scap_hub.errors import CalibrationError
 from scap_hub.run import repairing
 from scap_hub.tasks.classification import ImageClassification

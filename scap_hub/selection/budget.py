@@ -94,14 +94,9 @@ class BudgetSearch:
         return {name: self.limits.nearest(groups[name].size, (own >= bar).sum()) for name, own in worth.items()}
 
     def _filled(self, worth: dict[str, np.ndarray], under: Counts, over: Counts, budget: float) -> Counts:
-        """Many groups may step at the same knob: gives the larger number to one after the other while they fit.
-
-        With scope "uniform" all groups of one size step together, so that they stay equally wide.
-        """
-        sizes = {name: group.size for name, group in self.chooser.groups.items()}
+        """Many groups may step at the same knob: gives the larger number to one after the other while they fit."""
         for name in _by_next_channel(worth, under):
-            alike = [name] if self.scope != "uniform" else [other for other in sizes if sizes[other] == sizes[name]]
-            larger = under | {other: over[other] for other in alike}
+            larger = under | {name: over[name]}
             if over[name] > under[name] and self._spent(larger) <= budget:
                 under = larger
         return under
