@@ -13,7 +13,7 @@ from torch import nn
 
 import scap_hub
 from scap_hub import apply_plan, channel_groups, repair, select
-from scap_hub.compensation import tune
+from scap_hub.compensation import tune, tuning
 from scap_hub.errors import CalibrationError
 from scap_hub.run import repairing
 from scap_hub.tasks.classification import ImageClassification
@@ -75,6 +75,17 @@ def test_weights_never_get_worse_and_a_rate_that_is_too_high_is_told(diverges):
         before, after = tune(net, small, IMAGES, steps=5 * diverges, learning_rate=1e6)
     assert before == after
     assert all(torch.equal(value, state[name]) for name, value in small.state_dict().items())
+
+
+@pytest.mark.parametrize("first", [1e30, 1.0], ids=["no number", "diverges"])
+def test_the_highest_rate_that_does_no_harm_is_taken(first, monkeypatch):
+    torch.manual_seed(0)
+    net = Residual(width=16).eval()
+    small = pruned(net)
+    named = copy.deepcopy(small)
+    monkeypatch.setattr(tuning, "RATES", (first, 2e-3, 1e-7))
+    before, after = tune(net, small, IMAGES, steps=40)
+    assert (before, after) == tune(net, named, IMAGES, steps=40, learning_rate=2e-3) and after < 0.9 * before
 
 
 def test_maps_tuples_and_constants_are_outputs_too():

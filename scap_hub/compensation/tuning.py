@@ -28,8 +28,9 @@ STEPS = 200
 BATCH = 32
 """Images in a step."""
 RATES = (1e-3, 3e-4, 1e-4)
-"""Learning rates that are tried."""
+"""Learning rates that are tried, highest first."""
 _TRIAL = 8  # a rate is tried in so small a part of the steps
+_NEAR = 1.25  # so many times the lowest error is near enough in a short trial, which is too short for a high rate
 TRIALS = len(RATES) / _TRIAL
 """Steps that go into finding the rate, for each step at that rate."""
 _SHIFT = 0.1  # of an image's sides, at most
@@ -60,8 +61,8 @@ def tune(
         small: The pruned model, repaired if it is to be; changed in place, on all processes alike.
         batches: Calibration batches (this process's share, not empty); images only are used.
         steps: Of AdamW, over one cycle of the learning rate; 0 does nothing.
-        learning_rate: The highest one. Left out, a short cycle at each of `RATES` shows which brings the outputs
-            nearest: what a layer bears depends on the batch norm behind it, whose statistics are fixed.
+        learning_rate: The highest one. Left out, it is the highest of `RATES` that a short cycle shows to be harmless:
+            what a layer bears depends on the batch norm behind it, whose statistics are fixed.
         seed: Of what is drawn.
         distance: Of the outputs of the pruned model from the dense one's for some images, given both models and these;
             mean over the images. Left out, outputs are compared place by place: their squared distance, relative to the
@@ -87,10 +88,12 @@ def tune(
             def trained(steps: int, rate: float) -> float:
                 small.load_state_dict(state)
                 _train(dense, small, images, apart, steps, rate, seed)
-                return _error(dense, small, judges, apart)
+                error = _error(dense, small, judges, apart)
+                return math.inf if math.isnan(error) else error  # so that it compares as worse
 
             if learning_rate is None:
-                learning_rate = min(RATES, key=lambda rate: trained(steps // _TRIAL, rate))
+                found = {rate: trained(steps // _TRIAL, rate) for rate in RATES}
+                learning_rate = next((rate for rate in RATES if found[rate] <= _NEAR * min(found.values())), RATES[-1])
             after = trained(steps, learning_rate)
             if not after < before:
                 small.load_state_dict(state)

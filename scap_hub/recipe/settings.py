@@ -187,7 +187,7 @@ class TuneSettings(Block):
     """Steps on the calibration images towards the dense model's outputs, without labels; 200 where no fine-tuning
     follows and none where it does, if left out."""
     learning_rate: Positive | None = None
-    """The highest one, of AdamW over one cycle; the best of three in short trials, if left out."""
+    """The highest one, of AdamW over one cycle; the highest of three that does no harm in short trials, if left out."""
 
 
 class RepairSettings(Block):

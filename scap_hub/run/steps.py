@@ -77,7 +77,7 @@ def tune(
         task: What the models are for, which says how their outputs are compared: its name, or a `Task`; found from the
             dense model if left out.
         steps: Of AdamW, over one cycle of the learning rate; 0 does nothing.
-        learning_rate: The highest one; if left out, the best of three in short trials.
+        learning_rate: The highest one; if left out, the highest of three that does no harm in short trials.
         seed: Of what is drawn.
 
     Returns:
