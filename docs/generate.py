@@ -96,8 +96,8 @@ What the tables say:
   would with any scores, and costs about as much accuracy as published for CIFAR-10. On ResNet-56 it costs ten points.
 - Some networks have far more channels than these images need: VGG16, and ResNet-18 down to three tenths of its MACs.
   There the criteria hardly differ, and L1 norms do as well.
-- Without labels, at a tenth of the MACs, MobileNetV2 shows no lead of `scap-set` (one seed): `obs` is two points better,
-  and random scores are level.
+- Without labels, at a tenth of the MACs, MobileNetV2 shows no lead of `scap-set` (one seed): `obs` is two points
+  better, and random scores are level.
 - `repaired in eights` is `repaired` with `round_to: 8`, the default, whose speed is on the page [speed](speed.md). It
   costs no more than what seeds differ by.
 
