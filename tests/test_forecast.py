@@ -36,6 +36,9 @@ def test_a_forecast_finds_the_mistakes_that_the_run_would(tmp_path):
         scap_hub.forecast(Residual(), images(), QUICK, output_dir=tmp_path / "out")
     with pytest.raises(TargetError, match="cannot be reached"):
         scap_hub.forecast(Residual(), images(), QUICK, target="macs=0.001", model_input_size=(3, 32, 32))
+    # Several steps may go below what a single one leaves: that is not known before.
+    steps = dict(target="macs=0.001", schedule_steps=2, model_input_size=(3, 32, 32))
+    assert scap_hub.forecast(Residual(), images(), QUICK, **steps).macs[1] is None
 
 
 def test_a_long_run_says_what_it_takes_first_and_a_short_one_nothing(monkeypatch, capsys):

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from scap_hub.channels import ChannelGroups
 from scap_hub.compensation import PASSES
 from scap_hub.compensation.tuning import BATCH, TRIALS
 from scap_hub.criteria.base import criterion as criterion_named
-from scap_hub.errors import DataError
+from scap_hub.errors import DataError, TargetError
 from scap_hub.placement import raise_precision
 from scap_hub.private import tree_leaves
 from scap_hub.progress import announce, tell
@@ -205,7 +206,7 @@ def within(found: Forecast, loaded: LoadedModel, reach: Reach, recipe: Recipe) -
     params: tuple[int, int | None] = (costs["params"], None)
     seconds = dict(found.seconds)
     start = time.perf_counter()
-    if (keep := keep_of_equal_scores(groups, recipe.target)) is not None:
+    if (keep := _equal_keep(groups, recipe)) is not None:
         # The report has what other targets would leave: each is chosen in the same way.
         seconds[OTHER_TARGETS] = len(SHARES) * (time.perf_counter() - start)
         stays = groups.staying(keep)
@@ -284,6 +285,16 @@ def _images(loader: DataLoader | None) -> int:
     if loader is None or not isinstance(loader.dataset, Sized):
         return 0
     return math.ceil(len(loader.dataset) / accelerator().num_processes)
+
+
+def _equal_keep(groups: ChannelGroups, recipe: Recipe) -> dict[str, list[int]] | None:
+    """What stays with equal scores; None where only scores say, or several steps go below what a single one can."""
+    try:
+        return keep_of_equal_scores(groups, recipe.target)
+    except TargetError:
+        if recipe.schedule.steps == 1:
+            raise
+        return None
 
 
 def _left(what: str, before: int, after: int | None) -> str:
