@@ -313,23 +313,25 @@ def spread(
     options: argparse.Namespace, arguments: Sequence[str] | None, out: Path
 ) -> Iterator[tuple[str, str, Comparison]]:
     """The cells of all nets and variants, each seed in a process of its own; what is finished when time is over."""
+    began = time.time()
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.jobs))}
 
-    def run(name: str, variant: str, seed: int) -> None:
+    def run(name: str, variant: str, seed: int) -> Path | None:
+        """Where the cells of a seed are; None if what is there was measured in another way, which a process refuses."""
         left = None if deadline is None else deadline - time.monotonic()
+        path, done = place(out, name, variant, seed), False
         if left is None or left > 0:
             own = ["--nets", name, "--variants", variant, "--seed", str(seed), "--jobs", "1"]
             command = [sys.executable, __file__, *(sys.argv[1:] if arguments is None else arguments), *own]
             with contextlib.suppress(subprocess.TimeoutExpired):
-                subprocess.run(command, timeout=left, check=False, env=os.environ | threads)
+                done = not subprocess.run(command, timeout=left, check=False, env=os.environ | threads).returncode
+        return path if path.is_file() and (done or path.stat().st_mtime >= began) else None
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        waiting = [pool.submit(run, *pair, seed) for seed in range(options.seeds) for pair in pairs(options)]
-    for job in waiting:
-        job.result()
+        jobs = [(pair, pool.submit(run, *pair, seed)) for seed in range(options.seeds) for pair in pairs(options)]
     for name, variant in pairs(options):
-        kept = [path for seed in range(options.seeds) if (path := place(out, name, variant, seed)).is_file()]
+        kept = [path for pair, job in jobs if pair == (name, variant) and (path := job.result())]
         if kept:
             yield name, variant, merged([json.loads(path.read_text()) for path in kept])
 

@@ -33,11 +33,10 @@ from accuracy import mobilenetv2
 from collages import LABELS, SIDE, collages
 from fashion_mnist import fashion_mnist
 
-from scap_hub.compensation import tune
+import scap_hub
 from scap_hub.recipe import Recipe
 from scap_hub.run.inputs import load_dense, shard_calibration
 from scap_hub.run.pruning import prune_loaded
-from scap_hub.run.repairing import distance_of
 from scap_hub.run.result import Result
 from scap_hub.run.stages import Stages
 from scap_hub.training.data import Data
@@ -118,7 +117,7 @@ def extracted(options: argparse.Namespace) -> list[dict[str, Any]]:
     for target in options.targets:
         result = prune_loaded(loaded, data, Recipe.resolve(recipe, target=target), detailed=False)
         tuned = copy.deepcopy(result.model)
-        tune(dense, tuned, shard_calibration(data, 32), steps=options.steps, distance=distance_of(data.task))
+        scap_hub.tune(dense, tuned, shard_calibration(data, 32), steps=options.steps, task=data.task)
         repaired, after = figures(result.model), figures(tuned)
         for name in whole:
             rows.append(
@@ -152,7 +151,7 @@ def measured(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         result = prune_loaded(loaded, data, cut, detailed=False)
         row = {"task": name, "target": target, **cost(result), "repaired": result.report.after.top1}
         tuned = copy.deepcopy(result.model)
-        tune(dense, tuned, shard_calibration(data, 32), steps=options.steps, distance=distance_of(data.task))
+        scap_hub.tune(dense, tuned, shard_calibration(data, 32), steps=options.steps, task=data.task)
         row["tuned"] = quality(tuned, data)
         trained = copy.deepcopy(result.model)
         finetune(trained, data, learn.model_copy(update={"learning_rate": rate / 2}).lasting(options.finetune), dense)

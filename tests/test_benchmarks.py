@@ -90,6 +90,10 @@ def test_accuracy_runs_without_the_datasets_package_and_takes_up_where_it_stoppe
     repeat = found["resnet56"]["repaired"]["command"]
     assert shlex.split(repeat)[:2] == ["python", "benchmarks/accuracy.py"] and str(tmp_path) not in repeat
     assert "--jobs" not in repeat
+    # What was measured in another way is not taken for what is asked now.
+    other = [sys.executable, "benchmarks/accuracy.py", *options, "--jobs", "2", "--seeds", "2", "--calibration", "16"]
+    subprocess.run(other, cwd=ROOT, check=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert json.loads((tmp_path / "found.json").read_text()) == found
 
 
 def test_latency_compares_dense_and_pruned(monkeypatch, tmp_path):

@@ -175,6 +175,12 @@ def test_what_is_judged_is_not_what_a_repaired_model_was_fitted_to(monkeypatch):
     assert sum(as_they_are) < 0.6 * len(given), "half are mixed, and those that are not may be shifted by nothing"
 
 
+def test_no_images_are_told_by_the_public_step_too():
+    net = Residual(width=16).eval()
+    with pytest.raises(CalibrationError, match="0 calibration image"):
+        scap_hub.tune(net, copy.deepcopy(net), [])
+
+
 def test_prune_tunes_a_classifier_by_what_its_logits_mean():
     """Logits may all grow or shrink by one number: no class becomes more likely."""
     task, (net, x) = ImageClassification(), (nn.Linear(4, 3), torch.randn(5, 4))

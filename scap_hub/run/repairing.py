@@ -42,7 +42,7 @@ def repaired(
         tune(teacher, small, images, steps=steps, learning_rate=rate, seed=recipe.seed, distance=distance)
 
 
-def distance_of(task: Task, temperature: float = 1.0) -> Distance | None:
+def distance_of(task: Task, temperature: float) -> Distance | None:
     """How a task compares the outputs of two models for the same images; None where place by place is right.
 
     Args:

@@ -88,9 +88,8 @@ def tune(
         RecipeError: No such task.
     """
     batches = list(batches)
-    images = images_of(batches[0])
     distance = None
-    if images.ndim == 4:
+    if batches and (images := images_of(batches[0])).ndim == 4:
         channels, height, width = images.shape[1:]
         known = task_of(load_model(dense, input_size=(channels, height, width)), task)
         distance = distance_of(known, DistillationSettings().temperature)
