@@ -11,6 +11,7 @@ from typing import Any
 from by_task import by_task
 from repairs import repairs
 from spectra import spectra
+from speed import speed
 from supported import coverage
 
 from scap_hub.recipe import recipe_schema, shipped_recipes
@@ -228,51 +229,6 @@ def training() -> str:
     return text
 
 
-SPEED = """\
-<!-- Written by docs/generate.py from benchmarks/results/latency.json; do not edit. -->
-# Speed
-
-This page shows how much faster pruned models are. The dense model and its pruned ones take turns in one process, and
-each figure is a ratio of times from the same turns. Measured on {device}, torch {torch}. {note}
-
-- **half**: half of the MACs, channel counts in multiples of 8 (`target: macs=0.5`, the default `round_to`).
-  **any counts** is the same with `round_to: 1`.
-- **latency**: pruned to half of the dense time at batch 1, eager, in fp32 (`target: latency=0.5`), planned from a table
-  of layer times measured there. The other rows show how fast this model is in other settings.
-
-Weights are random and every group keeps the same share, because speed depends on shapes only.
-
-On Linux the C library may give memory back to the system after each forward pass. For a small network on a CPU that can
-take a third of the time. It is switched off while times are measured. To have the same speed where you serve the model,
-use jemalloc, or set `MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=33554432` in the environment.
-
-```bash
-{command}
-```
-
-| network | batch | dtype | mode | dense, images/s | half | any counts | latency |
-|---|---|---|---|---|---|---|---|
-"""
-
-
-def speed() -> str:
-    """The page of measured speed."""
-    document = json.loads((ROOT / "benchmarks" / "results" / "latency.json").read_text(encoding="utf-8"))
-    text = SPEED.format(**{key: document[key] for key in ("device", "torch", "command", "note")})
-    settings: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in document["rows"]:
-        key = tuple(row[name] for name in ("network", "batch", "dtype", "mode"))
-        settings.setdefault(key, {})[row["model"]] = row
-    for key, rows in settings.items():
-        faster = [
-            f"{rows[name]['speedup']:.2f}x ({rows[name]['macs']:.2f} of the MACs)" if name in rows else ""
-            for name in ("half", "half, any counts", "latency")
-        ]
-        cells = [*map(str, key), f"{rows['dense']['images_per_second']:.1f}", *faster]
-        text += f"| {' | '.join(cells)} |\n"
-    return text
-
-
 def _block(name: str, block: dict[str, Any], schema: dict[str, Any]) -> list[str]:
     about = [block["description"], ""] if "description" in block else []
     return ["", f"## {name}", "", *about, *_table(block["properties"], schema)]
@@ -317,7 +273,7 @@ def main(check: bool) -> int:
         ROOT / "docs" / "recipes.md": reference(),
         ROOT / "docs" / "coverage.md": coverage(),
         ROOT / "docs" / "accuracy.md": accuracy() + training() + by_task(ROOT / "benchmarks" / "results"),
-        ROOT / "docs" / "speed.md": speed(),
+        ROOT / "docs" / "speed.md": speed(ROOT / "benchmarks" / "results"),
         ROOT / "docs" / "spectra.md": spectra(ROOT / "benchmarks" / "results"),
         ROOT / "docs" / "repairs.md": repairs(ROOT / "benchmarks" / "results"),
         ROOT / "recipes" / "recipe.schema.json": json.dumps(recipe_schema(), indent=1) + "\n",

@@ -1,0 +1,105 @@
+"""The page of measured speed: of the CPU, and of a GPU where `make bench-gpu` has run on one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+SPEED = """\
+<!-- Written by docs/generate.py from benchmarks/results/latency.json; do not edit. -->
+# Speed
+
+This page shows how much faster pruned models are. The dense model and its pruned ones take turns in one process, and
+each figure is a ratio of times from the same turns. Measured on {device}, torch {torch}. {note}
+
+- **half**: half of the MACs, channel counts in multiples of 8 (`target: macs=0.5`, the default `round_to`).
+  **any counts** is the same with `round_to: 1`.
+- **latency**: pruned to half of the dense time at batch 1, eager, in fp32 (`target: latency=0.5`), planned from a table
+  of layer times measured there. The other rows show how fast this model is in other settings.
+
+Weights are random and every group keeps the same share, because speed depends on shapes only.
+
+On Linux the C library may give memory back to the system after each forward pass. For a small network on a CPU that can
+take a third of the time. It is switched off while times are measured. To have the same speed where you serve the model,
+use jemalloc, or set `MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=33554432` in the environment.
+
+```bash
+{command}
+```
+
+"""
+TABLE = """\
+| network | batch | dtype | mode | dense, images/s | half | any counts | latency |
+|---|---|---|---|---|---|---|---|
+"""
+GPU = """
+## On a GPU
+
+All of this is one run of `make bench-gpu` on one {device}, torch {torch}. `latency` is pruned to half of the dense time
+at the row's batch (fp16: at 64 images), eager.{left_out}
+
+"""
+SCORING = """
+What scoring by the default criterion and repair cost there, on {images} images of {size} pixels, and the same for an
+epoch of training on these images. The first run of everything, which tunes kernels, does not count for scoring.
+
+| network | forward pass, s | scoring, s | repair, s | epoch, s |
+|---|---|---|---|---|
+"""
+PARITY = """
+Scores and plans of the GPU beside those of the CPU, in float32 without TF32: the lowest rank correlation of a group,
+and the share of channels kept by both among those kept by either. Two processes that shared the card {ranks}.
+
+| network | criterion | rank correlation | kept by both |
+|---|---|---|---|
+"""
+
+
+def speed(results: Path) -> str:
+    """The page."""
+    document = json.loads((results / "latency.json").read_text(encoding="utf-8"))
+    text = SPEED.format(**{key: document[key] for key in ("device", "torch", "command", "note")})
+    text += _latencies(document["rows"])
+    path = results / "gpu.json"
+    return text + (_gpu(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "")
+
+
+def _latencies(rows: list[dict[str, Any]]) -> str:
+    """The table of what pruned models are faster by."""
+    settings: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("network", "batch", "dtype", "mode"))
+        settings.setdefault(key, {})[row["model"]] = row
+    text = TABLE
+    for key, models in settings.items():
+        faster = [
+            f"{models[name]['speedup']:.2f}x ({models[name]['macs']:.2f} of the MACs)" if name in models else ""
+            for name in ("half", "half, any counts", "latency")
+        ]
+        cells = [*map(str, key), f"{models['dense']['images_per_second']:,.1f}", *faster]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
+
+
+def _gpu(found: dict[str, Any]) -> str:
+    """The part about a GPU."""
+    left_out = f" Not finished: {', '.join(found['left_out'])}." if found["left_out"] else ""
+    text = GPU.format(device=found["device"], torch=found["torch"], left_out=left_out)
+    text += _latencies(sorted(found["latency"], key=lambda row: (row["network"], row["dtype"], row["batch"])))
+
+    scoring = {(row["model"], row["what"]): row for row in found["scoring"]}
+    repairs = {row["model"]: row for row in found["repair"]}
+    if repairs and scoring:
+        text += SCORING.format(images=found["repair"][0]["images"], size="224 (VGG16: 32)")
+        for name, row in repairs.items():
+            parts = [scoring.get((name, what), {}).get("seconds") for what in ("forward", "scap-set")]
+            times = [*parts, row["repair_s"], row["epoch_s"]]
+            text += f"| {name} | {' | '.join('' if time is None else f'{time:.2f}' for time in times)} |\n"
+
+    other = [row["network"] for row in found["ranks"] if not row["same_plan"]]
+    ranks = f"gave another plan than one for {', '.join(other)}" if other else "gave the plan of one"
+    text += PARITY.format(ranks=ranks)
+    for row in found["parity"]:
+        text += (
+            f"| {row['network']} | {row['criterion']} | {row['rank_correlation']:.4f} | {row['kept_by_both']:.1%} |\n"
+        )
+    return text
