@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from scap_hub.version import __version__ as __version__
 from scap_hub.zoo import import_hooks
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from scap_hub.selection.target import Target
     from scap_hub.timing.table import latency_table
     from scap_hub.training.finetune import finetune
-
-__version__ = "0.1.0"
 
 # Where each public name lives; imported when first asked for, because timm and transformers are slow to import.
 _HOMES = {

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import warnings
+from importlib import metadata
 
 import pytest
 import torch
@@ -59,7 +60,20 @@ def test_prune_prints_a_table_with_words_and_saves(run, tmp_path, monkeypatch):
     assert scap_hub.load(tmp_path / "out")(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 
 
-def test_prune_prints_json_and_keeps_quiet(run):
+@pytest.fixture
+def not_installed(monkeypatch):
+    """As where the sources lie on Python's path and nothing was installed."""
+    found = metadata.Distribution.from_name
+
+    def from_name(name):
+        if name.replace("-", "_") == "scap_hub":
+            raise metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(metadata.Distribution, "from_name", from_name)
+
+
+def test_prune_prints_json_and_keeps_quiet(run, not_installed):
     code, out, error = run(*TINY, "--set", "finetune_epochs=0", "--json", "--quiet")
     report = json.loads(out)
     assert (code, error) == (0, "")
@@ -95,7 +109,7 @@ def test_a_family_takes_the_flags_that_prune_takes(run, tmp_path):
     assert "--dry-run" in family and prune - family == {"--target"}
 
 
-def test_version(run):
+def test_version(run, not_installed):
     code, out, _ = run("--version")
     assert code == 0 and f"scap_hub {scap_hub.__version__}, torch {torch.__version__.partition('+')[0]}" in out
 

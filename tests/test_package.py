@@ -34,7 +34,7 @@ def test_import_is_light():
 def test_the_version_stands_in_one_place():
     """A wheel's metadata is compared below; that of an editable install is as old as the install."""
     settings = (ROOT / "pyproject.toml").read_text()
-    assert 'dynamic = ["version"]' in settings and '[tool.hatch.version]\npath = "scap_hub/__init__.py"' in settings
+    assert 'dynamic = ["version"]' in settings and '[tool.hatch.version]\npath = "scap_hub/version.py"' in settings
     assert scap_hub.__version__ not in settings
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|rc\d+)?", scap_hub.__version__)
 

@@ -18,7 +18,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "documents", "text", "markdown", "files", "placement", "progress", "private", "scores", "tables"),
+    (
+        "errors",
+        "version",
+        "documents",
+        "text",
+        "markdown",
+        "files",
+        "placement",
+        "progress",
+        "private",
+        "scores",
+        "tables",
+    ),
     ("graph",),
     ("plan", "surgery"),
     ("zoo",),

@@ -15,6 +15,7 @@ from scap_hub.cli.output import end_if_told_or_lost, fail, say_json
 from scap_hub.cli.recipes import recipes
 from scap_hub.cli.verify import verify
 from scap_hub.errors import ScapHubError, UnverifiableError, VerificationError
+from scap_hub.version import __version__
 
 EXIT_CODES = (
     "Exit code 0: done; 1: a fault of scap_hub; 2: a mistake in what it was given, named in one line; "
@@ -25,8 +26,8 @@ EXIT_CODES = (
 def print_version(wanted: bool) -> None:
     """Prints the version of scap_hub and of the libraries that a result depends on, and ends."""
     if wanted:
-        names = ("scap_hub", "torch", "timm", "transformers", "accelerate")
-        print(", ".join(f"{name} {metadata.version(name)}" for name in names))
+        libraries = (f"{name} {metadata.version(name)}" for name in ("torch", "timm", "transformers", "accelerate"))
+        print(", ".join((f"scap_hub {__version__}", *libraries)))
         raise typer.Exit
 
 

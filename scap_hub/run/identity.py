@@ -18,6 +18,7 @@ from scap_hub.run.parts import LoadedPart
 from scap_hub.timing.clock import device_name
 from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator
+from scap_hub.version import __version__
 from scap_hub.zoo import LoadedModel
 
 _LIBRARIES = ("torch", "timm", "transformers", "accelerate")
@@ -76,7 +77,7 @@ def about_run(loaded: LoadedModel, data: Data, recipe: Recipe) -> dict[str, Any]
         "input_size": list(loaded.preprocessing.input_size),
         "device": device_name(accelerator().device),
         "latency_batch_size": recipe.evaluate.batch_size,
-        "versions": {name: version(name) for name in ("scap_hub", *_LIBRARIES)},
+        "versions": {"scap_hub": __version__, **{name: version(name) for name in _LIBRARIES}},
     }
 
 
