@@ -6,11 +6,13 @@
 Parts, in processes of their own; what a part has found is written when it ends, and what would go on after --minutes is
 stopped and named:
 
+- latency, scoring, repair: `latency.py`, `scoring.py` and `repair.py`, which say more. They come first, because what is
+  timed has the device for itself.
 - parity: scores and plans of four networks on the GPU and on the CPU, in float32 without TF32.
-- ranks: two processes that share the device give the plan of one.
-- latency, scoring, repair: `latency.py`, `scoring.py` and `repair.py`, which say more. What is timed has the device for
-  itself.
+- ranks: the plan of two processes that share the device beside that of one.
 - trained: as many cells of `accuracy.py` as the time left allows, where Fashion-MNIST is there.
+
+`--parts latency,scoring` measures only these, and they get all of the time.
 
 Other weights and images are random, so nothing is downloaded.
 """
@@ -50,7 +52,7 @@ TRAINED = [
     *("--criteria", f"scap-set,obs,l1,random,{'torch-pruning,' * peers.available()}scratch"),
     *("--images", "12000", "--dense-epochs", "5", "--calibration", "256", "--jobs", str(os.cpu_count())),
 ]
-QUICKLY = ["--seconds", "0.3", "--plan-seconds", "0.03"]
+QUICKLY = ["--seconds", "0.3", "--plan-seconds", "0.02"]
 CRITERIA = ("scap-set", "obs", "scap", "l1")
 BUDGET = "macs=0.5"
 
@@ -79,19 +81,24 @@ def parity(networks: Sequence[str], images: int, size: int) -> list[dict[str, An
         for criterion in CRITERIA:
             (left, one), (right, two) = (scored(name, criterion, images, size, where) for where in ("cpu", device()))
             ranks = [float(spearmanr(left[key], right[key].cpu()).statistic) for key in left if len(left[key]) > 1]
-            kept = [[_kept(plan, key, len(left[key])) for plan in (one, two)] for key in left]
             rows.append({
                 "network": name,
                 "criterion": criterion,
                 "rank_correlation": min(ranks),
-                "kept_by_both": sum(len(a & b) for a, b in kept) / sum(len(a | b) for a, b in kept),
+                "kept_by_both": kept_by_both(one, two),
             })  # fmt: skip
             print(*rows[-1].values(), sep="  ", flush=True)
     return rows
 
 
-def _kept(plan: scap_hub.PruningPlan, group: str, size: int) -> set[int]:
-    return set(plan.kept(group) if group in plan.groups else range(size))
+def kept_by_both(*plans: scap_hub.PruningPlan) -> float:
+    """The share of channels that two plans keep among those that one of them keeps, in groups that lose any."""
+    both = either = 0
+    for group in plans[0].groups.keys() | plans[1].groups.keys():
+        size = next(plan.groups[group].size for plan in plans if group in plan.groups)
+        one, two = (set(plan.kept(group) if group in plan.groups else range(size)) for plan in plans)
+        both, either = both + len(one & two), either + len(one | two)
+    return both / either
 
 
 _RANK = """
@@ -103,6 +110,7 @@ import gpu
 gpu.set_quiet(True)
 if torch.cuda.is_available():
     torch.cuda.set_device(0)
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 torch.manual_seed(0)
 model = gpu.timm.create_model(sys.argv[2]).eval()
 size = int(sys.argv[3])
@@ -118,7 +126,7 @@ if state.is_main_process:
 
 
 def ranks(networks: Sequence[str], images: int, size: int) -> list[dict[str, Any]]:
-    """Whether two processes on one device choose the channels that one chooses."""
+    """How far two processes on one device choose the channels that one chooses."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "rank.py")
@@ -130,39 +138,34 @@ def ranks(networks: Sequence[str], images: int, size: int) -> list[dict[str, Any
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
                 subprocess.run([*command, str(script), str(HERE), name, str(size), str(out)], check=True)
                 plans.append(scap_hub.PruningPlan.from_json(out.read_text()))
-            rows.append({"network": name, "same_plan": plans[0] == plans[1]})
+            rows.append({"network": name, "kept_by_both": kept_by_both(*plans)})
             print(*rows[-1].values(), sep="  ", flush=True)
     return rows
 
 
 Command = tuple[list[str], Path]
 """What runs, and where it writes."""
-WAVES = ((("parity", "ranks", "trained"), 0.45), (("latency",), 0.83), (("scoring",), 0.95), (("repair",), 1.0))
-"""Parts that run at once, and at which share of the time they are stopped. What is timed has the device for itself."""
+WAVES = ((("latency",), 6), (("scoring",), 2), (("repair",), 1), (("parity", "ranks", "trained"), 3))
+"""Parts that run at once, and their share of the time. What a part leaves over goes to the next ones."""
 
 
 def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[Command]]:
     """The commands of each part, which run at once."""
     quick = ["--quick"] if options.quick else []
     tested, timed = (("mobilenetv2_035",), ("mobilenetv2",)) if options.quick else (NETWORKS, TIMED)
-    # Each batch size by itself, so that the many compilations run at once; a plan for half the time is one's own.
-    settings = (
-        [quick]
-        if options.quick
-        else [
-            *(
-                ["--batches", size, "--latency-batch", size, "--dtypes", "bf16", *QUICKLY]
-                for size in ("1", "64", "256")
-            ),
-            ["--batches", "1,64,256", "--latency-batch", "64", "--dtypes", "fp16", "--modes", "eager", *QUICKLY],
-        ]
-    )
+    # Each batch size by itself, so that the many compilations run at once. Half of the time is sought at a large batch
+    # only: for a small one a GPU takes the same time however few channels there are.
+    settings = [quick] if options.quick else [
+        ["--dtypes", dtype, "--batches", size, *QUICKLY, "--latency-batch", size, "--plans",
+         "half,any,latency" if (dtype, size) == ("bf16", "256") else "half"]
+        for dtype in ("bf16", "fp16") for size in ("256", "64", "1")
+    ]  # fmt: skip
     lock = ["--lock", str(folder / "lock")]
     found: dict[str, list[list[str]]] = {
         "parity": [["gpu.py", *quick, "--part", "parity", "--only", name] for name in tested],
         "ranks": [["gpu.py", *quick, "--part", "ranks", "--only", name] for name in tested],
         "latency": [["latency.py", "--only", name, *lock, *setting] for name in timed for setting in settings],
-        "scoring": [["scoring.py", *quick]],
+        "scoring": [["scoring.py", *(quick or ["--what", "forward,scap-set"])]],
         "repair": [["repair.py", *quick]],
     }
     if options.data.is_dir():
@@ -182,11 +185,16 @@ def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[Comman
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the parts one after the other, and writes after each what has been found."""
     start, whole = time.perf_counter(), 60 * options.minutes
-    found: dict[str, Any] = {"device": device_name(torch.device(device())), "torch": torch.__version__, "left_out": []}
+    command = f"python benchmarks/gpu.py --minutes {options.minutes:g} --parts {options.parts}"
+    about = {"command": command, "device": device_name(torch.device(device())), "torch": torch.__version__}
+    found: dict[str, Any] = {**about, "left_out": [], **{part: [] for wave, _ in WAVES for part in wave}}
     with tempfile.TemporaryDirectory() as folder:
         parts = commands(options, Path(folder))
-        for together, share in WAVES:
-            end = start + share * whole
+        waves = [([part for part in wave if part in options.parts.split(",")], share) for wave, share in WAVES]
+        waves = [(wave, share) for wave, share in waves if wave]
+        end = start
+        for together, share in waves:
+            end += whole * share / sum(share for _, share in waves)
             print(f"\n{', '.join(together)}; {max(0, end - time.perf_counter()):.0f} seconds at most", flush=True)
             running = {part: [_started(command, end) for command, _ in parts.get(part, [])] for part in together}
             for part, processes in running.items():
@@ -237,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--data", type=Path, default=FOLDER, help="of the part that trains, as for accuracy.py")
     parser.add_argument("--mobilenet-weights", type=Path, help="as for accuracy.py")
     parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="as for accuracy.py")
+    parser.add_argument("--parts", default=",".join(part for wave, _ in WAVES for part in wave), help="what to measure")
     parser.add_argument("--part", choices=("parity", "ranks"), help=argparse.SUPPRESS)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -17,15 +17,17 @@ import contextlib
 import copy
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from filelock import FileLock
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from accuracy import repeated
@@ -40,36 +42,52 @@ from scap_hub.training.evaluate import count
 MODELS = ("resnet50", "vgg16", "mobilenetv2_100", "convnext_tiny")
 
 
-def measure(name: str, size: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one network."""
+def measure(name: str, size: int, options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one network, setting by setting."""
     device = accelerator().device
     torch.manual_seed(0)
     dense = timm.create_model(name).to(device).eval()
-    batches = [int(batch) for batch in options.batches.split(",")]
     groups = scap_hub.channel_groups(dense, torch.zeros(1, 3, size, size, device=device))
     scores = {group.name: torch.rand(group.size) for group in groups if group.prunable}
-    budget = f"macs={options.fraction}"
-    plans = {
-        "half": scap_hub.select(groups, scores, budget, round_to=8, scope="uniform"),
-        "half, any counts": scap_hub.select(groups, scores, budget, round_to=1, scope="uniform"),
-    }
     lock = FileLock(options.lock) if options.lock else contextlib.nullcontext()
     timer = alone(partial(milliseconds, seconds=options.seconds, turns=options.turns), lock)
-    dtype = DTYPES[options.dtypes.split(",")[0]]
-    images = torch.randn(options.latency_batch, 3, size, size, device=device, dtype=dtype)
-    try:
+    plans = {}
+    budget, asked = f"macs={options.fraction}", options.plans.split(",")
+    if "half" in asked:
+        plans["half"] = scap_hub.select(groups, scores, budget, round_to=8, scope="uniform")
+    if "any" in asked:
+        plans["half, any counts"] = scap_hub.select(groups, scores, budget, round_to=1, scope="uniform")
+    if "latency" in asked:
         with lock:
-            own = copy.deepcopy(dense).to(dtype)
-            quick = None if options.plan_seconds is None else partial(milliseconds, seconds=options.plan_seconds)
-            choice = select_latency(own, groups, scores, options.fraction, images, scope="uniform", timer=quick)
-        plans["latency"] = choice.plan
-        print(f"{name}: asked for {options.fraction:.3f} of the time, found a plan that takes {choice.share:.3f}")
+            plans |= half_the_time(name, dense, groups, scores, options, (options.latency_batch, 3, size, size))
+    models = {"dense": dense, **{kind: scap_hub.apply_plan(dense, plan) for kind, plan in plans.items()}}
+    macs = {kind: count(model, (3, size, size))["macs"] for kind, model in models.items()}
+    settings = product(options.modes.split(","), options.dtypes.split(","), map(int, options.batches.split(",")))
+    for mode, dtype, batch in settings:
+        rows = speeds(models, (3, size, size), [batch], [dtype], [mode], timer)
+        yield [{"network": name, "macs": macs[row.model] / macs["dense"], **asdict(row)} for row in rows]
+
+
+def half_the_time(
+    name: str,
+    dense: nn.Module,
+    groups: scap_hub.ChannelGroups,
+    scores: dict[str, Tensor],
+    options: argparse.Namespace,
+    shape: tuple[int, int, int, int],
+) -> dict[str, scap_hub.PruningPlan]:
+    """The plan for so much of the time, if there is one."""
+    dtype = DTYPES[options.dtypes.split(",")[0]]
+    images = torch.randn(shape, device=accelerator().device, dtype=dtype)
+    quick = None if options.plan_seconds is None else partial(milliseconds, seconds=options.plan_seconds)
+    model = copy.deepcopy(dense).to(dtype)
+    try:
+        choice = select_latency(model, groups, scores, options.fraction, images, scope="uniform", timer=quick)
     except scap_hub.ScapHubError as error:
         print(f"{name}: {error}")
-    models = {"dense": dense, **{key: scap_hub.apply_plan(dense, plan) for key, plan in plans.items()}}
-    macs = {key: count(model, (3, size, size))["macs"] for key, model in models.items()}
-    rows = speeds(models, (3, size, size), batches, options.dtypes.split(","), options.modes.split(","), timer)
-    return [{"network": name, "macs": macs[row.model] / macs["dense"], **asdict(row)} for row in rows]
+        return {}
+    print(f"{name}: asked for {options.fraction:.3f} of the time, found a plan that takes {choice.share:.3f}")
+    return {"latency": choice.plan}
 
 
 def alone(timer: Timer, lock: contextlib.AbstractContextManager) -> Timer:
@@ -95,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--batches", default="1,64")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--modes", default="eager,compile")
+    parser.add_argument("--plans", default="half,any,latency", help="what is measured beside dense")
     parser.add_argument("--latency-batch", type=int, default=1, help="images at once, where half the time is sought")
     parser.add_argument(
         "--plan-seconds", type=float, help="for each figure that this plan is chosen by; 0.5 for a model"
@@ -115,19 +134,20 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     head = ("MACs", "batch", "dtype", "mode", "ms", "images/s", "faster")
     print(f"{'network':34}" + "".join(f"{text:>10}" for text in head))
     for name in names:
-        for row in measure(name, options.size, options):
-            rows.append(row)
-            cells = (
-                f"{row['macs']:.3f}", row["batch"], row["dtype"], row["mode"], f"{row['ms']:.3f}",
-                f"{row['images_per_second']:.1f}", f"{row['speedup']:.2f}x",
-            )  # fmt: skip
-            print(f"{name:17}{row['model']:17}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
-        if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            about = {"device": device_name(accelerator().device), "torch": torch.__version__}
-            own = argparse.Namespace(**vars(options) | {"lock": None})
-            document = {"command": repeated(parser, own), **about, "rows": rows}
-            options.json.write_text(json.dumps(document, indent=1) + "\n")
+        for setting in measure(name, options.size, options):
+            rows += setting
+            for row in setting:
+                cells = (
+                    f"{row['macs']:.3f}", row["batch"], row["dtype"], row["mode"], f"{row['ms']:.3f}",
+                    f"{row['images_per_second']:.1f}", f"{row['speedup']:.2f}x",
+                )  # fmt: skip
+                print(f"{name:17}{row['model']:17}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
+            if options.json:
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                about = {"device": device_name(accelerator().device), "torch": torch.__version__}
+                own = argparse.Namespace(**vars(options) | {"lock": None})
+                document = {"command": repeated(parser, own), **about, "rows": rows}
+                options.json.write_text(json.dumps(document, indent=1) + "\n")
     return rows
 
 

@@ -138,13 +138,16 @@ def _apart(name: str, size: int, images: int, batch: int, what: str) -> dict[str
     return json.loads(done.stdout)
 
 
-def jobs(quick: bool, images: int, only: str, extended: bool) -> list[tuple[str, int, int, int, str]]:
+def jobs(quick: bool, images: int, only: str, extended: bool, asked: str) -> list[tuple[str, int, int, int, str]]:
     """(model, size, images, batch size, what) of every row."""
     rows: list[tuple[str, int, int, int, str]] = []
     for name, size in MODELS:
         if only not in name or (quick and name not in ("vgg16_bn", "mobilenetv2_100")):
             continue
         count, size = (64, min(size, 64)) if quick else (images, size)
+        if asked:
+            rows += [(name, size, count, min(count, 64), what) for what in asked.split(",")]
+            continue
         if name == "vgg16_bn":
             for fits in (8,) if quick else (16,):
                 rows += [(name, size, fits, fits, f"convolutions, {what}") for what in ("materialised", "scap, pca")]
@@ -160,6 +163,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--only", default="", help="only models whose name contains this")
     parser.add_argument("--extended", action="store_true", help="the rivals too")
+    parser.add_argument("--what", default="", help="only these, such as forward,scap-set")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -169,7 +173,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     reference: dict[str, Any] = {}
     print(f"{'model':18} {'images':>12} {'':28} {'seconds':>9} {'MB':>9} {'time':>8} {'memory':>8}")
-    for name, size, images, batch, what in jobs(options.quick, options.images, options.only, options.extended):
+    for name, size, images, batch, what in jobs(
+        options.quick, options.images, options.only, options.extended, options.what
+    ):
         measured = _apart(name, size, images, batch, what)
         if isinstance(measured, str):
             print(f"{name:18} {what}: {measured}", flush=True)

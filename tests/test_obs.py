@@ -18,7 +18,7 @@ from scap_hub.channels import channel_groups
 from scap_hub.channels.decoding import staying
 from scap_hub.channels.oracle import randomize
 from scap_hub.criteria import OBS, ScapSet, base, score
-from scap_hub.criteria.obs import blocks
+from scap_hub.criteria.obs import blocks, elimination
 from scap_hub.criteria.obs.elimination import CompensatedWeight, eliminate
 from scap_hub.criteria.patches import patches, views
 from scap_hub.criteria.scap import outputs as outputs_of_a_model
@@ -56,13 +56,44 @@ def test_eliminating_costs_what_least_squares_says(seed, rows, widths):
         best = min(set(range(len(widths))) - set(gone), key=lambda k: float(costs[k]))
         total += costs[best]
         gone.append(best)
-        compensated.remove(best)
+        compensated.remove([best])
         keep = [c for c in range(n) if int(owner[c]) not in gone]
         compensated.compact()
         torch.testing.assert_close(
             compensated.weight, least_squares(weight, gram, keep, 1e-2)[1][:, keep], rtol=1e-6, atol=1e-8
         )
         assert compensated.columns.tolist() == keep
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rounds_eliminate_the_channels_that_go_one_at_a_time(seed, monkeypatch):
+    generator = torch.Generator().manual_seed(seed)
+    owners = [torch.arange(30).repeat_interleave(3), torch.cat([torch.arange(-1, 25), torch.arange(5).repeat(2)])]
+
+    def weights():
+        generator.manual_seed(seed)
+        for owner in owners:
+            few = torch.randn(200, 12, generator=generator, dtype=torch.float64)  # so columns say much the same
+            rows = few @ torch.randn(12, len(owner), generator=generator, dtype=torch.float64)
+            rows = rows + 0.1 * torch.randn(rows.shape, generator=generator, dtype=torch.float64)
+            weight = torch.randn(7, len(owner), generator=generator, dtype=torch.float64)
+            yield CompensatedWeight(weight, rows.T @ rows, owner, ridge=1e-3)
+
+    slow, expected = list(weights()), []
+    while len(expected) < 28:
+        costs = sum(weight.costs(30) for weight in slow)
+        expected.append(min(set(range(30)) - set(expected), key=lambda k: float(costs[k])))
+        for weight in slow:
+            weight.remove(expected[-1:])
+    monkeypatch.setattr(elimination, "_COLUMNS", 20)
+    fast, rounds = list(weights()), []
+    whole = elimination._leaving
+    monkeypatch.setattr(elimination, "_leaving", lambda *args: rounds.append(1) or whole(*args))
+    assert eliminate(fast, torch.zeros(30, dtype=torch.long), [2]) == expected
+    assert 5 < len(rounds) < 28
+    for one, other in zip(fast, slow, strict=True):
+        one.compact(), other.compact()
+        torch.testing.assert_close(one.weight, other.weight, rtol=1e-6, atol=1e-8)
 
 
 def test_kinds_keep_their_numbers():
