@@ -13,6 +13,7 @@ from dataclasses import replace
 import datasets
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -140,6 +141,24 @@ def test_a_data_set_is_read_once_for_the_identity_of_a_run(monkeypatch):
     monkeypatch.setattr("scap_hub.run.fingerprints._add_rows", lambda _, rows: read.append(len(rows)))
     found = of_images({"train": data.train, "validation": data.validation, "test": data.test, "no": None})
     assert sorted(read) == [360, 1437] and len(set(found.values())) == 4 and found["no"] == "none"
+
+
+@pytest.mark.parametrize("limit", [2**28, 10_000])
+def test_an_image_that_another_of_the_same_size_replaces_makes_another_data_set(limit, tmp_path, monkeypatch):
+    monkeypatch.setattr("scap_hub.run.fingerprints.WHOLE", limit)
+    files = [tmp_path / "train" / name / f"{i}.bmp" for name in ("left", "right") for i in range(3)]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (0, 0, 200)).save(file)
+
+    def found():
+        return of_images({"train": load_data(str(tmp_path), Preprocessing((3, 32, 32), (0.5,), (0.5,))).train})
+
+    before = found()
+    assert found() == before
+    size = files[4].stat().st_size
+    Image.new("RGB", (40, 40), (0, 0, 201)).save(files[4])
+    assert files[4].stat().st_size == size and found() != before
 
 
 class Planted:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -46,9 +46,9 @@ def of_images(loaders: Mapping[str, DataLoader | None]) -> dict[str, str]:
 
     A data set is read once, of however many loaders it is a part.
 
-    Rows of `datasets` count with all they hold, files in folders with their names and sizes. Of any other data set the
-    class, the length, and the tensors, arrays, lists and texts among its attributes count. A stream counts as what it
-    says of itself.
+    Rows of `datasets` count with all they hold, also the files that they only name. Of any other data set the class,
+    the length, and the tensors, arrays, lists and texts among its attributes count. A stream counts as what it says of
+    itself.
     """
     whole: dict[int, str] = {}
     found = {}
@@ -130,17 +130,27 @@ def _add_data_set(digest: Any, value: Any) -> None:
 
 
 def _add_rows(digest: Any, rows: Any) -> None:
-    """All rows, or of large data a sample that is spread evenly."""
+    """All rows, or of large data a sample that is spread evenly; also the files that they only name."""
     _add(digest, [str(rows.features), len(rows)])
     if rows.data.nbytes > WHOLE and len(rows) > SAMPLE:
-        rows = rows.select(np.linspace(0, len(rows) - 1, SAMPLE).astype(int))
+        rows = rows.select(_spread(len(rows)))
+    files = []
     for table in rows.with_format("arrow").iter(256):
         for column in table.column_names:
-            _add(digest, [column, [_with_size(value) for value in table[column].to_pylist()]])
+            values = table[column].to_pylist()
+            _add(digest, [column, values])
+            files += [Path(value["path"]) for value in values if _is_named(value)]
+    sizes = [file.stat().st_size if file.is_file() else 0 for file in files]
+    _add(digest, sizes)
+    for index in range(len(files)) if sum(sizes) <= WHOLE else _spread(len(files)):
+        with contextlib.suppress(OSError):  # the loader names what cannot be read
+            _add(digest, files[index].read_bytes())
 
 
-def _with_size(value: Any) -> Any:
-    """An image that is only named gets the size of its file."""
-    if isinstance(value, dict) and value.get("bytes", 0) is None and isinstance(value.get("path"), str):
-        return value["path"], os.path.getsize(value["path"]) if os.path.exists(value["path"]) else None
-    return value
+def _spread(count: int) -> list[int]:
+    return [int(index) for index in np.linspace(0, count - 1, min(count, SAMPLE))]
+
+
+def _is_named(value: Any) -> bool:
+    """Whether this is an image that a row names instead of holding it."""
+    return isinstance(value, dict) and value.get("bytes", 0) is None and isinstance(value.get("path"), str)
