@@ -44,9 +44,9 @@ on the same card, so compare models of one row only, and take a few percent for 
 
 At one image a GPU waits for Python and for the launch of each operator, however few channels there are: pruning gains
 nothing there. At 256 images and half of the MACs it gains a sixth to a third, eager; half of the time takes a fifth to
-a quarter of the MACs. Compiled, ConvNeXt gains 41 %, MobileNetV2 20 %, ResNet-50 3 to 17 %, and VGG16 gets slower by 5 to
-14 %: there the compiler has faster kernels for the counts of the dense network than for other multiples of 8. Counts
-that are no multiples of 8 make all of them slower than the dense network.
+a quarter of the MACs. Compiled, ConvNeXt gains 41 %, MobileNetV2 20 %, ResNet-50 3 to 17 %, and VGG16 gets slower by 5
+to 14 %, perhaps because the compiler has faster kernels for the counts of the dense network than for other multiples of
+8. Counts that are no multiples of 8 make all of them slower than the dense network.
 
 """
 SCORING = """
