@@ -27,6 +27,18 @@ TAIL = """
 Where little is cut and the channels are chosen well, layers that are solved one after the other come out alike, with a
 ridge or without. The ridge shows where the choice is worse, and tuning where much is cut. A repair that knows only the
 dense model's layers needs new batch-norm statistics, and stays behind.
+
+Tuning takes 200 steps by default, which is few where much is cut. On a MobileNetV2 (64 x 64 pixels, 256 images, one
+seed) with a tenth of its MACs, repaired to 66.5 %, 200 steps gave 71.4 % top-1 on test images and 400 steps 76.4 %:
+`repair.tune.steps` is worth raising there if you have the time.
+
+Tried for tuning on the same network and dropped:
+
+- What the repaired layers compute, compared beside the outputs: 72.1 % after 200 steps, and 75.9 % after 400, a tie. It
+  takes up to twice as long.
+- Mirrored images, and images cut out at random and resized: 75.3 % and 63.2 % after 400 steps at the rate 1e-3, where
+  shifted and mixed ones gave 76.6 %. Mixing all images instead of half: 63.1 %.
+- 1,024 images at that rate: 9.7 %; so high a rate is a matter of luck, which is why rates are tried first.
 """
 
 
