@@ -30,7 +30,8 @@ dense model's layers needs new batch-norm statistics, and stays behind.
 
 Tuning takes 200 steps by default, which is few where much is cut. On a MobileNetV2 (64 x 64 pixels, 256 images, one
 seed) with a tenth of its MACs, repaired to 66.5 %, 200 steps gave 71.4 % top-1 on test images and 400 steps 76.4 %:
-`repair.tune.steps` is worth raising there if you have the time.
+`repair.tune.steps` is worth raising there if you have the time. These figures and those below come from scripts that
+are not kept here.
 
 Tried for tuning on the same network and dropped:
 
