@@ -96,3 +96,30 @@ def test_calls_with_fewer_numbers_elsewhere():
     assert "1" in plan.calls
     small = scap_hub.apply_plan(net, plan).double()
     assert difference(small(x.double()), reference(net, plan, "readers")(x.double())) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, 1:3],
+        lambda x: x.select(1, 2),
+        lambda x: x.view(2, 4, 2, 3),
+        lambda x: x.flatten(1).unsqueeze(0).expand(3, -1, -1),
+        lambda x: x.transpose(1, 2).reshape(2, 6, 4),
+        lambda x: x.as_strided((2, 2), (3, 1), 30),
+        lambda x: x.contiguous(),
+    ],
+)
+def test_a_view_that_was_made_before_shows_the_memory_of_its_own_tensor(view):
+    class Twice(nn.Module):
+        def forward(self, x):
+            one, other = x[:, :4], x[:, 4:]
+            return view(one), view(other), view(one.clone()), view(other)
+
+    x = torch.zeros(2, 8, 6)
+    meta = x.to("meta")
+    for ours, theirs in zip(capture(Twice(), (meta,)).outputs, Twice()(x), strict=True):
+        shows = ours.value.untyped_storage()._cdata == meta.untyped_storage()._cdata
+        assert shows == (theirs.untyped_storage().data_ptr() == x.untyped_storage().data_ptr())
+        assert (ours.value.shape, ours.value.stride()) == (theirs.shape, theirs.stride())
+        assert ours.value.storage_offset() == theirs.storage_offset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -132,11 +132,11 @@ class Forward:
     @functools.cached_property
     def widths(self) -> list[Integer]:
         """Attributes that hold the width of what enters their module."""
-        modules = dict(self.model.named_modules())
+        places = _Places(self.model)
         return [
             Integer(path, name, index, channels, Fraction(1), ENTERS)
             for path, channels in self.entering
-            for name, index in _places(modules[path], Fraction(channels.size))
+            for name, index in places.of(path, channels.size)
         ]
 
     @functools.cached_property
@@ -160,7 +160,7 @@ def forward_of(model: nn.Module, inputs: tuple[Any, ...], runs: tuple[Run, ...],
         runs: What was recorded of it, in eval mode first.
         partition: Its channels.
     """
-    modules = dict(model.named_modules())
+    places = _Places(model)
     standard = {
         layer.path
         for layer in partition.modules
@@ -177,30 +177,43 @@ def forward_of(model: nn.Module, inputs: tuple[Any, ...], runs: tuple[Run, ...],
         integer
         for node, size, channels, role in counted
         if size.left_out is None
-        for integer in _held(node, size.labels.size, channels, role, modules)
+        for integer in _held(node, size.labels.size, channels, role, places)
     )
     return Forward(model, inputs, runs, partition, integers, tuple((node.owner, own) for node, _, own, _ in counted))
 
 
-def _held(node: Node, old: int, channels: np.ndarray, role: str, modules: dict[str, nn.Module]) -> Iterator[Integer]:
+def _held(node: Node, old: int, channels: np.ndarray, role: str, places: _Places) -> Iterator[Integer]:
     """Attributes of the calling module and of those around it that hold the number, or else a small multiple."""
     for _, path in node.calls:
         for times in _MULTIPLES:
-            places = list(_places(modules[path], old * times)) if old * times > 1 else []
-            yield from (Integer(path, name, index, channels, times, role) for name, index in places)
-            if places:
+            held = places.of(path, old * times) if old * times > 1 else ()
+            yield from (Integer(path, name, index, channels, times, role) for name, index in held)
+            if held:
                 break
 
 
-def _places(module: nn.Module, value: Fraction) -> Iterator[tuple[str, int | None]]:
-    """Attributes of a module that hold a value; the index of an item for lists."""
+class _Places:
+    """Where the modules of a model hold which integers that may change."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+        self.found: dict[str, dict[int | Fraction, list[tuple[str, int | None]]]] = {}
+
+    def of(self, path: str, value: int | Fraction) -> Sequence[tuple[str, int | None]]:
+        """Attributes of a module that hold a value; the index of an item for lists."""
+        if path not in self.found:
+            own = self.found[path] = {}
+            for number, name, index in _integers(self.modules[path]):
+                own.setdefault(number, []).append((name, index))
+        return self.found[path].get(value, ())  # a fraction that is an integer hashes as that
+
+
+def _integers(module: nn.Module) -> Iterator[tuple[int, str, int | None]]:
+    """The integers in attributes of a module, with name and, in a list, index."""
     for name, held in vars(module).items():
-        if not changeable(module, name):
-            continue
-        if type(held) is int and held == value:
-            yield name, None
-        elif isinstance(held, list | tuple) and all(type(item) is int for item in held):
-            yield from ((name, index) for index, item in enumerate(held) if item == value)
+        items = held if isinstance(held, list | tuple) else [held]
+        if items and all(type(item) is int for item in items) and changeable(module, name):
+            yield from ((item, name, index if items is held else None) for index, item in enumerate(items))
 
 
 def is_torchs(kind: type) -> bool:

@@ -24,6 +24,10 @@ class _Like(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+    offset: int = 0
+    """Of a view, from the start of what it shows."""
+    shows: int | None = None
+    """Of a view, which of the tensors it shows."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Like:
@@ -44,6 +48,13 @@ class _Like(NamedTuple):
     def empty(self) -> Tensor:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
 
+    def made_of(self, tensors: list[Tensor]) -> Tensor:
+        """Such a tensor anew, or such a view of one of these."""
+        if self.shows is None:
+            return self.empty()
+        shown = tensors[self.shows]
+        return shown.as_strided(self.shape, self.stride, shown.storage_offset() + self.offset)
+
 
 def run(func: Any, form: Form, leaves: list[Any]) -> Any:
     """What the operator returns; blocks repeat, and on tensors without values nothing is computed twice."""
@@ -53,7 +64,7 @@ def run(func: Any, form: Form, leaves: list[Any]) -> Any:
             return tensors[0]
         known = result_like(func, form, *(_Like.of(leaf) if is_tensor(leaf) else leaf for leaf in leaves))
         if known is not None:
-            return known.empty()
+            return known.made_of(tensors)
     args, kwargs = rebuilt(form, leaves)
     return func(*args, **kwargs)
 
@@ -75,12 +86,14 @@ def allocates(func: Any) -> bool:
 
 @functools.lru_cache(maxsize=2**14, typed=True)
 def result_like(func: Any, form: Form, *leaves: Any) -> _Like | None:
-    """What an operator makes of such tensors, if that is one new tensor, not a view or an argument itself."""
-    if len(schema(func).returns) != 1 or schema(func).returns[0].alias_info is not None:
-        return None
+    """What an operator makes of such tensors, if that is one tensor: a new one or a view, not an argument itself."""
+    returned = schema(func).returns
+    alias = returned[0].alias_info if len(returned) == 1 else None
+    if len(returned) != 1 or (alias is not None and (alias.is_write or func is _ATEN.as_strided.default)):
+        return None  # `as_strided` is told where in its memory a tensor begins, which `_Like` does not hold
     if (shape := _layer(func, *leaves)) is not None:
         return _Like.contiguous(shape, leaves[0].dtype)
-    if (shape := _elementwise(func, leaves)) is not None:
+    if alias is None and (shape := _elementwise(func, leaves)) is not None:
         # It makes of every shape what it makes of the smallest.
         ones = [leaf.ones() if isinstance(leaf, _Like) else leaf for leaf in leaves]
         made = result_like(func, form, *ones)
@@ -90,9 +103,13 @@ def result_like(func: Any, form: Form, *leaves: Any) -> _Like | None:
     result = func(*args, **kwargs)
     if not is_tensor(result) or not result.is_meta:
         return None
-    if any(is_tensor(leaf) and is_alias_of(leaf, result) for leaf in empty):
+    given = [leaf for leaf in empty if is_tensor(leaf)]
+    shown = [number for number, leaf in enumerate(given) if is_alias_of(leaf, result)]
+    if not shown:
+        return _Like.of(result)
+    if result is given[shown[0]] or result.dtype != given[shown[0]].dtype or result.is_complex():
         return None
-    return _Like.of(result)
+    return _Like.of(result)._replace(offset=int(result.storage_offset()), shows=shown[0])
 
 
 def _layer(func: Any, x: Any, *rest: Any) -> tuple[int, ...] | None:
