@@ -276,7 +276,34 @@ def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("options", "message"), [("ro", "Read-only file system"), ("size=64k", "make room")])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("/dev/full", "/dev/full is no folder"), ("file/out", "file is no folder"), ("file", "file is no folder"),
+        ("~nobody-there/out", "is no path"), ("long" * 100, "is no path: File name too long"),
+        (" ", "is blank"), ("below/ ", "has a blank name"), ("round", "a link that leads back to itself"),
+    ],
+)  # fmt: skip
+def test_a_dry_run_too_says_where_a_result_cannot_go(out, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "below").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "round").symlink_to("round")
+    for call in (scap_hub.prune, scap_hub.forecast):
+        with pytest.raises(ScapHubError, match=message):
+            call("no-such-model", "no-such-data", output_dir=out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["below", "file", "round"]
+
+
+@pytest.mark.parametrize("name", ["", " ", "long" * 100, "~nobody-there/x"])
+def test_names_that_can_be_no_path_are_told(name):
+    message = "is no path|is blank"
+    for arguments in ({"model": name}, {"dataset": name}, {"recipe": name or " "}, {"checkpoint": name or " "}):
+        with pytest.raises(ScapHubError, match=message):
+            scap_hub.forecast(**{"model": "test_resnet", "dataset": "digits", **arguments}, model_pretrained=False)
+
+
+@pytest.mark.parametrize(("options", "message"), [("ro", "is read-only, or not yours"), ("size=64k", "make room")])
 def test_a_real_read_only_or_full_disk_is_told_before_any_work(options, message, tmp_path, monkeypatch):
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(tmp_path)], capture_output=True)
     if mounted.returncode:
