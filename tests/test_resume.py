@@ -11,11 +11,14 @@ import time
 from dataclasses import replace
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 import scap_hub
 from scap_hub import criteria
@@ -143,8 +146,34 @@ def test_a_data_set_is_read_once_for_the_identity_of_a_run(monkeypatch):
     assert sorted(read) == [360, 1437] and len(set(found.values())) == 4 and found["no"] == "none"
 
 
+class Named(Dataset):
+    """A data set of one's own, of files by name."""
+
+    def __init__(self, folder):
+        self.names = np.array(sorted(str(path) for path in folder.rglob("*.bmp")))
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        return transforms.functional.to_tensor(Image.open(self.names[index])), index % 2
+
+
+PICTURES = transforms.Compose([transforms.ToTensor()])
+
+
 @pytest.mark.parametrize("limit", [2**28, 10_000])
-def test_an_image_that_another_of_the_same_size_replaces_makes_another_data_set(limit, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "source",
+    [
+        str,
+        lambda folder: ImageFolder(folder / "train"),
+        lambda folder: DataLoader(ConcatDataset([ImageFolder(folder / "train", PICTURES)]), batch_size=2),
+        lambda folder: DataLoader(Named(folder), batch_size=2),
+    ],
+    ids=["folder", "ImageFolder", "loader", "own"],
+)
+def test_an_image_that_another_of_the_same_size_replaces_makes_another_data_set(source, limit, tmp_path, monkeypatch):
     monkeypatch.setattr("scap_hub.run.fingerprints.WHOLE", limit)
     files = [tmp_path / "train" / name / f"{i}.bmp" for name in ("left", "right") for i in range(3)]
     for file in files:
@@ -152,7 +181,7 @@ def test_an_image_that_another_of_the_same_size_replaces_makes_another_data_set(
         Image.new("RGB", (40, 40), (0, 0, 200)).save(file)
 
     def found():
-        return of_images({"train": load_data(str(tmp_path), Preprocessing((3, 32, 32), (0.5,), (0.5,))).train})
+        return of_images({"train": load_data(source(tmp_path), Preprocessing((3, 32, 32), (0.5,), (0.5,))).train})
 
     before = found()
     assert found() == before
