@@ -12,8 +12,26 @@ from pathlib import Path
 
 import psutil
 
+from scap_hub.errors import ScapHubError
+
 _HOST = re.sub(r"[^\w-]", "_", socket.gethostname())
 _ASIDE = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.unfinished(\.\w+)?")
+
+
+def path_of(name: str | Path) -> Path:
+    """A path that a user gave, `~` resolved; there need be nothing.
+
+    Raises:
+        ScapHubError: It can be no path: it is blank, too long, or in the home of nobody.
+    """
+    if not str(name).strip():
+        raise ScapHubError(f"{str(name)!r} is blank, where the name of a file or folder should be")
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:
+        raise ScapHubError(f"{str(name)!r} is no path: {getattr(error, 'strerror', None) or error}") from error
+    return path
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from tqdm import tqdm
+from tqdm.utils import disp_len
 
 T = TypeVar("T")
 _quiet = False
@@ -17,12 +18,27 @@ _bars: weakref.WeakSet[tqdm[Any]] = weakref.WeakSet()
 
 
 class _Bar(tqdm):
-    """A bar that leaves room for the ^C that a terminal writes behind it; a broken line would not be taken away."""
+    """A bar that can be interrupted at any moment and still be taken away."""
 
-    @property
-    def format_dict(self) -> Any:
-        found = super().format_dict
-        return found if found["ncols"] is None else {**found, "ncols": found["ncols"] - 2}
+    def __init__(self, *args: Any, delay: float = 0, **options: Any) -> None:
+        self._drawn = 0
+        # tqdm draws at once, before anybody knows the bar, unless it is to wait; 1e-9 is less than its clock can tell.
+        super().__init__(*args, leave=False, dynamic_ncols=True, delay=delay or 1e-9, **options)
+        _bars.add(self)
+        if not delay:
+            self.refresh()
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Draws in one write; tqdm takes three, and between them the cursor is in another line than it believes.
+
+        The cursor ends in front of the bar, so that the ^C of a terminal neither breaks the line nor stays.
+        """
+        text, rows = str(self) if msg is None else msg, abs(self.pos if pos is None else pos)
+        length, before = disp_len(text), self._drawn
+        self._drawn = max(length, before)  # whichever of the two an interruption leaves there
+        self.fp.write("\n" * rows + "\r" + text + " " * (before - length) + "\r" + "\x1b[A" * rows)
+        self.fp.flush()
+        self._drawn = length
 
 
 def set_quiet(quiet: bool) -> None:
@@ -34,19 +50,13 @@ def set_quiet(quiet: bool) -> None:
 def track(items: Iterable[T], description: str, total: int | None = None, **options: Any) -> tqdm[T]:
     """Iterates with a progress bar that shows the time left; in a notebook, only where no other bar is open."""
     hidden = not (_terminal() or (in_notebook() and not _open()))
-    bar = _Bar(
-        items, desc=description, total=total, disable=_quiet or hidden, leave=False, dynamic_ncols=True, **options
-    )
-    _bars.add(bar)
-    return bar
+    return _Bar(items, desc=description, total=total, disable=_quiet or hidden, **options)
 
 
 def announce(description: str) -> tqdm[None]:
     """A context manager that shows a line of text, for work whose steps cannot be counted."""
     hidden = _quiet or not _terminal()
-    bar = _Bar(desc=description, bar_format="{desc} ...", disable=hidden, leave=False, dynamic_ncols=True)
-    _bars.add(bar)
-    return bar
+    return _Bar(desc=description, bar_format="{desc} ...", disable=hidden)
 
 
 def tell(line: str) -> None:

@@ -214,7 +214,7 @@ def test_existing_output_is_not_touched(resnet, tmp_path):
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="not empty"):
         save_checkpoint(tmp_path / "out", *resnet)
-    with pytest.raises(CheckpointError, match="not empty"):
+    with pytest.raises(CheckpointError, match="is no folder"):
         check_output(tmp_path / "out" / "mine.txt")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
     (tmp_path / "empty").mkdir()

@@ -11,11 +11,14 @@ import time
 from dataclasses import replace
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 import scap_hub
 from scap_hub import criteria
@@ -143,8 +146,34 @@ def test_a_data_set_is_read_once_for_the_identity_of_a_run(monkeypatch):
     assert sorted(read) == [360, 1437] and len(set(found.values())) == 4 and found["no"] == "none"
 
 
+class Named(Dataset):
+    """A data set of one's own, of files by name."""
+
+    def __init__(self, folder):
+        self.names = np.array(sorted(str(path) for path in folder.rglob("*.bmp")))
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        return transforms.functional.to_tensor(Image.open(self.names[index])), index % 2
+
+
+PICTURES = transforms.Compose([transforms.ToTensor()])
+
+
 @pytest.mark.parametrize("limit", [2**28, 10_000])
-def test_an_image_that_another_of_the_same_size_replaces_makes_another_data_set(limit, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "source",
+    [
+        str,
+        lambda folder: ImageFolder(folder / "train"),
+        lambda folder: DataLoader(ConcatDataset([ImageFolder(folder / "train", PICTURES)]), batch_size=2),
+        lambda folder: DataLoader(Named(folder), batch_size=2),
+    ],
+    ids=["folder", "ImageFolder", "loader", "own"],
+)
+def test_an_image_that_another_of_the_same_size_replaces_makes_another_data_set(source, limit, tmp_path, monkeypatch):
     monkeypatch.setattr("scap_hub.run.fingerprints.WHOLE", limit)
     files = [tmp_path / "train" / name / f"{i}.bmp" for name in ("left", "right") for i in range(3)]
     for file in files:
@@ -152,7 +181,7 @@ def test_an_image_that_another_of_the_same_size_replaces_makes_another_data_set(
         Image.new("RGB", (40, 40), (0, 0, 200)).save(file)
 
     def found():
-        return of_images({"train": load_data(str(tmp_path), Preprocessing((3, 32, 32), (0.5,), (0.5,))).train})
+        return of_images({"train": load_data(source(tmp_path), Preprocessing((3, 32, 32), (0.5,), (0.5,))).train})
 
     before = found()
     assert found() == before
@@ -276,7 +305,34 @@ def test_a_full_disk_is_told_before_any_work(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("options", "message"), [("ro", "Read-only file system"), ("size=64k", "make room")])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("/dev/full", "/dev/full is no folder"), ("file/out", "file is no folder"), ("file", "file is no folder"),
+        ("~nobody-there/out", "is no path"), ("long" * 100, "is no path: File name too long"),
+        (" ", "is blank"), ("below/ ", "has a blank name"), ("round", "a link that leads back to itself"),
+    ],
+)  # fmt: skip
+def test_a_dry_run_too_says_where_a_result_cannot_go(out, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "below").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "round").symlink_to("round")
+    for call in (scap_hub.prune, scap_hub.forecast):
+        with pytest.raises(ScapHubError, match=message):
+            call("no-such-model", "no-such-data", output_dir=out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["below", "file", "round"]
+
+
+@pytest.mark.parametrize("name", ["", " ", "long" * 100, "~nobody-there/x"])
+def test_names_that_can_be_no_path_are_told(name):
+    message = "is no path|is blank"
+    for arguments in ({"model": name}, {"dataset": name}, {"recipe": name or " "}, {"checkpoint": name or " "}):
+        with pytest.raises(ScapHubError, match=message):
+            scap_hub.forecast(**{"model": "test_resnet", "dataset": "digits", **arguments}, model_pretrained=False)
+
+
+@pytest.mark.parametrize(("options", "message"), [("ro", "is read-only, or not yours"), ("size=64k", "make room")])
 def test_a_real_read_only_or_full_disk_is_told_before_any_work(options, message, tmp_path, monkeypatch):
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(tmp_path)], capture_output=True)
     if mounted.returncode:

@@ -1,6 +1,7 @@
 """What objects show of themselves in a terminal and in a notebook, and what progress leaves behind."""
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -15,6 +16,7 @@ import torch
 
 import scap_hub
 from scap_hub import errors, progress
+from scap_hub.cli.output import output
 from scap_hub.run.stages import Stages
 from tests.nets import Residual, tiny_net
 
@@ -168,6 +170,33 @@ def test_ctrl_c_leaves_nothing_of_bars_on_the_screen():
     shown = shown_in_a_terminal("-c", INTERRUPTED, ctrl_c_at="1/20")
     left = screen(shown, COLUMNS)
     assert "^C" in shown and left[0].startswith("scap-hub: interrupted; ") and "fine-tuning" not in "".join(left), left
+
+
+class Interrupting(io.StringIO):
+    """A terminal where Ctrl-C is pressed after one of the writes to it."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.left = after
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        super().write(text)
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", range(1, 12))
+def test_ctrl_c_at_any_moment_of_drawing_leaves_nothing_of_bars(after, monkeypatch):
+    terminal = Interrupting(after)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with pytest.raises(SystemExit), output(quiet=False), progress.announce("fine-tuning"):
+        for _ in progress.track(range(20), "epoch 1 of 3", mininterval=0):
+            pass
+    assert [line[:23] for line in screen(terminal.getvalue())] == ["scap-hub: interrupted; "]
 
 
 def screen(text, columns=None):

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TypeVar
 
 from scap_hub.errors import RecipeError, ScapHubError
+from scap_hub.files import path_of
 from scap_hub.text import did_you_mean
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ def class_in_file(name: str, base: type[T]) -> type[T]:
         RecipeError: There is no such file, it fails, it has no such class, or the class does not derive from `base`.
     """
     file, _, wanted = name.rpartition(":")
-    path = Path(file).expanduser()
+    path = path_of(file)
     if not path.is_file():
         raise RecipeError(
             f"criterion {name!r}: there is no file {file!r}; "

@@ -12,6 +12,7 @@ import torch
 from scap_hub.deploy.capture import INPUT
 from scap_hub.deploy.source import Source
 from scap_hub.errors import ModelError, ScapHubError
+from scap_hub.files import path_of
 from scap_hub.text import one_line
 
 _TIMM_OPTIONS: dict[str, dict[str, Any]] = {"openvino": {"dynamic_batch": True, "fp16": False}, "executorch": {}}
@@ -57,7 +58,7 @@ def _by_timmx(source: Source, name: str, path: Path) -> None:
         raise ScapHubError(f"{name} of a timm model needs timmx: pip install 'scap-hub[{name},timmx]'")
     import timmx
 
-    where = "local-dir" if Path(source.folder).expanduser().is_dir() else "hf-hub"
+    where = "local-dir" if path_of(source.folder).is_dir() else "hf-hub"
     options = {"pretrained": True, "verify": False, "input_size": tuple(source.images.shape[1:]), **_TIMM_OPTIONS[name]}
     timmx.export_model(name, f"{where}:{source.folder}", output=str(path), **options)
     if name == "openvino":

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from scap_hub.errors import CheckpointError
-from scap_hub.files import making
+from scap_hub.files import making, path_of
 from scap_hub.hub.layout import cut_of
 from scap_hub.plan import PruningPlan
 from scap_hub.text import one_line
@@ -58,24 +58,35 @@ def placed(folder: str | Path) -> Path:
     Raises:
         CheckpointError: It cannot.
     """
-    resolved, here = Path(folder).expanduser().resolve(), Path.cwd()
+    resolved, here = Path(os.path.realpath(path_of(folder))), Path.cwd()
     if resolved == here or resolved in here.parents or os.path.ismount(resolved):
         raise CheckpointError(
             f"output folder {str(folder)!r} is the folder that you are in, holds it, or where a disk is mounted; it "
             "cannot be replaced in one step: name a new folder inside it"
         )
+    if not resolved.name.strip():
+        raise CheckpointError(f"output folder {str(folder)!r} has a blank name: choose another")
+    if resolved.is_symlink():
+        raise CheckpointError(f"output folder {str(folder)!r} is a link that leads back to itself: choose another")
     return resolved
 
 
 def check_output(folder: str | Path) -> Path:
-    """Returns the folder, which must be absent or empty; ask before long work.
+    """Returns the folder, which must be absent or empty, where one can be made; ask before long work.
 
     Raises:
-        CheckpointError: It holds something, is a file, or cannot be replaced in one step.
+        CheckpointError: It holds something, is a file, or cannot be made or replaced in one step.
     """
-    placed(folder)
-    folder = Path(folder).expanduser()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    resolved, folder = placed(folder), path_of(folder)
+    above = next(path for path in resolved.parents if path.exists())
+    for path in (above, resolved):
+        if path.exists() and not path.is_dir():
+            raise CheckpointError(f"cannot write output folder {folder}: {path} is no folder; choose another")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"cannot write output folder {folder}: {above} is read-only, or not yours; choose another"
+        )
+    if resolved.exists() and any(resolved.iterdir()):
         raise CheckpointError(f"output folder {folder} exists and is not empty: choose another, or remove it first")
     return folder
 

@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from scap_hub.errors import CheckpointError, PublishError
+from scap_hub.files import path_of
 from scap_hub.hub.card import HERE, PICTURE, merged_card
 from scap_hub.hub.checkpoint import CONFIG, IMAGE_PROCESSOR, INDEX, PLAN, RECIPE, WEIGHTS, weight_files
 from scap_hub.page import FAMILY, FAMILY_PICTURE, PAGE, REPORT, to_publish
@@ -79,7 +80,7 @@ def push_to_hub(
         CheckpointError: The folder holds no complete pruned model.
         PublishError: No token, no write access, an invalid name, or a network that fails; nothing is published then.
     """
-    folder = Path(folder).expanduser()
+    folder = path_of(folder)
     files = _files(folder)
     try:
         validate_repo_id(repo_id)

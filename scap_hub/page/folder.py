@@ -9,7 +9,7 @@ from typing import Any
 
 from scap_hub.documents import parse_json, read_document
 from scap_hub.errors import CheckpointError
-from scap_hub.files import replacing
+from scap_hub.files import path_of, replacing
 from scap_hub.page.html import render
 from scap_hub.page.view import lacking, settings_in
 from scap_hub.text import one_line
@@ -31,7 +31,7 @@ def write_page(folder: str | Path) -> tuple[Path, str | None]:
     Raises:
         CheckpointError: The folder has no report.json, a file in it cannot be read, or the page cannot be written.
     """
-    folder = Path(folder).expanduser()
+    folder = path_of(folder)
     report = _document(folder, REPORT)
     if not isinstance(report, dict):
         raise CheckpointError(f"{str(folder)!r} has no {REPORT}: give a folder that prune saved")

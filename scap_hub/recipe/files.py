@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from scap_hub.errors import RecipeError
+from scap_hub.files import path_of
 from scap_hub.recipe.keys import NEAR
 from scap_hub.text import did_you_mean, one_line
 
@@ -29,10 +30,11 @@ def find_recipe(recipe: str | Path) -> Path:
     shipped = shipped_recipes()
     if recipe in shipped:
         return shipped[str(recipe)]
-    if not Path(recipe).is_file():
+    path = path_of(recipe)
+    if not path.is_file():
         hint = did_you_mean(recipe, shipped, cutoff=NEAR)
         raise RecipeError(f"no recipe {str(recipe)!r}: neither a file nor one of {', '.join(shipped)}{hint}")
-    return Path(recipe)
+    return path
 
 
 def read_yaml(path: str | Path) -> tuple[Any, str]:

@@ -18,7 +18,7 @@ from scap_hub.deploy.onnx_metadata import size_multiple
 from scap_hub.deploy.quantized import Subject, deploy_int8
 from scap_hub.deploy.source import Source
 from scap_hub.errors import CheckpointError
-from scap_hub.files import replacing
+from scap_hub.files import path_of, replacing
 from scap_hub.hub.checkpoint import RECIPE, dense_model, input_size, load
 from scap_hub.hub.publish import CARD
 from scap_hub.page import PAGE, REPORT, write_page
@@ -88,10 +88,10 @@ def export(
         DataError: The images cannot be had.
     """
     form = format_named(to, int8)
-    saved = Path(folder).expanduser().is_dir()
-    place = Path(folder).expanduser() if saved else Path()
+    saved = path_of(folder).is_dir()
+    place = path_of(folder) if saved else Path()
     kept = form.int8.file if int8 and form.int8 else form.file
-    target = Path(output).expanduser() if output else place / kept
+    target = path_of(output) if output else place / kept
     net, size = load(folder, model), input_size(folder)
     source = Source.of(net, size, folder, _zoo(net, size), resizable=True)
     deployment = None
@@ -132,7 +132,7 @@ def _place(scratch: Path, kept: str, folder: Path | None, target: Path) -> None:
 
 def _subject(folder: str | Path, net: nn.Module, model: nn.Module | None, dataset: Any) -> Subject:
     """The model with its data, as the recipe beside it says, and its dense model."""
-    place = Path(folder).expanduser()
+    place = path_of(folder)
     recipe = Recipe.from_yaml(place / RECIPE) if (place / RECIPE).is_file() else Recipe()
     name, dense_top1 = recipe.data.dataset, None
     if dataset is None:

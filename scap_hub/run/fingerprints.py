@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ def of_images(loaders: Mapping[str, DataLoader | None]) -> dict[str, str]:
     A data set is read once, of however many loaders it is a part.
 
     Rows of `datasets` count with all they hold, also the files that they only name. Of any other data set the class,
-    the length, and the tensors, arrays, lists and texts among its attributes count. A stream counts as what it says of
-    itself.
+    the length, and the tensors, arrays, lists and texts among its attributes count, with the files that these name. A
+    stream counts as what it says of itself.
     """
     whole: dict[int, str] = {}
     found = {}
@@ -126,7 +127,9 @@ def _add_data_set(digest: Any, value: Any) -> None:
         _add(digest, [source_of(type(value)), len(value) if hasattr(value, "__len__") else None])
         # Numbers and dicts are left out: counters and caches, which change while the data set is used.
         kept = (Tensor, np.ndarray, str, Path, list, tuple, Dataset, datasets.Dataset)
-        _add(digest, [(name, held) for name, held in sorted(vars(value).items()) if isinstance(held, kept)])
+        held = [(name, held) for name, held in sorted(vars(value).items()) if isinstance(held, kept)]
+        _add(digest, held)
+        _add_files(digest, [Path(text) for text in dict.fromkeys(_texts(held)) if os.path.isfile(text)])
 
 
 def _add_rows(digest: Any, rows: Any) -> None:
@@ -140,11 +143,25 @@ def _add_rows(digest: Any, rows: Any) -> None:
             values = table[column].to_pylist()
             _add(digest, [column, values])
             files += [Path(value["path"]) for value in values if _is_named(value)]
+    _add_files(digest, files)
+
+
+def _add_files(digest: Any, files: list[Path]) -> None:
+    """What files hold, of large data that of a sample which is spread evenly."""
     sizes = [file.stat().st_size if file.is_file() else 0 for file in files]
     _add(digest, sizes)
     for index in range(len(files)) if sum(sizes) <= WHOLE else _spread(len(files)):
         with contextlib.suppress(OSError):  # the loader names what cannot be read
             _add(digest, files[index].read_bytes())
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts and paths in lists, tuples and arrays."""
+    if isinstance(value, (str, Path)):
+        yield str(value)
+    elif isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype.kind in "UO"):
+        for part in value:
+            yield from _texts(part)
 
 
 def _spread(count: int) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scap_hub.channels import ChannelGroups
 from scap_hub.channels.oracle import compare
 from scap_hub.errors import ModelError, UnverifiableError, VerificationError
-from scap_hub.files import replacing
+from scap_hub.files import path_of, replacing
 from scap_hub.placement import fed
 from scap_hub.plan import PruningPlan
 from scap_hub.run.guilty import guilty_groups
@@ -111,7 +111,7 @@ def failing_plan_beside(output_dir: str | Path | None) -> Iterator[None]:
     except VerificationError as error:
         if error.plan is None or output_dir is None:
             raise
-        output = Path(output_dir).expanduser()
+        output = path_of(output_dir)
         path, plan = output.with_name(f"{output.name}-failing-plan.json"), error.plan
         with contextlib.suppress(OSError):  # a full disk must not hide what was found
             from_main(lambda: write_plan(plan, path))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scap_hub.errors import ModelError
+from scap_hub.files import path_of
 from scap_hub.private import versioned
 from scap_hub.text import first_few, one_line
 
@@ -33,7 +34,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         ModelError: The file cannot be read without running code, or its weights do not fit the model.
     """
-    state, wanted = _read(Path(path).expanduser()), model.state_dict(keep_vars=True)
+    state, wanted = _read(path_of(path)), model.state_dict(keep_vars=True)
     # Of tied tensors one is enough; a counter of batches says nothing.
     there = {id(tensor) for name, tensor in wanted.items() if name in state}
     wrong = [f"{name!r} is unknown to the model" for name in state if name not in wanted]

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from scap_hub.errors import ModelError, ScapHubError
+from scap_hub.files import path_of
 from scap_hub.markdown import metadata
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
@@ -78,7 +79,7 @@ def _from_name(name: str, wanted: Wanted) -> LoadedModel:
     place = rest if prefix in ("hf-hub", "hf_hub", "local-dir") else name
     if place == name and (zoo := zoo_with_name(name)):
         return zoo.from_name(name, wanted)
-    folder, base_model = Path(place).expanduser(), None
+    folder, base_model = path_of(place), None
     if folder.is_file():
         raise ModelError(
             f"{name!r} is a file: a saved model is given as its folder, and a file of weights as checkpoint= "

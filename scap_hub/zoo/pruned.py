@@ -10,6 +10,7 @@ from torch import nn
 
 from scap_hub.documents import parse_json, read_document
 from scap_hub.errors import CheckpointError, ModelError, PlanError
+from scap_hub.files import path_of
 from scap_hub.graph.copies import copied, without_parameters, without_weights
 from scap_hub.plan import PruningPlan
 from scap_hub.surgery import apply_plan
@@ -180,7 +181,7 @@ def _smaller(dense: nn.Module, zoo: Zoo, config: dict[str, Any], plan: PruningPl
 
 def is_pruned(name: str | Path) -> bool:
     """Whether this names a pruned checkpoint: a folder, or a Hub id, whose files are then fetched."""
-    if not Path(name).expanduser().is_dir() and (str(name).count("/") != 1 or ":" in str(name)):
+    if not path_of(name).is_dir() and (str(name).count("/") != 1 or ":" in str(name)):
         return False
     try:
         config = parse_json(_read(_local(name), CONFIG))
@@ -227,7 +228,7 @@ def input_size(folder_or_repo_id: str | Path) -> tuple[int, int, int]:
 
 def _local(folder_or_repo_id: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
     """The folder itself, or the downloaded one."""
-    folder = Path(folder_or_repo_id).expanduser()
+    folder = path_of(folder_or_repo_id)
     if folder.is_dir():
         return folder
     from scap_hub.zoo.remote import fetch  # huggingface_hub is slow to import

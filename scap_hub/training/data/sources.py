@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HTTPError
 
 from scap_hub.errors import DataError
+from scap_hub.files import path_of
 from scap_hub.recipe import DataSettings
 from scap_hub.text import one_line
 from scap_hub.zoo.remote import refusals
@@ -32,7 +33,7 @@ def open_splits(name: str, settings: DataSettings) -> dict[str, Any]:
     """
     if name == "digits":
         return _digits()
-    path = Path(name).expanduser()
+    path = path_of(name)
     with _refusals(name, path):
         return as_splits(_opened(name, path, settings))
 
@@ -45,7 +46,7 @@ def ensure_there(name: str, settings: DataSettings) -> None:
     """
     import datasets
 
-    path = Path(name).expanduser()
+    path = path_of(name)
     if name == "digits" or path.exists():
         return
     with _refusals(name, path):
@@ -131,7 +132,7 @@ def _opened(name: str, path: Path, settings: DataSettings) -> Any:
     if path.suffix == ".parquet" and path.is_file():
         return datasets.load_dataset("parquet", data_files=str(path), streaming=settings.streaming)
     if path.exists():
-        return datasets.load_dataset(name, streaming=settings.streaming)
+        return datasets.load_dataset(str(path), streaming=settings.streaming)
     _ensure_reachable(name, path, settings)
     return datasets.load_dataset(name, revision=settings.revision, streaming=settings.streaming)
 
