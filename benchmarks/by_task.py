@@ -10,7 +10,9 @@ Segmenter and detector are trained from scratch on the scenes that `collages.py`
 are given; it sees the items alone, and nothing of it is trained on them. Each size is measured as repaired, as tuned on
 the calibration images without labels, and, but for the extractor, as fine-tuned with labels and the dense model as
 teacher; the metrics (mean IoU, mAP, cosine to the dense features, kNN top-1) are those of the test images. Latency is
-that of one image, measured in turns with the dense model. Rows of the JSON of tasks that are not measured stay.
+that of one image, measured in turns with the dense model. The fine-tuned model is then exported by
+`scap_hub.export(..., int8=True)`, and its metric, latency and size in ONNX Runtime noted, in float32 and in int8. Rows
+of the JSON of tasks that are not measured stay.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import argparse
 import copy
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,9 +160,24 @@ def measured(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         trained = copy.deepcopy(result.model)
         finetune(trained, data, learn.model_copy(update={"learning_rate": rate / 2}).lasting(options.finetune), dense)
         row["fine-tuned"] = quality(trained, data)
+        row["exported"] = exported(replace(result, model=trained), splits)
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
+
+
+def exported(result: Result, splits: DatasetDict) -> dict[str, Any]:
+    """What the exported files of a model are like: the metric, milliseconds of an image, and MB."""
+    with tempfile.TemporaryDirectory() as folder:
+        deployment = scap_hub.export(
+            result.save_pretrained(Path(folder) / "model"), int8=True, dataset=splits
+        ).deployment
+    assert deployment is not None and deployment.int8 is not None
+    variants = {
+        own.name.removeprefix("pruned "): {"metric": own.top1, "latency_ms": own.latency_ms, "mb": own.bytes / 1e6}
+        for own in deployment.variants
+    }
+    return {**variants, "layers in float32": len(deployment.int8.kept), "ranges": deployment.int8.scheme}
 
 
 def quality(model: nn.Module, data: Data) -> float:

@@ -34,6 +34,13 @@ detectors are tuned by their task's own distance.
 The extractor's features point elsewhere than the dense ones until they are tuned, but even so most images keep
 neighbours of their own class. One draw of calibration images was measured: half a point of kNN says nothing.
 """
+INT8 = """
+The fine-tuned models, exported to ONNX in float32 and in int8 by `scap_hub.export(..., int8=True)` with its defaults;
+metric on the same test images, size and latency of the file in ONNX Runtime, one image, one thread:
+
+| task | target | metric | float32 | int8 | layers kept in float32 | latency | size |
+|---|---|---|---|---|---|---|---|
+"""
 COMMAND = (
     "python benchmarks/by_task.py --mobilenet-weights mobilenet_v2-b0353104.pth --json benchmarks/results/by_task.json"
 )
@@ -43,7 +50,8 @@ def by_task(results: Path) -> str:
     """The section."""
     rows = json.loads((results / "by_task.json").read_text(encoding="utf-8"))
     lines = [_line(row, _dense(row, rows)) for row in rows if row["target"] != "dense"]
-    return HEAD.format(command=COMMAND) + "".join(lines) + TAIL
+    exported = [_exported(row, _dense(row, rows)) for row in rows if "exported" in row]
+    return HEAD.format(command=COMMAND) + "".join(lines) + TAIL + INT8 + "".join(exported)
 
 
 def _dense(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -57,3 +65,14 @@ def _line(row: dict[str, Any], whole: dict[str, Any]) -> str:
     shown = " | ".join("" if figure is None else f"{100 * figure:.1f} %" for figure in figures)
     before, after = row["latency_ms"]
     return f"| {row['task']} | {row['target']} | {whole['metric']} | {shown} | {before:.0f} to {after:.0f} ms |\n"
+
+
+def _exported(row: dict[str, Any], whole: dict[str, Any]) -> str:
+    """The row of a model's exported files."""
+    own = row["exported"]
+    before, after = own["fp32"], own["int8"]
+    return (
+        f"| {row['task']} | {row['target']} | {whole['metric']} | {100 * before['metric']:.1f} % | "
+        f"{100 * after['metric']:.1f} % | {own['layers in float32']} | {before['latency_ms']:.1f} to "
+        f"{after['latency_ms']:.1f} ms | {before['mb']:.1f} to {after['mb']:.1f} MB |\n"
+    )

@@ -66,8 +66,9 @@ class TensorCut(_Strict):
 class CallNumber(_Strict):
     """A number that a module's forward pass gives to a torch function, and the one that it gives once it is pruned.
 
-    It is for sizes that are written into the code, such as 400 in `x.view(-1, 400)`. Numbers of arithmetic never
-    change; but an attention that leaves out its scale, and so takes 1/√width, must be told the scale of the dense one.
+    It is for sizes that are written into the code, such as 400 in `x.view(-1, 400)`. Numbers of arithmetic do not
+    change, but for the scale of an attention: it comes from a width, and must stay the dense one's, both where the code
+    computes it and where it leaves it to torch.
 
     Attributes:
         function: Name of the function, such as "view" or "__getitem__".

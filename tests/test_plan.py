@@ -199,6 +199,9 @@ ATTENTION = "scaled_dot_product_attention"
     ("function", "old", "new"),
     [
         ("mul", 2, 3),
+        ("mul", 0.5, 0.3),  # no root of a width
+        ("div", 2.0, -3.0),
+        ("add", 2.0, 3.0),
         ("view", None, 4),
         ("dropout", 0.5, 0.1),
         (ATTENTION, 0.5, 0.25),  # only a scale that is left out, no number of its code's
@@ -206,7 +209,7 @@ ATTENTION = "scaled_dot_product_attention"
         (ATTENTION, None, -0.5),
     ],
 )
-def test_a_plan_changes_only_sizes_and_a_scale_that_is_left_out(function, old, new):
+def test_a_plan_changes_only_sizes_and_the_scale_of_an_attention(function, old, new):
     dense = Residual()
     keep = {group.name: [0] for group in channel_groups(dense, X) if group.prunable}
     plan = PruningPlan.from_keep(channel_groups(dense, X), keep)

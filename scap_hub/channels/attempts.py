@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 import numpy as np
 
 from scap_hub.channels.forward import AttributeUse, CallUse, Choice, Forward, Integer, is_torchs
 from scap_hub.channels.proof import Number, Outcome
-from scap_hub.surgery import CHANGEABLE
+from scap_hub.surgery import CHANGEABLE, SCALES
 
 
 def attempts(
@@ -25,9 +25,10 @@ def attempts(
         matters: Whether the failure is another one, or at another place, if this changes too.
     """
     assert outcome.failed is not None
-    calls = list(_calls(forward.kinds, outcome.wrong))
+    sized = {use.kind for use in chosen if isinstance(use, CallUse)}
+    calls = list(_calls(forward.kinds, outcome.wrong, sized))
     # A class that computes one of its sizes in a call computes the others there, too.
-    if {use.kind for use in chosen if isinstance(use, CallUse)} & {use.kind for choice in calls for use in choice}:
+    if sized & {use.kind for choice in calls for use in choice}:
         yield from calls
     for path in outcome.failed:
         changing = [own for own in forward.integers if own.path == path and not stays[own.channels].all()]
@@ -66,19 +67,25 @@ def _of_attributes(uses: Sequence[AttributeUse]) -> Iterator[Choice]:
         yield from (one | other for one, other in itertools.combinations(wholes, 2))
 
 
-def _calls(kinds: Mapping[str, type], wrong: Sequence[Number]) -> Iterator[Choice]:
+def _calls(kinds: Mapping[str, type], wrong: Sequence[Number], sized: Set[type]) -> Iterator[Choice]:
     """The numbers in the failing call's own arguments that may have to change: all at once, or one of them."""
-    options = [list(_positions(kinds, number)) for number in wrong]
+    options = [list(_positions(kinds, number, sized)) for number in wrong]
     if options and all(options):
         for uses in itertools.islice(itertools.product(*options), 16):
             yield frozenset(uses)
     yield from (frozenset([use]) for uses in options for use in uses)
 
 
-def _positions(kinds: Mapping[str, type], number: Number) -> Iterator[CallUse]:
-    """Where the torch function that was called has a number."""
+def _positions(kinds: Mapping[str, type], number: Number, sized: Set[type]) -> Iterator[CallUse]:
+    """Where the torch function that was called has a number.
+
+    Where a class cuts its heads by a width (`sized`), that width sets their scale, too, which can stay the dense one's.
+    A width that does nothing but scale pins what it counts.
+    """
     site = number.node.site
     if site is None or site.function not in CHANGEABLE:
+        return
+    if site.function in SCALES and kinds[number.node.owner] not in sized:
         return
     if number.dense is None:  # it takes the place after the numbers that are given
         yield CallUse(kinds[number.node.owner], site.function, site.number, len(site.numbers), number.argument, None)

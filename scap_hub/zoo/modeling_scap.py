@@ -15,19 +15,12 @@ from torch.overrides import TorchFunctionMode
 
 VERSION, WEIGHTS = 2, "model.safetensors"
 
-
 _SIZED = (
     "view", "reshape", "unflatten", "expand", "repeat", "tile", "narrow", "split", "split_with_sizes", "__getitem__",
     "__setitem__", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "layer_norm", "rms_norm", "group_norm",
     "conv1d", "conv2d", "conv3d",
 )  # fmt: skip
-SCALED = "scaled_dot_product_attention"
-"""Numbers of the functions above may change, because they are sizes; arithmetic stays as it is.
-
-An attention that leaves its scale out takes it from a width, so it gets the one of the dense model, after its numbers.
-"""
-
-
+SCALED, SCALES = "scaled_dot_product_attention", ("mul", "mul_", "div", "div_")
 _WIDTHS = frozenset((
     "in_channels", "out_channels", "groups", "num_channels", "num_groups", "in_features", "out_features",
     "num_features", "normalized_shape", "num_parameters", "embed_dim", "kdim", "vdim", "num_heads", "head_dim",
@@ -35,11 +28,18 @@ _WIDTHS = frozenset((
 ))  # fmt: skip
 
 
-def changeable(module: nn.Module, name: str) -> bool:
-    """Whether pruning may change an integer: a count of channels in torch's layers, any public size in other modules.
+def exchangeable(function: str, old: Any, new: Any) -> bool:
+    """Whether a call's number may become another: a size, or a scale that is the root of a width."""
+    if function == SCALED:  # left to torch, which takes it from a width: it gets the dense one's, after its numbers
+        return old is None and type(new) is float and 0 < new <= 1
+    if function in SCALES:
+        widths = [max(own, 1 / own) ** 2 for own in (old, new) if type(own) is float and 1e-9 < own < 1e9]
+        return len(widths) == 2 and all(abs(own - round(own)) < 1e-9 * own for own in widths)
+    return function in _SIZED and type(old) is type(new) in (int, float) and -1e18 < old - new < 1e18
 
-    How a convolution moves over its input is never changed.
-    """
+
+def changeable(module: nn.Module, name: str) -> bool:
+    """Whether pruning may change an integer: in torch's layers only a count of channels, elsewhere any public size."""
     kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn") and kind is not nn.Module]
     fixed = {*nn.Conv2d.__constants__, *(own for kind in kinds for own in getattr(kind, "__constants__", ()))}
     return name in _WIDTHS or not (name in fixed or name.startswith("_") or type(module) in kinds)
@@ -147,9 +147,7 @@ def shrink(model: nn.Module, cut: dict[str, Any], prefix: str = "") -> None:
 
 
 def _change(function: str, call: int, position: int, old: Any, new: Any) -> tuple[Any, ...]:
-    sized = function in _SIZED and type(old) is type(new) in (int, float) and -1e18 < old - new < 1e18
-    scaled = function == SCALED and old is None and type(new) is float and 0 < new <= 1
-    if {type(call), type(position)} != {int} or not (sized or scaled):
+    if {type(call), type(position)} != {int} or not exchangeable(function, old, new):
         raise ValueError(f"config.json changes numbers of {function!r}, which it may not")
     return function, call, position, old, new
 
