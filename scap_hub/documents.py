@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def own_file(folder: Path, name: str) -> Path:
     Raises:
         OSError: It is absent, no file, or a link that leads elsewhere.
     """
-    home, path = folder.resolve(strict=True), (folder / name).resolve(strict=True)
+    home, path = (Path(os.path.realpath(own, strict=True)) for own in (folder, folder / name))
     homes = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
     if not any(own in path.parents for own in homes):
         raise OSError(f"{name} is a link that leads out of {folder}")

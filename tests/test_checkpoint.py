@@ -285,6 +285,14 @@ def change(path, edit):
     path.write_text(json.dumps(document))
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_links_that_lead_back_to_themselves_are_one_line(folder, name):
+    (folder / name).unlink()
+    (folder / name).symlink_to(name)
+    with pytest.raises(CheckpointError, match="symbolic links"):
+        load(folder)
+
+
 @pytest.mark.parametrize("name", ["config.json", "pruning_plan.json", "model.safetensors"])
 def test_links_stay_in_the_folder_or_in_its_cached_repository(resnet, folder, name, tmp_path):
     (folder / name).rename(tmp_path / "elsewhere")

@@ -214,6 +214,13 @@ def test_a_wrong_label_in_a_later_batch_is_one_line(workers):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 8, 8, 3)])
+def test_images_of_other_channels_than_the_models_are_refused(shape):
+    loader = DataLoader(TensorDataset(torch.rand(shape), torch.arange(4) % 2), batch_size=2)
+    with pytest.raises(DataError, match=rf"have {shape[1]} channels, .*and the model takes 3"):
+        list(load_data(loader, COLOUR, SETTINGS, num_classes=3).calibration)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.bool])
 def test_integer_images_are_refused(dtype):
     images = (IMAGES.abs() * 255).to(dtype)

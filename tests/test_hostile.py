@@ -146,9 +146,17 @@ def strange_type(config):
     config["dtype"] = "nothing"
 
 
-@pytest.mark.parametrize("edit", [huge_images, no_images, strange_type])
-def test_values_that_a_library_takes_and_fails_on_later_are_one_line(copy_of, edit):
-    folder = copy_of("transformers")
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        *(("transformers", edit) for edit in (huge_images, no_images, strange_type)),
+        ("timm", lambda c: c["pretrained_cfg"].update(input_size=None)),
+        ("timm", lambda c: c["pretrained_cfg"].update(mean=[])),
+        ("timm", lambda c: c.update(label_names=3.5)),
+    ],
+)
+def test_values_that_a_library_takes_and_fails_on_later_are_one_line(copy_of, name, edit):
+    folder = copy_of(name)
     change(folder / "config.json", edit)
     with pytest.raises(ScapHubError) as caught:
         load(folder)

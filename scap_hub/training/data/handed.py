@@ -80,9 +80,14 @@ class Checked:
             ) from None
 
     def _images(self, images: Tensor) -> Tensor:
+        known = self.preprocessing
+        if known is not None and images.shape[1] != known.input_size[0]:
+            raise DataError(
+                f"the images of {self.numbering.where} have {images.shape[1]} channels, (N, C, H, W) = "
+                f"{tuple(images.shape)}, and the model takes {known.input_size[0]}: give images of so many"
+            )
         if images.is_floating_point():
             return images.float()
-        known = self.preprocessing
         values = f" with mean {known.mean} and standard deviation {known.std}" if known else " as the model wants them"
         raise DataError(
             f"the images of {self.numbering.where} are {str(images.dtype).removeprefix('torch.')}, not normalised: "

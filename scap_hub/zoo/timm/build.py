@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,18 @@ def from_folder(zoo: Zoo, folder: Path, config: dict[str, Any], source: str, wan
     return from_module(zoo, module, source, wanted.input_size)
 
 
+@contextlib.contextmanager
+def malformed_told() -> Iterator[None]:
+    """Takes what fails for a fault of the config, which a stranger may have written."""
+    try:
+        yield
+    except (TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        raise ModelError(
+            f"the preprocessing or the class names in pretrained_cfg are malformed ({one_line(error)}): save it again"
+        ) from None
+
+
+@malformed_told()
 def from_module(zoo: Zoo, module: Any, source: str, input_size: tuple[int, int, int] | None) -> LoadedModel:
     """Describes a model that timm built.
 
@@ -105,10 +119,6 @@ def from_module(zoo: Zoo, module: Any, source: str, input_size: tuple[int, int, 
         data = resolve_input_data_config(module, {"input_size": input_size})
     except ValueError as error:
         raise ModelError(f"input_size {input_size}: {one_line(error)}") from None
-    except TypeError as error:
-        raise ModelError(
-            f"the preprocessing in pretrained_cfg is malformed ({one_line(error)}): save it again"
-        ) from None
     channels = data["input_size"][0]
     spread = {key: tuple(data[key]) * (channels // len(data[key])) for key in ("mean", "std")}
     cfg: dict[str, Any] = module.pretrained_cfg

@@ -73,8 +73,12 @@ class TimmZoo(Zoo):
         input_size: tuple[int, int, int] | None,
     ) -> LoadedModel:
         """As any model; one that takes images of one size alone was built for it."""
+        from scap_hub.zoo.timm import build
+
         cfg: Any = config["pretrained_cfg"]
-        if input_size and cfg.get("fixed_input_size") and tuple(cfg["input_size"]) != tuple(input_size):
+        with build.malformed_told():
+            fits = not (input_size and cfg.get("fixed_input_size")) or tuple(cfg["input_size"]) == tuple(input_size)
+        if not fits:
             raise ModelError(
                 f"{source} takes images of {cfg['input_size']} alone, not {input_size}: set the size before"
             )
