@@ -184,6 +184,11 @@ LITERAL: dict[str, Forward] = {
         net.head(net.b((net.v16(y).view(2, 2, 8, 64) @ w.transpose(2, 3)).reshape(2, 16, 8, 8))))[-1],
     "heads by the width that enters, scaled by its root": by_the_width(lambda w, root: w * root**-0.5),
     "heads by the width that enters, over its root": by_the_width(lambda w, root: w / math.sqrt(root)),
+    "maps from a line": lambda net, x: (
+        y := net.a(x).mean((2, 3)), net.head(net.up(net.wide(y).relu().view(-1, 16, 4, 4))))[1],
+    "pixel shuffle by hand": lambda net, x: (
+        y := net.a(x).view(len(x), 4, 2, 2, 8, 8).permute(0, 1, 4, 2, 5, 3),
+        net.head(net.p(y.reshape(len(x), 4, 16, 16))))[1],
     "bias of a literal shape": lambda net, x: net.head(net.b(net.a(x) + net.bias.view(1, 16, 1, 1))),
     "expand to a literal size": lambda net, x: (
         y := net.a(x), net.head(net.b(y * y.mean((2, 3)).view(2, 16, 1, 1).expand(2, 16, 8, 8))))[1],
@@ -200,12 +205,14 @@ def test_sizes_written_as_numbers(name):
         "p": nn.Conv2d(4, 12, 1),
         "q": nn.Conv2d(12, 12, 1),
         "r": nn.Conv2d(4, 4, 1),
+        "wide": nn.Linear(16, 256),
+        "up": nn.ConvTranspose2d(16, 12, 4, 2, 1),
     }
     layers |= {f"{own}16": nn.Conv2d(16, 16, 1) for own in "qkv"}
     net = Body(LITERAL[name], **layers, bias=nn.Parameter(torch.randn(16)))
     groups = pruned_exactly(net, image(), checks=("all",) if name in PRODUCTS else ("readers", "all"))
-    attention = {"q16", "v16"} if name.startswith("heads") else set()
-    assert {"a"} | attention <= set(free(groups)), [(g.name, g.pinned_because) for g in groups]
+    inside = {"heads": {"q16", "v16"}, "maps": {"wide"}}.get(name.split()[0], set())
+    assert {"a"} | inside <= free(groups), [(g.name, g.pinned_because) for g in groups]
 
 
 # Arithmetic with a width that is read at run time.

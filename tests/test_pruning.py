@@ -32,7 +32,7 @@ def images(count=16, channels=3, size=64, classes=5):
     return DataLoader(TensorDataset(pixels, torch.arange(count) % classes), batch_size=8)
 
 
-LARGE = {"vgg16_bn", "densenet121", "regnety_002", "mobilenetv2_100"}
+LARGE = {"vgg16_bn", "densenet121", "regnety_002", "mobilenetv2_100", "convnext_atto", "mobilenet_v2"}
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_transformers_model_by_folder(tmp_path):
     ("criterion", "options"),
     [
         ("scap-set", {}),
-        ("scap", {}),
+        ("scap", {"autoencoder": "pca"}),
         *(pytest.param(*own, marks=pytest.mark.slow) for own in (("obs", {"sequential": True}), ("l1", {}))),
     ],
     ids=str,
