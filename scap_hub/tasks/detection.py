@@ -206,6 +206,12 @@ class ObjectDetection(PlacedTask):
             {"scores": own[0], "labels": own[1], "boxes": own[2]} for own in zip(scores, labels, boxes, strict=True)
         ]
 
+    def true(self, targets: Any) -> list[dict[str, Tensor]]:
+        """Labels and boxes of the targets, as `found` has them."""
+        return [
+            {"labels": own["class_labels"], "boxes": box_convert(own["boxes"], "cxcywh", "xyxy")} for own in targets
+        ]
+
     def meter(self, device: torch.device) -> Meter:
         """See `Task.meter`."""
         return _Precision(self)
@@ -251,6 +257,10 @@ def _detected(result: Any, own_loss: Tensor | None = None) -> Detected:
     return Detected(logits.float(), boxes.float(), own_loss)
 
 
+def _on_cpu(image: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {name: image[name].cpu() for name in names}
+
+
 class _Precision(Meter):
     """Mean average precision, by torchmetrics, over the detections of all processes."""
 
@@ -268,14 +278,11 @@ class _Precision(Meter):
         self.found: list[dict[str, Tensor]] = []
         self.true: list[dict[str, Tensor]] = []
 
-    def add(self, output: Detected, targets: Any) -> None:
+    def add(self, output: Any, targets: Any) -> None:
         """See `Meter.add`."""
         self.loss += float(self.task.loss(output, targets)) * len(targets)
-        self.found += [{key: value.cpu() for key, value in own.items()} for own in self.task.found(output)]
-        self.true += [
-            {"labels": own["class_labels"].cpu(), "boxes": box_convert(own["boxes"].cpu(), "cxcywh", "xyxy")}
-            for own in targets
-        ]
+        self.found += [_on_cpu(own, "scores", "labels", "boxes") for own in self.task.found(output)]
+        self.true += [_on_cpu(own, "labels", "boxes") for own in self.task.true(targets)]
 
     def result(self) -> dict[str, float]:
         """See `Meter.result`."""
