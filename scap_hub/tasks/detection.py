@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -135,6 +136,11 @@ class ObjectDetection(PlacedTask):
                 "boxes (n, 4): centre, width and height as shares of the image"
             )
         for target in targets:
+            if target["boxes"].shape != (len(target["class_labels"]), 4):
+                raise DataError(
+                    f"an image of {where} has {len(target['class_labels'])} class_labels and boxes of shape "
+                    f"{tuple(target['boxes'].shape)}: give four numbers for each"
+                )
             self.check(target["class_labels"], num_classes, where)
             if len(target["boxes"]) and not 0 <= target["boxes"].min() <= target["boxes"].max() <= 1:
                 raise DataError(f"boxes of {where} are not within 0 and 1: give centre, width and height as shares")
@@ -226,12 +232,20 @@ def _lists(value: Any, where: str) -> tuple[Tensor, Tensor]:
         return torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
     if "bbox" not in rows or key is None:
         raise DataError(f"the objects of {where} have {', '.join(map(str, rows))}, and not bbox and category")
+    wrong = next((box for box in rows["bbox"] if not _is_box(box)), None)
+    if wrong is not None:
+        raise DataError(f"box {wrong} of an image of {where} is not four finite numbers: x, y, width, height")
     boxes, classes = np.asarray(rows["bbox"], dtype=np.float32).reshape(-1, 4), np.asarray(rows[key])
     if len(classes) != len(boxes):
         raise DataError(f"an image of {where} has {len(boxes)} boxes and {len(classes)} categories")
     if len(classes) and classes.dtype.kind not in "iu":
         raise DataError(f"the categories of {where} are {classes.dtype}, not class numbers")
     return torch.from_numpy(boxes.copy()), torch.from_numpy(classes.astype(np.int64))
+
+
+def _is_box(box: Any) -> bool:
+    whole = isinstance(box, Sequence | np.ndarray) and len(box) == 4
+    return whole and all(isinstance(value, int | float | np.number) and math.isfinite(value) for value in box)
 
 
 def _misplaced(boxes: Tensor, which: int, size: tuple[int, int], where: str) -> str:
