@@ -158,6 +158,9 @@ def test_detections_are_those_of_the_models_own_processor(model, processor):
         ({"bbox": [[30.0, 30, 50, 50], [0, 0, 5, 5]]}, "would fit as two corners"),
         ({"bbox": [[0.1, 0.1, 0.5, 0.5], [0.2, 0.2, 0.1, 0.1]]}, "all within 0 and 1"),
         ({"bbox": [[0.0, 0, 5, 5]]}, "1 boxes and 2 categories"),
+        ({"bbox": [[0.0, 0, 5, 5], [0.0, float("nan"), 5, 5]]}, r"nan, 5\.0, 5\.0\] .* is not four finite numbers"),
+        ({"bbox": [[0.0, 0, 5, None], [0.0, 0, 5, 5]]}, "None.* is not four finite numbers"),
+        ({"bbox": [[0.0, 0, 5]] * 4}, r"box \[0\.0, 0\.0, 5\.0\] .* is not four finite numbers"),
     ],
 )
 def test_boxes_that_do_not_fit_are_refused(changes, message):
@@ -171,6 +174,10 @@ def test_columns_and_batches_that_do_not_fit_are_refused():
     with pytest.raises(DataError, match=r"no column fits object-detection.*annotation"):
         both = rows(image=[image for image, _, _ in pictures], annotation=[mask for _, mask, _ in pictures])
         data_of(both, yolos())
+    for name in ("label", "things"):
+        with pytest.raises(DataError, match=rf"no column fits object-detection.*{name}.*data\.labels=false"):
+            values = boxed(12)["objects"] if name == "things" else [0, 1] * 6
+            data_of(rows(image=[image for image, _, _ in pictures], **{name: values}), yolos())
     three = boxed(12, names=("red", "green", "blue"))
     with pytest.raises(DataError, match="has 3 classes, the module's classifier 2"):
         data_of(three, yolos())
@@ -178,6 +185,9 @@ def test_columns_and_batches_that_do_not_fit_are_refused():
     batches = [(torch.rand(2, *SIZE), [{"boxes": torch.zeros(1, 4)}] * 2)]
     loader = DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)
     with pytest.raises(DataError, match="a dictionary of class_labels"):
+        load_data(loader, None, task=task_of(loaded))
+    batches[0] = (batches[0][0], [{"boxes": torch.zeros(1, 4), "class_labels": torch.zeros(2)}] * 2)
+    with pytest.raises(DataError, match="has 2 class_labels and boxes of shape"):
         load_data(loader, None, task=task_of(loaded))
 
 

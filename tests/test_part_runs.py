@@ -95,7 +95,7 @@ def test_what_is_given_to_the_part_counts_not_the_image():
 
 
 def test_the_error_without_a_part_offers_the_backbone_first():
-    with pytest.raises(ModelError, match=r"nothing to compare.*by themselves: part='backbone'"):
+    with pytest.raises(ModelError, match=r"boxes by their scores.*by themselves: part='backbone'"):
         scap_hub.prune(detector(FasterRCNN), loader(), **QUICK)
 
 

@@ -187,6 +187,14 @@ def test_masks_that_do_not_fit_are_refused(columns, message):
         scap_hub.prune(segmenter(), dataset, finetune_epochs=0, **FAST)
 
 
+def test_masks_of_0_and_255_are_told_of():
+    """As binary masks are drawn: 255 is no class, so there is one class left."""
+    masks = [mask.point(lambda value: 255 * (value > 0)) for _, mask, _ in scenes(20)]
+    dataset = rows(image=[image for image, _, _ in scenes(20)], annotation=masks)
+    with pytest.warns(UserWarning, match="in masks of 0 and 255, make 255 class 1"):
+        scap_hub.prune(segmenter(), dataset, target="macs=0.7", finetune_epochs=0, **FAST)
+
+
 def test_what_means_nothing_for_masks_is_refused():
     with pytest.raises(RecipeError, match=r"finetune\.mixup means nothing for semantic-segmentation"):
         finetune(segmenter(), masked(20), mixup=0.2, epochs=1, input_size=SIZE)

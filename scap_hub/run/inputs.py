@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from scap_hub.errors import CalibrationError, DataError, RecipeError
-from scap_hub.placement import placement
+from scap_hub.channels.part import offered
+from scap_hub.errors import CalibrationError, DataError, ModelError, RecipeError
+from scap_hub.placement import fed, placement
 from scap_hub.private import versioned
 from scap_hub.progress import track
 from scap_hub.recipe import DataSettings, ModelSettings, Recipe
@@ -98,10 +99,7 @@ def _loaded(model: Any, dataset: Any, recipe: Recipe, task: str | Task | None) -
     loaded = load_model(
         source, settings.pretrained, settings.num_classes, size, checkpoint=settings.checkpoint, task=recipe.task
     )
-    if settings.part is not None:
-        wanted_task: Task = Outputs()  # of the part; the whole may return what has no row for each image
-    else:
-        wanted_task = task_of(loaded, recipe.task if task is None else task)
+    wanted_task = _task_for(loaded, recipe, task)
     data = data_for(loaded, dataset, recipe, wanted_task)
     new_head = False
     if data.labels and len(data.labels) != loaded.num_classes:
@@ -111,6 +109,26 @@ def _loaded(model: Any, dataset: Any, recipe: Recipe, task: str | Task | None) -
     if data.labels and len(data.labels) == loaded.num_classes:
         loaded = replace(loaded, labels=data.labels)
     return loaded, data, Tuning.of(recipe.finetune, new_head)
+
+
+def _task_for(loaded: LoadedModel, recipe: Recipe, asked: str | Task | None) -> Task:
+    """What the model is for; where a part of it is pruned, that matters if the whole can be trained by it afterwards.
+
+    Raises:
+        ModelError: All of it is to be pruned, and only a part can be.
+    """
+    if recipe.model.part is not None:
+        # Else outputs, of the part: the whole may return what has no row for each image.
+        found = task_of(loaded) if loaded.zoo.task(loaded.module) is not None else Outputs()
+        return found if found.by_part else Outputs()
+    found = task_of(loaded, recipe.task if asked is None else asked)
+    if found.by_part:
+        images = torch.zeros(1, *loaded.preprocessing.input_size)
+        raise ModelError(
+            f"{loaded.name} chooses boxes by their scores, so that all of it cannot be recorded"
+            f"{offered(loaded.module, (fed(loaded.module, images),))}"
+        )
+    return found
 
 
 def _from_the_zoo(source: Any, settings: ModelSettings) -> bool:

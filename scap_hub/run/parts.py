@@ -35,10 +35,12 @@ class LoadedPart(LoadedModel):
     Attributes:
         whole: The dense model that it is a part of.
         images: A few calibration images of the whole.
+        targets: Its data, where there are targets by which the whole can be trained and measured; else None.
     """
 
     whole: LoadedModel
     images: Tensor
+    targets: Data | None = None
 
     @property
     def path(self) -> str:
@@ -105,7 +107,7 @@ def on_part(loaded: LoadedModel, data: Data, path: str) -> tuple[LoadedPart, Dat
         "module": Part(whole, path, tuple(constants)), "zoo": PLAIN, "num_classes": 0, "labels": None, "config": {},
         "preprocessing": replace(loaded.preprocessing, input_size=sizes),
     }  # fmt: skip
-    part = LoadedPart(**known, whole=loaded, images=images)
+    part = LoadedPart(**known, whole=loaded, images=images, targets=data if data.task.by_part else None)
     return part, replace(data, task=PartOutputs(reached), labels=None)
 
 

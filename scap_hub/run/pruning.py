@@ -38,6 +38,7 @@ from scap_hub.run.steps import refine
 from scap_hub.run.tuning import tune_dense, warn_if_guessing
 from scap_hub.run.unfinished import Unfinished, kept_beside
 from scap_hub.run.verification import Verdict, Verified, beyond_repair, failing_plan_beside, verified
+from scap_hub.run.wholes import dense_figures, fine_tuned, of_part
 from scap_hub.scores import Scores
 from scap_hub.surgery import apply_plan
 from scap_hub.tasks import Task
@@ -103,10 +104,12 @@ def prune(
                 check_reachable(loaded, [recipe], folder)
             tell_if_long(loaded, data, recipe, tuning)
         tuned = tune_dense(loaded, data, recipe, tuning, stages, folder)
-        result = deployed(data, stages, put_back(prune_loaded(
-            *(loaded, data, recipe), tuned=tuned, work=folder, scores=folder and folder / "scores", stages=stages,
-            callbacks=callbacks,
-        )))  # fmt: skip
+        figures = dense_figures(loaded, stages, folder)
+        result = put_back(prune_loaded(
+            *(loaded, data, of_part(loaded, recipe)), tuned=tuned, work=folder, scores=folder and folder / "scores",
+            stages=stages, callbacks=callbacks,
+        ))  # fmt: skip
+        result = deployed(data, stages, fine_tuned(result, loaded, figures, recipe, stages, folder, callbacks))
         if work is not None:
             from_main(lambda: _save(result, work))
     if (repo_id := recipe.publish.repo_id) is not None:

@@ -120,15 +120,18 @@ class Whole:
         part: Path of the part; all other figures of the report are its own.
         params: Parameters.
         latency_ms: Median milliseconds of one image; None if not asked for.
+        figures: Metrics by name, as fractions of 1, of the pruned one after it was fine-tuned; none without targets.
     """
 
     part: str
     params: tuple[int, int]
     latency_ms: tuple[float, float] | None = None
+    figures: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Rows of the report's table."""
         rows = [("parameters, whole", *(f"{count:,}" for count in self.params), _change(*self.params))]
+        rows += [_figure(f"{name}, whole", *both) for name, both in self.figures.items()]
         if self.latency_ms is not None:
             rows.append(("latency, whole", *(f"{ms:.2f} ms" for ms in self.latency_ms), _faster(*self.latency_ms)))
         return rows  # type: ignore[return-value]

@@ -67,6 +67,7 @@ class Task(ABC):
         by_distance: Whether tuning without labels brings down `distance`. Else outputs are compared place by place,
             which means little for logits, where only differences count, and nothing for a detector's queries: which of
             them finds an object may change.
+        by_part: Whether what its models compute depends on values, so that parts of them alone can be pruned.
     """
 
     name: ClassVar[str]
@@ -76,6 +77,7 @@ class Task(ABC):
     from_teacher: ClassVar[bool] = False
     uses_targets: ClassVar[bool] = True
     by_distance: ClassVar[bool] = False
+    by_part: ClassVar[bool] = False
 
     @property
     def pipeline_tag(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -135,6 +136,11 @@ class ObjectDetection(PlacedTask):
                 "boxes (n, 4): centre, width and height as shares of the image"
             )
         for target in targets:
+            if target["boxes"].shape != (len(target["class_labels"]), 4):
+                raise DataError(
+                    f"an image of {where} has {len(target['class_labels'])} class_labels and boxes of shape "
+                    f"{tuple(target['boxes'].shape)}: give four numbers for each"
+                )
             self.check(target["class_labels"], num_classes, where)
             if len(target["boxes"]) and not 0 <= target["boxes"].min() <= target["boxes"].max() <= 1:
                 raise DataError(f"boxes of {where} are not within 0 and 1: give centre, width and height as shares")
@@ -206,6 +212,12 @@ class ObjectDetection(PlacedTask):
             {"scores": own[0], "labels": own[1], "boxes": own[2]} for own in zip(scores, labels, boxes, strict=True)
         ]
 
+    def true(self, targets: Any) -> list[dict[str, Tensor]]:
+        """Labels and boxes of the targets, as `found` has them."""
+        return [
+            {"labels": own["class_labels"], "boxes": box_convert(own["boxes"], "cxcywh", "xyxy")} for own in targets
+        ]
+
     def meter(self, device: torch.device) -> Meter:
         """See `Task.meter`."""
         return _Precision(self)
@@ -220,12 +232,20 @@ def _lists(value: Any, where: str) -> tuple[Tensor, Tensor]:
         return torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
     if "bbox" not in rows or key is None:
         raise DataError(f"the objects of {where} have {', '.join(map(str, rows))}, and not bbox and category")
+    wrong = next((box for box in rows["bbox"] if not _is_box(box)), None)
+    if wrong is not None:
+        raise DataError(f"box {wrong} of an image of {where} is not four finite numbers: x, y, width, height")
     boxes, classes = np.asarray(rows["bbox"], dtype=np.float32).reshape(-1, 4), np.asarray(rows[key])
     if len(classes) != len(boxes):
         raise DataError(f"an image of {where} has {len(boxes)} boxes and {len(classes)} categories")
     if len(classes) and classes.dtype.kind not in "iu":
         raise DataError(f"the categories of {where} are {classes.dtype}, not class numbers")
     return torch.from_numpy(boxes.copy()), torch.from_numpy(classes.astype(np.int64))
+
+
+def _is_box(box: Any) -> bool:
+    whole = isinstance(box, Sequence | np.ndarray) and len(box) == 4
+    return whole and all(isinstance(value, int | float | np.number) and math.isfinite(value) for value in box)
 
 
 def _misplaced(boxes: Tensor, which: int, size: tuple[int, int], where: str) -> str:
@@ -251,6 +271,10 @@ def _detected(result: Any, own_loss: Tensor | None = None) -> Detected:
     return Detected(logits.float(), boxes.float(), own_loss)
 
 
+def _on_cpu(image: Mapping[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {name: image[name].cpu() for name in names}
+
+
 class _Precision(Meter):
     """Mean average precision, by torchmetrics, over the detections of all processes."""
 
@@ -268,14 +292,11 @@ class _Precision(Meter):
         self.found: list[dict[str, Tensor]] = []
         self.true: list[dict[str, Tensor]] = []
 
-    def add(self, output: Detected, targets: Any) -> None:
+    def add(self, output: Any, targets: Any) -> None:
         """See `Meter.add`."""
         self.loss += float(self.task.loss(output, targets)) * len(targets)
-        self.found += [{key: value.cpu() for key, value in own.items()} for own in self.task.found(output)]
-        self.true += [
-            {"labels": own["class_labels"].cpu(), "boxes": box_convert(own["boxes"].cpu(), "cxcywh", "xyxy")}
-            for own in targets
-        ]
+        self.found += [_on_cpu(own, "scores", "labels", "boxes") for own in self.task.found(output)]
+        self.true += [_on_cpu(own, "labels", "boxes") for own in self.task.true(targets)]
 
     def result(self) -> dict[str, float]:
         """See `Meter.result`."""

@@ -71,7 +71,11 @@ class PlacedTask(Task):
         images = [column for column, kind in kinds.items() if kind == "Image"]
         if self.holds("Image") and len(images) == 2 and "image" in images:
             return next(column for column in images if column != "image")
-        others = [column for column, kind in kinds.items() if kind == "ClassLabel" or column in TARGET_NAMES]
+        others = [
+            column
+            for column, kind in kinds.items()
+            if kind != "Image" and (kind == "ClassLabel" or column in _USUAL or self.holds(kind))
+        ]
         if others or len(images) > 1:
             raise DataError(
                 f"no column fits {self.name}, which wants {self.wanted}, called {' or '.join(self.names[:3])}; "
@@ -113,6 +117,8 @@ def without_channel(maps: Tensor) -> Tensor:
 
 TARGET_NAMES = ("annotation", "mask", "segmentation", "depth", "depth_map", "objects")
 """Columns of these names hold targets of some task."""
+_USUAL = (*TARGET_NAMES, "label", "labels")
+"""The same, with those of classification."""
 
 
 def takes(model: nn.Module, *names: str) -> bool:

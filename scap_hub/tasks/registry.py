@@ -10,8 +10,10 @@ from scap_hub.tasks.detection import ObjectDetection
 from scap_hub.tasks.features import ImageFeatureExtraction
 from scap_hub.tasks.outputs import Outputs
 from scap_hub.tasks.segmentation import SemanticSegmentation
+from scap_hub.tasks.whole_detection import WholeDetection
 from scap_hub.text import did_you_mean
 from scap_hub.zoo.base import LoadedModel
+from scap_hub.zoo.plain import torchvision_detector
 
 _SHIPPED = (
     IMAGE_CLASSIFICATION,
@@ -53,13 +55,19 @@ def task_of(loaded: LoadedModel, asked: str | Task | None = None) -> Task:
     found = loaded.zoo.task(loaded.module)
     if asked is None:
         default = IMAGE_CLASSIFICATION.name if loaded.num_classes else Outputs.name
-        return TASKS.get(found or default, TASKS[Outputs.name]).fitted(loaded)
+        return _for(loaded, TASKS.get(found or default, TASKS[Outputs.name])).fitted(loaded)
     task = task_named(asked)
     if found is not None and asked not in (found, *_ANY_MODEL):
         raise DataError(
             f"{loaded.name} is a model for {found} and has no head for {asked}: give the whole model, or leave out task"
         )
-    return task.fitted(loaded)
+    return _for(loaded, task).fitted(loaded)
+
+
+def _for(loaded: LoadedModel, task: Task) -> Task:
+    """A task, as models of this kind do it."""
+    whole = isinstance(task, ObjectDetection) and torchvision_detector(loaded.module)
+    return WholeDetection() if whole else task
 
 
 _ANY_MODEL = (Outputs.name,)

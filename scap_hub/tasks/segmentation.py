@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -203,6 +204,12 @@ class _Overlap(Meter):
         union = square.sum(0) + square.sum(1) - right
         if not union.any():
             raise DataError(f"no pixel of the masks has a class: all of them are {IGNORED}")
+        if not square[1:].any() and len(square) > 1:
+            warnings.warn(
+                f"every pixel of the masks that has a class is of class 0, and {IGNORED} stands for none: in masks of "
+                f"0 and {IGNORED}, make {IGNORED} class 1",
+                stacklevel=2,
+            )
         return {
             "mean_iou": float((right / union)[union > 0].mean()),
             "pixel_accuracy": float(right.sum() / square.sum()),

@@ -10,9 +10,18 @@ from torch import Tensor, nn
 from scap_hub.errors import ModelError
 from scap_hub.placement import placement
 from scap_hub.text import one_line
-from scap_hub.zoo.base import LoadedModel, Zoo, default_preprocessing
+from scap_hub.zoo.base import LoadedModel, Preprocessing, Zoo, default_preprocessing
 from scap_hub.zoo.described import Widths
 from scap_hub.zoo.timm.widths import TimmFeatures, timm_features, timm_widths
+
+TORCHVISION = "torchvision.models.detection."
+"""Where torchvision's detectors are."""
+
+
+def torchvision_detector(module: nn.Module) -> str | None:
+    """Which of torchvision's kinds of detectors a module is; None if it is none."""
+    kinds = (kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith(TORCHVISION))
+    return next((kind for kind in kinds if kind in ("GeneralizedRCNN", "RetinaNet", "SSD", "FCOS")), None)
 
 
 class PlainZoo(Zoo):
@@ -56,9 +65,13 @@ class PlainZoo(Zoo):
             zoo=self,
             name=name,
             source=source,
-            preprocessing=default_preprocessing(input_size),
+            preprocessing=_preprocessing(module, input_size),
             num_classes=output.shape[1] if is_logits else 0,
         )
+
+    def task(self, module: nn.Module) -> str | None:
+        """Known of torchvision's detectors."""
+        return "object-detection" if torchvision_detector(module) else None
 
     def describe(
         self,
@@ -75,7 +88,7 @@ class PlainZoo(Zoo):
             zoo=self,
             name=type(module).__name__,
             source=source,
-            preprocessing=default_preprocessing(input_size or (3, 224, 224)),
+            preprocessing=_preprocessing(module, input_size or (3, 224, 224)),
             num_classes=entry.get("num_classes", 0),
             labels=entry.get("labels"),
             config={"reason": entry["reason"]} if "reason" in entry else {},
@@ -112,3 +125,10 @@ class PlainZoo(Zoo):
     def widths(self, model: nn.Module, dense: Any, small: Any) -> Widths:
         """By timm's conventions."""
         return timm_widths(model, dense, small)
+
+
+def _preprocessing(module: nn.Module, input_size: tuple[int, int, int]) -> Preprocessing:
+    """The usual one; torchvision's detectors normalise images themselves."""
+    if torchvision_detector(module) is None:
+        return default_preprocessing(input_size)
+    return Preprocessing(input_size, (0.0,) * input_size[0], (1.0,) * input_size[0])

@@ -50,6 +50,7 @@ class Checked:
         """
         batch = self._batch(samples)
         parts = _parts(batch) if self.labels else _parts(batch)[:1]  # what is not used may be anything
+        parts = (*map(_stacked, parts[:1]), *parts[1:])
         # Targets that have places are looked at by their task.
         tensors = parts[:1] if isinstance(self.numbering.task, PlacedTask) else parts
         if not 1 <= len(parts) <= 2 or not all(isinstance(part, Tensor) for part in tensors) or parts[0].ndim != 4:
@@ -101,6 +102,12 @@ def _parts(batch: Any) -> tuple[Any, ...]:
     if isinstance(batch, Mapping) and "pixel_values" in batch:
         return batch["pixel_values"], *([batch["labels"]] if "labels" in batch else [])
     return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+
+
+def _stacked(images: Any) -> Any:
+    """Images as one tensor, also from a list of images of one size, as torchvision's detectors are fed."""
+    several = isinstance(images, (tuple, list)) and images and all(isinstance(image, Tensor) for image in images)
+    return torch.stack([*images]) if several and len({image.shape for image in images}) == 1 else images
 
 
 _BEYOND = 10
