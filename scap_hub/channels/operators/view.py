@@ -104,14 +104,13 @@ Runs = list[tuple[list[int], list[int]]]
 def _couple_rows(call: Call, array: np.ndarray, runs: Runs) -> np.ndarray:
     """Couples each run of new dimensions that came from one tracked dimension, keeping the last of the run.
 
-    Many channels before a small square are laid out as maps, as in `linear(x).view(-1, 16, 4, 4)` and in pixel shuffles
-    by hand: there the first is kept.
+    A square behind dimension 1 is a map or a window of each channel, as in `linear(x).view(-1, 16, 4, 4)` and in pixel
+    shuffles by hand: there the first is kept. How many channels there are must not matter, as they become fewer.
     """
     for _, new in runs:
         varying = [dim for dim in new if array.shape[dim] > 1]
-        channels, *rest = (array.shape[dim] for dim in varying) if len(varying) == 3 else (0, 0, 1)
-        maps = rest[0] == rest[1] < channels
-        for dim in varying[1:] if maps else varying[:-1]:
+        square = new[:1] == [1] and len(new) == 3 and array.shape[new[1]] == array.shape[new[2]] > 1
+        for dim in varying[-2:] if square else varying[:-1]:
             first = array.take([0], axis=dim)
             call.ledger.equate(array, first, f"is split into rows ({call.place})")
             array = first
