@@ -51,7 +51,7 @@ def by_task(results: Path) -> str:
     rows = json.loads((results / "by_task.json").read_text(encoding="utf-8"))
     lines = [_line(row, _dense(row, rows)) for row in rows if row["target"] != "dense"]
     exported = [_exported(row, _dense(row, rows)) for row in rows if "exported" in row]
-    return HEAD.format(command=COMMAND) + "".join(lines) + TAIL + INT8 + "".join(exported)
+    return HEAD.format(command=COMMAND) + "".join(lines) + TAIL + (INT8 + "".join(exported) if exported else "")
 
 
 def _dense(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ wrong result; the others are refused, as one makes tensors of a size that follow
 **conv** and **linear** leave out the channels that a model returns; in {wide} of {proven}, 0.95 or more of the
 convolutions' channels can be removed. In the others, what stays is held for a reason: a reshape that mixes channels
 with positions (MAnet), zeros that fill up channels (HighResNet), channels that stand alone in their group
-(ShuffleNet), or an attention inside torch's own function, or with arithmetic on its width (torchvision's ViT, Swin
+(ShuffleNet), or an attention inside torch's own function, or that writes into its inputs (torchvision's ViT, Swin V2
 and MViT).{trained}
 Above, {main_wide} of {main} have 0.95 or more in the same sense.
 
