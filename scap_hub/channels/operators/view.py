@@ -104,12 +104,14 @@ Runs = list[tuple[list[int], list[int]]]
 def _couple_rows(call: Call, array: np.ndarray, runs: Runs) -> np.ndarray:
     """Couples each run of new dimensions that came from one tracked dimension, keeping the last of the run.
 
-    A square behind dimension 1 is a map or a window of each channel, as in `linear(x).view(-1, 16, 4, 4)` and in pixel
-    shuffles by hand: there the first is kept. How many channels there are must not matter, as they become fewer.
+    Where dimension 1 becomes three that end in a square, this is a map or a window of each channel, as in
+    `linear(x).view(-1, 16, 4, 4)` and in pixel shuffles by hand: there the first is kept. How many channels there are
+    must not matter, as they become fewer.
     """
+    more = array.ndim - sum(len(old) for old, _ in runs)
     for _, new in runs:
         varying = [dim for dim in new if array.shape[dim] > 1]
-        square = new[:1] == [1] and len(new) == 3 and array.shape[new[1]] == array.shape[new[2]] > 1
+        square = more == 2 and new == [1, 2, 3] and array.shape[2] == array.shape[3] > 1
         for dim in varying[-2:] if square else varying[:-1]:
             first = array.take([0], axis=dim)
             call.ledger.equate(array, first, f"is split into rows ({call.place})")
