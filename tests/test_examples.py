@@ -104,6 +104,7 @@ def test_multi_gpu(model, four_classes, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_publish(model, four_classes, tmp_path):
     with running_hub() as hub:
         environment = hub.environment(tmp_path / "home", HF_TOKEN="hf_write")

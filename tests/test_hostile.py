@@ -163,7 +163,7 @@ def test_values_that_a_library_takes_and_fails_on_later_are_one_line(copy_of, na
     assert len(str(caught.value)) < 1500
 
 
-@pytest.mark.parametrize("name", ["transformers", "vit"])
+@pytest.mark.parametrize("name", [pytest.param("transformers", marks=pytest.mark.slow), "vit"])
 def test_a_config_runs_opens_and_reaches_nothing(saved, copy_of, name):
     folder = copy_of(name)
     (folder / "evil.py").write_text("raise SystemExit('ran')")

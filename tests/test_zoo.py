@@ -77,7 +77,7 @@ SPECIAL = {
         "resnetv2_50d_evos", layers=[1, 1, 1, 1]
     ),
     "a number that is a quarter of another by chance": lambda: timm.create_model("fasternet_t0", depths=(1, 1, 1, 1)),
-    "the whole less a part": lambda: timm.create_model("shvit_s1"),
+    "the whole less a part": lambda: timm.create_model("shvit_s1", depth=(1, 1, 1)),
     "padded values, a size that hides in another": lambda: timm.create_model("efficientvit_b0"),
 }
 
