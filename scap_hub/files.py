@@ -66,8 +66,10 @@ def making(folder: Path) -> Iterator[Path]:
         folder: Absent or empty; the one that it lies in is made if absent.
     """
     clear_leftovers(folder.parent, folder.name)
-    unfinished = folder.with_name(f".{folder.name}.{_HOST}.{os.getpid()}.unfinished")
+    unfinished = _aside(folder)
     try:
+        # A container that is started again has the same name and number.
+        shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         yield unfinished
         for path in [*unfinished.rglob("*"), unfinished]:
@@ -80,6 +82,16 @@ def making(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def discard(folder: Path, name: str) -> None:
+    """Removes a folder that was kept for something of that name beside it.
+
+    It is gone in one step: whoever is killed meanwhile leaves what `clear_leftovers` removes, never half of it.
+    """
+    with contextlib.suppress(OSError):
+        folder = folder.rename(_aside(folder.with_name(name)))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def clear_leftovers(folder: Path, name: str) -> None:
     """Removes what processes of this machine that are gone left in a folder while they wrote something of that name."""
     for path in folder.glob(f".{_literal(name)}.*.unfinished*"):
@@ -90,6 +102,11 @@ def clear_leftovers(folder: Path, name: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _aside(folder: Path) -> Path:
+    """Where this process puts a folder of that name while it is not whole."""
+    return folder.with_name(f".{folder.name}.{_HOST}.{os.getpid()}.unfinished")
 
 
 def _literal(name: str) -> str:

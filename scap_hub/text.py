@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+_LONGEST = 100
+"""Characters of a value that a message shows whole."""
+
 
 def did_you_mean(name: object, names: Iterable[str], cutoff: float = 0.6) -> str:
     """The nearest of some names as the end of a sentence, "; did you mean 'resnet18'?"; empty if none is near.
@@ -21,6 +24,12 @@ def did_you_mean(name: object, names: Iterable[str], cutoff: float = 0.6) -> str
 def one_line(error: Exception) -> str:
     """The first line of an error that somebody else raised."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def shown(value: object) -> str:
+    """What a user gave, as Python writes it; of a long one the two ends."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}...{text[-_LONGEST // 4 :]}"
 
 
 def first_few(problems: Sequence[str]) -> str:

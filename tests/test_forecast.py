@@ -1,5 +1,7 @@
 """What a run says of itself before it starts."""
 
+import time
+
 import pytest
 import torch
 
@@ -27,6 +29,23 @@ def test_a_forecast_leaves_the_model_and_the_run_as_they_were():
     assert "reading images comes on top" in told.lines()[-2]
     unknown = scap_hub.forecast(model, images(), QUICK, criterion="scap", target="threshold=0.5", **arguments)
     assert unknown.macs[1] is None and any("then what the scores say" in line for line in unknown.lines())
+
+
+class Delayed(Residual):
+    """Most of its passes wait for other work on the machine."""
+
+    passes = 0
+
+    def forward(self, x):
+        Delayed.passes += 1
+        time.sleep(0.05 if Delayed.passes % 8 else 0.0)
+        return super().forward(x)
+
+
+def test_other_work_on_the_machine_changes_no_forecast():
+    data = {"train": images(), "test": images()}
+    told = scap_hub.forecast(Delayed(), data, QUICK, model_input_size=(3, 32, 32))
+    assert 0 < told.seconds["measuring"] < 2 * 16 * 0.05 / 8
 
 
 def test_a_forecast_finds_the_mistakes_that_the_run_would(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -240,17 +241,45 @@ def test_a_kill_between_saving_and_cleaning_up_is_finished(tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+def test_a_kill_while_cleaning_up_leaves_a_finished_run(tmp_path, monkeypatch):
+    whole = shutil.rmtree
+
+    def killed(folder, **options):
+        if not (saved := Path(folder) / "saved.json").exists():
+            return whole(folder, **options)
+        saved.unlink()
+        stop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scap_hub.files.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune(tmp_path)
+    [left] = [path for path in tmp_path.iterdir() if path.name != "out"]
+    left.rename(left.with_name(left.name.replace(f".{os.getpid()}.", f".{gone()}.")))
+    with pytest.raises(CheckpointError, match="not empty"):
+        prune(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def gone():
+    """The number of a process that has ended."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
 def test_a_kill_while_saving_leaves_nothing_for_ever(tmp_path, monkeypatch):
     cut(monkeypatch, tmp_path)
-    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     from scap_hub.files import _HOST
 
-    dead = tmp_path / f".out.{_HOST}.{child.stdout.strip()}.unfinished"
+    dead = tmp_path / f".out.{_HOST}.{gone()}.unfinished"
     dead.mkdir()
+    again = tmp_path / f".out.{_HOST}.{os.getpid()}.unfinished"
+    again.mkdir()  # a container that starts again gives its processes the same numbers
     alive = tmp_path / f".out.{_HOST}.{os.getppid()}.unfinished"
     alive.mkdir()
     prune(tmp_path)
-    assert alive.exists() and not dead.exists()
+    assert alive.exists() and not dead.exists() and not again.exists()
 
 
 def test_one_run_a_folder(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from scap_hub.errors import RecipeError
-from scap_hub.text import one_line
+from scap_hub.text import one_line, shown
 
 Model = Annotated[str, typer.Argument(help="timm name, Hub id or folder.")]
 OptionalModel = Annotated[str | None, typer.Argument(help="timm name, Hub id or folder; the recipe's if left out.")]
@@ -77,8 +77,8 @@ def _setting(text: str) -> tuple[str, Any]:
 
     key, equals, value = text.partition("=")
     if not equals:
-        raise RecipeError(f"--set {text!r}: write KEY=VALUE, such as finetune_epochs=3")
+        raise RecipeError(f"--set {shown(text)}: write KEY=VALUE, such as finetune_epochs=3")
     try:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError:
-        raise RecipeError(f"--set {text!r}: {value!r} is not a YAML value; quote it") from None
+        raise RecipeError(f"--set {shown(text)}: {shown(value)} is not a YAML value; quote it") from None

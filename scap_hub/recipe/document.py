@@ -30,7 +30,7 @@ from scap_hub.recipe.settings import (
     TargetSettings,
     written_out,
 )
-from scap_hub.text import did_you_mean
+from scap_hub.text import did_you_mean, shown
 
 
 class Recipe(Block):
@@ -134,15 +134,19 @@ def _validate(document: Any, text: str | None, source: str) -> Recipe:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
-        path = tuple(str(part) for part in first["loc"])
+        # Among the names are kinds that pydantic tried, such as "dict[str, float]".
+        path = tuple(str(part) for part in first["loc"] if "[" not in str(part))
         line = line_of(text, path) if text is not None else None
         where = source if line is None else f"{source}, line {line}"
         if first["type"] == "extra_forbidden":
             keys = {".".join(path): path for path in key_paths(Recipe)}
             raise RecipeError(f"{where}: unknown key {'.'.join(path)!r}{key_hint('.'.join(path), keys)}") from None
         reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "model_type" and path:
+            inner = next(key for key in key_paths(Recipe) if key[:-1] == path)
+            reason = f"Input should be a block of keys, such as {'.'.join(inner)}"
         if first["type"] != "value_error":
-            reason += f", got {first['input']!r}"
+            reason += f", got {shown(first['input'])}"
         if first["type"] == "literal_error":
             reason += did_you_mean(first["input"], re.findall("'([^']+)'", first["ctx"]["expected"]), cutoff=NEAR)
         key = ".".join(path) or ("" if first["type"] == "value_error" else "the document")

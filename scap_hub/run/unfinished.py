@@ -15,7 +15,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from scap_hub.errors import CheckpointError, ScapHubError, VerificationError
-from scap_hub.files import replacing
+from scap_hub.files import clear_leftovers, discard, replacing
 from scap_hub.hub.checkpoint import check_output, placed
 from scap_hub.page import FAMILY, REPORT
 from scap_hub.run.identity import differences
@@ -134,10 +134,10 @@ def kept_beside(output_dir: str | Path | None, restart: bool = False) -> Iterato
     except ScapHubError as error:
         begun = (work.folder / _RUN).exists() and isinstance(error, VerificationError | CheckpointError)
         if not begun and accelerator().is_main_process and work.fresh and not any(work.folder.rglob("training-*")):
-            _remove(work.folder, missing)
+            _remove(work, missing)
         raise
     else:
-        from_main(lambda: _remove(work.folder, missing))
+        from_main(lambda: _remove(work, missing))
     finally:
         lock.release()
 
@@ -153,6 +153,7 @@ def check_free(output_dir: str | Path) -> None:
 
 def _enter(work: Unfinished, lock: FileLock, restart: bool) -> list[Path]:
     """Makes the hidden folder and locks it; returns the folders above it that were missing, the lowest first."""
+    clear_leftovers(work.output.parent, work.output.name)
     if restart or not work.saved:
         check_output(work.output)
     missing = [folder for folder in work.folder.parents if not folder.exists()]
@@ -209,9 +210,9 @@ def _clear(folder: Path, leftovers: bool = False) -> None:
             path.unlink(missing_ok=True)
 
 
-def _remove(folder: Path, missing: list[Path]) -> None:
+def _remove(work: Unfinished, missing: list[Path]) -> None:
     """Removes the folder, and those above it that were made for it and hold nothing else."""
-    shutil.rmtree(folder, ignore_errors=True)
+    discard(work.folder, work.output.name)
     _remove_empty(missing)
 
 

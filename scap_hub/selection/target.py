@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from scap_hub.errors import TargetError
-from scap_hub.text import did_you_mean
+from scap_hub.text import did_you_mean, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +57,7 @@ class Target:
         if self.kind != "threshold":
             return _fraction(f"target {self.kind}", self.value)
         if not _is_number(self.value):
-            raise TargetError(f"target threshold is {self.value!r}; give a number, such as threshold=0.6")
+            raise TargetError(f"target threshold is {shown(self.value)}; give a number, such as threshold=0.6")
         return float(self.value)  # type: ignore[arg-type]
 
     @classmethod
@@ -75,14 +75,14 @@ class Target:
         if isinstance(target, Mapping):
             return cls("ratio", dict(target))
         if not isinstance(target, str):
-            raise TargetError(f"target {target!r} is not understood; {_meant(target)}write one of {EXAMPLES}")
+            raise TargetError(f"target {shown(target)} is not understood; {_meant(target)}write one of {EXAMPLES}")
         kind, _, text = (part.strip() for part in target.partition("="))
         try:
             value = float(text)
         except ValueError:
             kind = ""
         if kind not in KINDS:
-            raise TargetError(f"target {target!r} is not understood; {_meant(target)}write one of {EXAMPLES}")
+            raise TargetError(f"target {shown(target)} is not understood; {_meant(target)}write one of {EXAMPLES}")
         return cls(kind, value)
 
     def __str__(self) -> str:
@@ -172,5 +172,5 @@ def _is_number(value: object) -> bool:
 
 def _fraction(what: str, value: object) -> float:
     if not _is_number(value) or not 0 < value <= 1:  # type: ignore[operator]
-        raise TargetError(f"{what} is {value!r}; give the fraction that stays, above 0 and at most 1")
+        raise TargetError(f"{what} is {shown(value)}; give the fraction that stays, above 0 and at most 1")
     return float(value)  # type: ignore[arg-type]
