@@ -371,9 +371,9 @@ def test_a_result_publishes_itself(api, repo, resnet, tmp_path, monkeypatch):
     assert torch.equal(run(load(kept)), run(small))
 
 
-def test_a_recipe_can_publish(monkeypatch):
+def test_a_recipe_can_publish(monkeypatch, capsys):
     pushed = []
-    monkeypatch.setattr(Result, "push_to_hub", lambda self, *arguments: pushed.append(arguments))
+    monkeypatch.setattr(Result, "push_to_hub", lambda self, *arguments: pushed.append(arguments) or "https://me/x")
     options = {"model_input_size": (3, 64, 64), "publish_repo_id": "me/x", "publish_private": True}
     scap_hub.prune(Residual(width=16), images(), QUICK, **options)
-    assert pushed == [("me/x", True)]
+    assert pushed == [("me/x", True)] and "published at https://me/x" in capsys.readouterr().err

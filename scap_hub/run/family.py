@@ -12,7 +12,7 @@ from torch import nn
 
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.page import family_json
-from scap_hub.progress import announce
+from scap_hub.progress import announce, tell
 from scap_hub.recipe import Recipe
 from scap_hub.run import fingerprints
 from scap_hub.run.details import Choices
@@ -111,7 +111,7 @@ def prune_family(
         if work is not None:
             from_main(lambda: _save(family, work))
     if (repo_id := base.publish.repo_id) is not None:
-        from_main(lambda: family.push_to_hub(repo_id, base.publish.private))
+        from_main(lambda: tell(f"published at {family.push_to_hub(repo_id, base.publish.private)}"))
     return family
 
 

@@ -17,6 +17,7 @@ from scap_hub.errors import TargetError, VerificationError
 from scap_hub.hub.uniform import plain_config
 from scap_hub.placement import half_precisions, lower_precision, raised
 from scap_hub.plan import PruningPlan
+from scap_hub.progress import tell
 from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
 from scap_hub.run.deploying import deployed
@@ -113,7 +114,7 @@ def prune(
         if work is not None:
             from_main(lambda: _save(result, work))
     if (repo_id := recipe.publish.repo_id) is not None:
-        from_main(lambda: result.push_to_hub(repo_id, recipe.publish.private))
+        from_main(lambda: tell(f"published at {result.push_to_hub(repo_id, recipe.publish.private)}"))
     return result
 
 
