@@ -36,8 +36,8 @@ neighbours of their own class. One draw of calibration images was measured: half
 """
 INT8 = """
 The fine-tuned models, exported to ONNX in float32 and in int8 by `scap_hub.export(..., int8=True)` with its defaults;
-metric on the same test images, size and latency of the file in ONNX Runtime, one image, one thread. The detector has not
-been measured yet:
+metric on the same test images, size and latency of the file in ONNX Runtime, one image, one thread. The detector has
+not been measured yet:
 
 | task | target | metric | float32 | int8 | layers kept in float32 | latency | size |
 |---|---|---|---|---|---|---|---|
