@@ -88,8 +88,9 @@ def export(
         DataError: The images cannot be had.
     """
     form = format_named(to, int8)
-    saved = path_of(folder).is_dir()
-    place = path_of(folder) if saved else Path()
+    given = path_of(folder)
+    saved = given.is_dir()
+    place = given if saved else Path()
     kept = form.int8.file if int8 and form.int8 else form.file
     target = path_of(output) if output else place / kept
     net, size = load(folder, model), input_size(folder)
