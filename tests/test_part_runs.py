@@ -7,8 +7,11 @@ import torch
 import transformers
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.ssd import SSD
 
 import scap_hub
@@ -29,11 +32,10 @@ QUICK = {
 class Body(nn.Sequential):
     """Three convolutions; its last channels are what the detector reads."""
 
-    out_channels = 8
-
-    def __init__(self):
-        convolutions = [nn.Conv2d(3, 12, 3, 2, 1), nn.Conv2d(12, 12, 3, 2, 1), nn.Conv2d(12, 8, 3, 2, 1)]
+    def __init__(self, channels=8):
+        convolutions = [nn.Conv2d(3, 12, 3, 2, 1), nn.Conv2d(12, 12, 3, 2, 1), nn.Conv2d(12, channels, 3, 2, 1)]
         super().__init__(convolutions[0], nn.ReLU(), convolutions[1], nn.ReLU(), convolutions[2])
+        self.out_channels = channels
 
 
 def detector(kind, seed=0):
@@ -45,11 +47,17 @@ def detector(kind, seed=0):
         body.out_channels = [8]  # an SSD reads several maps
         return SSD(body, boxes, (32, 32), 3, score_thresh=0.0, detections_per_img=5).eval()
     anchors = AnchorGenerator(((16,),), ((1.0,),))
-    if kind is RetinaNet:
-        return RetinaNet(Body(), 3, anchor_generator=anchors, score_thresh=0.0, detections_per_img=5, **sizes).eval()
-    return FasterRCNN(
-        Body(), 3, rpn_anchor_generator=anchors, box_score_thresh=0.0, box_detections_per_img=5,
-        rpn_post_nms_top_n_test=20, **sizes,
+    if kind in (RetinaNet, FCOS):
+        body = Body(32 if kind is FCOS else 8)  # its norms are of 32 groups
+        return kind(body, 3, anchor_generator=anchors, score_thresh=0.0, detections_per_img=5, **sizes).eval()
+    heads = {"num_classes": 3} if kind is FasterRCNN else {"box_predictor": FastRCNNPredictor(1024, 3)}
+    if kind is MaskRCNN:
+        heads |= {"mask_head": MaskRCNNHeads(8, (8,), 1), "mask_predictor": MaskRCNNPredictor(8, 8, 3)}
+    if kind is KeypointRCNN:
+        heads |= {"keypoint_head": KeypointRCNNHeads(8, (8,)), "keypoint_predictor": KeypointRCNNPredictor(8, 2)}
+    return kind(
+        Body(), rpn_anchor_generator=anchors, box_score_thresh=0.0, box_detections_per_img=5,
+        rpn_post_nms_top_n_test=20, **heads, **sizes,
     ).eval()  # fmt: skip
 
 

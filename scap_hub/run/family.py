@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from scap_hub.run.members import kept_names, making_order, member_recipes
 from scap_hub.run.parts import put_back
 from scap_hub.run.pruning import prune_loaded
 from scap_hub.run.reachable import check_reachable
-from scap_hub.run.report import Measures, measure
+from scap_hub.run.report import Measures, Tuned, measure
 from scap_hub.run.result import Result
 from scap_hub.run.siblings import load_siblings, trained
 from scap_hub.run.sizes import Family
@@ -33,6 +33,7 @@ from scap_hub.run.stages import Stages
 from scap_hub.run.tuning import Tuning, tune_dense, warn_if_guessing
 from scap_hub.run.unfinished import Unfinished, kept_beside
 from scap_hub.run.verification import failing_plan_beside
+from scap_hub.run.wholes import check_taught, dense_figures, fine_tuned, of_part
 from scap_hub.timing.clock import milliseconds
 from scap_hub.training.callbacks import Callback, check_tracker
 from scap_hub.training.data import Data
@@ -88,6 +89,7 @@ def prune_family(
         tempfile.TemporaryDirectory(prefix="scap-hub-") as scratch,
     ):
         loaded, data, tuning = load_dense(model, dataset, base, stages)
+        check_taught(loaded, base, teacher)
         with stages("load"):
             smaller = load_siblings(siblings, loaded, base, tuning)
         _begin(work, restart, loaded, data, base, tuning, smaller, {"targets": list(targets), "teacher": teacher})
@@ -96,16 +98,12 @@ def prune_family(
         tuned = tune_dense(loaded, data, base, tuning, stages, folder)
         before = _measured(loaded, data, stages, folder)
         warn_if_guessing(before, loaded, data, tuned)
-        choices = Choices()
-
-        def pruned(name: str, taught_by: nn.Module | None) -> Result:
-            return prune_loaded(
-                *(loaded, data, recipes[name], before), tuned=tuned, work=folder and folder / places[name],
-                scores=(folder or Path(scratch)) / "scores", stages=Stages(base.seed), callbacks=callbacks,
-                teacher=taught_by, choices=choices,
-            )  # fmt: skip
-
-        members = _members(recipes, places, teacher, pruned)
+        run = _Run(
+            *(loaded, data, tuned, before, dense_figures(loaded, stages, folder), recipes), callbacks=callbacks,
+            folders={name: folder and folder / place for name, place in places.items()},
+            scores=(folder or Path(scratch)) / "scores", clocks={name: Stages(base.seed) for name in recipes},
+        )  # fmt: skip
+        members = _members(run, making_order(recipes, teacher), teacher)
         measured = trained(smaller, loaded, data, base, tuning, folder)
         family = _told(_timed(Family(members, measured), smaller, folder, places))
         if work is not None:
@@ -131,27 +129,69 @@ def _foretell(
         say_if_long(found.seconds, found.lines())
 
 
-def _members(
-    names: Iterable[str], order: Iterable[str], teacher: str, pruned: Callable[[str, nn.Module | None], Result]
-) -> dict[str, Result]:
-    """Prunes to each size, one taught by the other if so wished, and puts parts back into their wholes.
+@dataclass(frozen=True)
+class _Run:
+    """How one size is made, and what all of them have in common.
+
+    Attributes:
+        loaded: The dense model.
+        data: Its data.
+        tuned: How it was trained.
+        before: What was measured of it.
+        whole: The same of the whole, where it is a part of one.
+        recipes: Of the sizes, by name, in the order in which they are given back.
+        callbacks: As for `prune`.
+        folders: Where what each size finds is kept.
+        scores: Where the scores of all are kept.
+        clocks: Where the seconds of each are counted.
+        choices: What the pages of all show of other targets.
+    """
+
+    loaded: LoadedModel
+    data: Data
+    tuned: Tuned | None
+    before: Measures
+    whole: dict[str, float]
+    recipes: Mapping[str, Recipe]
+    callbacks: Sequence[Callback]
+    folders: Mapping[str, Path | None]
+    scores: Path
+    clocks: Mapping[str, Stages]
+    choices: Choices = field(default_factory=Choices)
+
+    def pruned(self, name: str, teacher: nn.Module | None) -> Result:
+        """One size, taught by a model, by the dense one without; a part is not in its whole yet."""
+        loaded, data, tuned, before = self.loaded, self.data, self.tuned, self.before
+        return prune_loaded(
+            *(loaded, data, of_part(loaded, self.recipes[name]), before), tuned=tuned, work=self.folders[name],
+            scores=self.scores, stages=self.clocks[name], callbacks=self.callbacks, teacher=teacher,
+            choices=self.choices,
+        )  # fmt: skip
+
+    def completed(self, name: str, result: Result) -> Result:
+        """The same, of a part with its whole around it."""
+        made = put_back(result), self.loaded, self.whole, self.recipes[name]
+        return fine_tuned(*made, self.clocks[name], self.folders[name], self.callbacks)
+
+
+def _members(run: _Run, order: Iterable[str], teacher: str) -> dict[str, Result]:
+    """Prunes to each size, one taught by the other if so wished.
 
     Args:
-        names: Of the sizes, in the order in which they are given back.
-        order: The same in which they are made.
+        run: Makes them.
+        order: Of their names, in which they are made.
         teacher: As for `prune_family`.
-        pruned: Makes one, taught by a model; by the dense one without.
     """
     members: dict[str, Result] = {}
     larger: tuple[str, nn.Module] | None = None
     for name in order:
-        own = pruned(name, larger and larger[1])
+        own = run.pruned(name, larger and larger[1])
         if larger is not None:
             own.report.about["teacher"] = f"{larger[0]}, the next larger size"
         if teacher == "next-larger":
             larger = name, own.model
-        members[name] = put_back(own)
-    return {name: members[name] for name in names}
+        members[name] = run.completed(name, own)
+    return {name: members[name] for name in run.recipes}
 
 
 def _save(family: Family, work: Unfinished) -> None:

@@ -32,10 +32,11 @@ from scap_hub.run.selecting import keep_of_equal_scores
 from scap_hub.run.stages import Stages
 from scap_hub.run.tuning import Tuning
 from scap_hub.run.unfinished import check_free
+from scap_hub.run.wholes import whole_of
 from scap_hub.tasks import Task
 from scap_hub.text import count as in_short
 from scap_hub.training.data import Data
-from scap_hub.training.distributed import accelerator
+from scap_hub.training.distributed import accelerator, shard
 from scap_hub.training.evaluate import count
 from scap_hub.zoo import LoadedModel
 
@@ -178,6 +179,9 @@ def expected(loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning, re
         FINE_TUNING: epochs * (epoch + taught),
         MEASURING: 2 * _images(data.measured_on) * forward,
     }
+    if recipe.finetune.epochs and (whole := whole_of(loaded)) is not None:
+        alone = recipe.schedule.steps > 1  # then the part is trained too, after each step
+        seconds[FINE_TUNING] = alone * seconds[FINE_TUNING] + recipe.finetune.epochs * _seconds_of_epoch(*whole)
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     networks = _ADAMW + (recipe.finetune.distillation.needs_teacher or bool(tuned))
     batch = recipe.data.batch_size if trains else BATCH
@@ -268,6 +272,20 @@ def _training(model: nn.Module, data: Data, images: Tensor, mode: bool) -> tuple
     weights = {parameter.untyped_storage().data_ptr() for parameter in pupil.parameters()}
     saved = sum(size for place, size in held.items() if place not in weights)
     return _timed(step) / len(images), saved
+
+
+def _seconds_of_epoch(model: nn.Module, data: Data) -> float:
+    """Of training a model on targets, and measuring it; a copy is trained."""
+    pupil = copy.deepcopy(model).to(accelerator().device).train()
+    raise_precision(pupil)
+
+    def step() -> None:
+        data.task.loss(data.task.output_for(pupil, images, targets), targets).backward()
+
+    with torch.random.fork_rng(devices=[]):  # the order of the images, and what a detector draws
+        images, targets = next(iter(shard(data.train)))
+        train = _timed(step) / len(images)
+    return _images(data.train) * train + _images(data.validation) * _seconds_forward(model, data, images)
 
 
 def _timed(call: Callable[[], object]) -> float:

@@ -12,7 +12,7 @@ from scap_hub.files import making
 from scap_hub.hub.checkpoint import check_output
 from scap_hub.hub.collection import collect
 from scap_hub.page import FAMILY, family_json
-from scap_hub.run.report import Measures, legend
+from scap_hub.run.report import Measures, Report, legend
 from scap_hub.run.result import Result
 from scap_hub.tables import html_table, in_lines, text_table
 from scap_hub.text import one_line
@@ -33,7 +33,7 @@ class Family:
     def head(self) -> list[str]:
         """What the columns of `rows` are, with the task's own names for what it measures."""
         report = self._first.report
-        return ["model", "MACs", "parameters", report.metric.name, *report.before.others, "latency"]
+        return ["model", "MACs", "parameters", report.metric.name, *self.to_dict()["dense"]["others"], "latency"]
 
     def rows(self) -> list[list[str]]:
         """The table a person reads: the dense model, its sizes, smaller models of the zoo."""
@@ -54,14 +54,19 @@ class Family:
 
     def to_dict(self) -> dict[str, Any]:
         """What was measured of the dense model, of each size and of each sibling, as plain values; largest first."""
-        dense = {"name": self._first.loaded.name, "target": None, **_figures(self._first.report.before)}
+        report = self._first.report
+        dense = {"name": self._first.loaded.name, "target": None, **_figures(report.before, _wholes(report, 0))}
         members = [
-            {"name": name, "target": str(own.recipe.target.target), **_figures(own.report.after)}
+            {
+                "name": name,
+                "target": str(own.recipe.target.target),
+                **_figures(own.report.after, _wholes(own.report, 1)),
+            }
             for name, own in self.members.items()
         ]
-        siblings = [{"name": name, **_figures(own)} for name, own in self.siblings.items()]
+        siblings = [{"name": name, **_figures(own, {})} for name, own in self.siblings.items()]
         return {
-            "metric": self._first.report.metric.name,
+            "metric": report.metric.name,
             "dense": dense,
             "members": sorted(members, key=lambda member: -member["macs"]),
             "siblings": sorted(siblings, key=lambda sibling: -sibling["macs"]),
@@ -119,9 +124,14 @@ class Family:
         return collect(repo_id, urls, private, token)
 
 
-def _figures(measures: Measures) -> dict[str, Any]:
-    keys = ("macs", "params", "bytes", "top1", "others", "latency_ms")
-    return {key: getattr(measures, key) for key in keys}
+def _figures(measures: Measures, whole: dict[str, float]) -> dict[str, Any]:
+    keys = ("macs", "params", "bytes", "top1", "latency_ms")
+    return {**{key: getattr(measures, key) for key in keys}, "others": measures.others | whole}
+
+
+def _wholes(report: Report, which: int) -> dict[str, float]:
+    """The metrics of the whole that a part belongs to, dense (0) or pruned (1), by the names that tables give them."""
+    return {f"{name}, whole": both[which] for name, both in report.whole.figures.items()} if report.whole else {}
 
 
 def _row(model: Mapping[str, Any]) -> list[str]:

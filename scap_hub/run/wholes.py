@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from scap_hub.errors import RecipeError
 from scap_hub.recipe import Recipe
 from scap_hub.run.kept import Kept
 from scap_hub.run.parts import LoadedPart
@@ -21,20 +22,36 @@ from scap_hub.training.finetune import finetune
 from scap_hub.zoo import LoadedModel
 
 
+def whole_of(loaded: LoadedModel) -> tuple[nn.Module, Data] | None:
+    """The whole that is trained once a part of it was pruned, and on what; None where nothing but that is trained."""
+    if not isinstance(loaded, LoadedPart) or loaded.targets is None:
+        return None
+    return loaded.whole.module, loaded.targets
+
+
 def of_part(loaded: LoadedModel, recipe: Recipe) -> Recipe:
     """What is done with what is pruned: a part is not trained by itself where the whole is trained right after it."""
-    if _targets(loaded) is None or recipe.schedule.steps > 1:
+    if not _trained_alone(loaded, recipe):
         return recipe
     tune = recipe.repair.tune.model_copy(update={"steps": tuning_steps(recipe)})  # as if it were trained
     repair = recipe.repair.model_copy(update={"tune": tune})
     return recipe.model_copy(update={"finetune": recipe.finetune.lasting(0), "repair": repair})
 
 
+def check_taught(loaded: LoadedModel, recipe: Recipe, teacher: str) -> None:
+    """Makes sure that who teaches the sizes of a family is heard.
+
+    Raises:
+        RecipeError: The whole is trained, which learns from targets alone.
+    """
+    if teacher != "dense" and _trained_alone(loaded, recipe):
+        raise RecipeError(f"teacher is {teacher!r}, but a whole detector learns from its targets alone: leave it out")
+
+
 def dense_figures(loaded: LoadedModel, stages: Stages, work: Path | None) -> dict[str, float]:
     """The metrics of the dense whole by their names; none where there are no targets, or no part is pruned."""
-    if not isinstance(loaded, LoadedPart) or loaded.targets is None:
-        return {}
-    return _figures("dense", loaded.whole.module, loaded.targets, stages, work)
+    whole = whole_of(loaded)
+    return {} if whole is None else _figures("dense", *whole, stages, work)
 
 
 def fine_tuned(
@@ -57,9 +74,10 @@ def fine_tuned(
         work: Where what is found is kept.
         callbacks: As for `prune`.
     """
-    data, report = _targets(loaded), result.report
-    if data is None or report.whole is None:
+    whole, report = whole_of(loaded), result.report
+    if whole is None or report.whole is None:
         return result
+    _, data = whole
     if recipe.finetune.epochs:
         with stages("fine-tuning"):
             folder = work and work / "training-whole"
@@ -72,8 +90,9 @@ def fine_tuned(
     return replace(result, recipe=recipe)
 
 
-def _targets(loaded: LoadedModel) -> Data | None:
-    return loaded.targets if isinstance(loaded, LoadedPart) else None
+def _trained_alone(loaded: LoadedModel, recipe: Recipe) -> bool:
+    """Whether only the whole is trained, not what is pruned of it."""
+    return whole_of(loaded) is not None and recipe.schedule.steps == 1
 
 
 def _figures(which: str, model: nn.Module, data: Data, stages: Stages, work: Path | None) -> dict[str, float]:

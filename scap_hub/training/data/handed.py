@@ -50,7 +50,7 @@ class Checked:
         """
         batch = self._batch(samples)
         parts = _parts(batch) if self.labels else _parts(batch)[:1]  # what is not used may be anything
-        parts = (*map(_stacked, parts[:1]), *parts[1:])
+        parts = (*(_stacked(images, self.numbering.where) for images in parts[:1]), *parts[1:])
         # Targets that have places are looked at by their task.
         tensors = parts[:1] if isinstance(self.numbering.task, PlacedTask) else parts
         if not 1 <= len(parts) <= 2 or not all(isinstance(part, Tensor) for part in tensors) or parts[0].ndim != 4:
@@ -73,7 +73,7 @@ class Checked:
                     "normalised as the model wants them, or give it a transform that does so"
                 )
         try:
-            return default_collate(samples)
+            return _joined(samples)
         except (RuntimeError, TypeError) as error:  # unequal sizes, and types that torch cannot batch
             raise DataError(
                 f"the samples of {self.numbering.where} make no batch: {' '.join(str(error).split())}; give images of "
@@ -104,22 +104,35 @@ def _parts(batch: Any) -> tuple[Any, ...]:
     return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
 
 
-def _stacked(images: Any) -> Any:
+def _joined(samples: Any) -> Any:
+    """Torch's own batch, in which dictionaries of targets stay apart: no two images have equally many boxes."""
+    pairs = all(isinstance(sample, (tuple, list)) and len(sample) == 2 for sample in samples)
+    if not pairs or not all(isinstance(target, Mapping) for _, target in samples):
+        return default_collate(samples)
+    return default_collate([image for image, _ in samples]), [target for _, target in samples]
+
+
+def _stacked(images: Any, where: str) -> Any:
     """Images as one tensor, also from a list of images of one size, as torchvision's detectors are fed."""
-    several = isinstance(images, (tuple, list)) and images and all(isinstance(image, Tensor) for image in images)
-    return torch.stack([*images]) if several and len({image.shape for image in images}) == 1 else images
+    if not isinstance(images, (tuple, list)) or not images or not all(isinstance(image, Tensor) for image in images):
+        return images
+    shapes = list(dict.fromkeys(tuple(image.shape) for image in images))
+    if len(shapes) > 1:
+        raise DataError(f"the images of {where} are {shapes[0]} and {shapes[1]} in one batch: give images of one size")
+    return torch.stack([*images])
 
 
 _BEYOND = 10
 """Values so many times as large as the largest normalised one are no normalised pixels."""
 
-
+_BELOW = -0.25
+"""Values below it come from a normalisation, where pixels begin at 0; noise stays above."""
 _LOOKED_AT = 8
 """About so many images of a data set are looked at."""
 
 
 def warn_if_raw(images: Tensor, preprocessing: Preprocessing | None, where: str) -> None:
-    """Warns of floats that cannot be what the model's preprocessing makes, such as 0 to 255; only its owner knows."""
+    """Warns of floats that the model's preprocessing can hardly make, such as 0 to 255; only its owner knows."""
     if preprocessing is None or not images.is_floating_point() or not images.numel():
         return
     mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
@@ -129,6 +142,13 @@ def warn_if_raw(images: Tensor, preprocessing: Preprocessing | None, where: str)
             f"the images of {where} have values up to {largest:g}, and normalised with mean {preprocessing.mean} and "
             f"standard deviation {preprocessing.std} they would be within {usual:.3g}: normalise them, unless the "
             "model was trained on such values",
+            stacklevel=2,
+        )
+    lowest = images.min().item()
+    if lowest < _BELOW and not mean.any():
+        warnings.warn(
+            f"the images of {where} have values down to {lowest:.3g}, and the model takes them from 0 on, as one that "
+            "normalises them itself: give them as they are, unless it was trained on such values",
             stacklevel=2,
         )
 
