@@ -115,6 +115,26 @@ def test_what_cannot_be_pruned_holds_nothing_else(name):
     assert any(reason in (group.pinned_because or "") for group in groups)
 
 
+def test_a_number_of_a_width_holds_only_what_it_counts():
+    """All of it is one `forward`; what else that computes can go."""
+
+    def forward(net, x):
+        y, z = net.a(x).relu(), net.c(x)
+        return net.head(net.b(y / y.shape[1]) * net.d(z))
+
+    layers = {"c": nn.Conv2d(3, 10, 3, padding=1), "d": nn.Conv2d(10, 12, 1)}
+    groups = pruned_exactly(Body(forward, **layers), image(), checks=("all",))
+    assert free(groups) == {"b", "c", "d"}
+    reasons = {group.name: group.pinned_because for group in groups}
+    assert reasons["a"] == "is counted by a number fixed in '', or changes what it computes"
+
+
+def test_channels_that_only_leave_together_are_no_single_channel():
+    groups = pruned_exactly(Body(lambda net, x: net.head(net.b((y := net.a(x)) + y.roll(1, 1)))), image())
+    reasons = {group.name: group.pinned_because for group in groups}
+    assert reasons["a"] == "has 16 channels that could only leave together"
+
+
 def test_what_cannot_be_recorded_is_an_error_of_ours():
     net = Body(lambda net, x: vmap(lambda one: net.h(net.b(net.a(one)).mean((1, 2))))(x))
     with pytest.raises(scap_hub.ScapHubError, match="cannot capture Body"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scap_hub.channels.attempts import shared_numbers, stuck_channels
 from scap_hub.channels.attributes import StuckError, completed
-from scap_hub.channels.forward import CallUse, Choice, forward_of
+from scap_hub.channels.forward import CallUse, Choice, Forward, forward_of
 from scap_hub.channels.groups import ChannelGroup, ChannelGroups, WholeModel
 from scap_hub.channels.labels import Equal, support
 from scap_hub.channels.operators import Trace
@@ -145,19 +145,42 @@ class _Analysis:
         runs = [run for run in self.passes.runs if not run.repeats]
         trial = replace(whole.forward, runs=tuple(runs))
         for gone in _plans(groups, whole):
-            stays = whole.partition.everything()
-            stays[gone] = False
-            keep = {group.name: np.flatnonzero(stays[group.channels]) for group in groups if group.prunable}
             try:
-                plan = whole.partition.cut(whole.channels, keep)
-                if plan.tensors:
-                    _, self.chosen = completed(replace(trial, chosen=self.chosen), plan, stays)
+                self.chosen = self._tried(whole, trial, gone)
             except StuckError as error:
                 self.chosen = error.chosen or self.chosen  # what comes before the failure need not be found again
                 return error
             # A plan is proven in all modes when it is made; one trial shows what training mode adds.
             trial = replace(trial, runs=tuple(run for run in runs if not run.training))
         return None
+
+    def _tried(self, whole: WholeModel, trial: Forward, gone: np.ndarray) -> Choice:
+        """What has to change where some channels leave.
+
+        Raises:
+            StuckError: Nothing makes the model without them compute the same.
+        """
+        stays = whole.partition.everything()
+        stays[gone] = False
+        keep = {name: np.flatnonzero(stays[channels]) for name, channels in whole.channels.items()}
+        plan = whole.partition.cut(whole.channels, keep)
+        return completed(replace(trial, chosen=self.chosen), plan, stays)[1] if plan.tensors else self.chosen
+
+    def _guilty(self, whole: WholeModel, suspects: list[np.ndarray]) -> list[np.ndarray]:
+        """Of groups without which the model gets stuck, those that are enough for it; all, if it takes all of them."""
+        if len(suspects) == 1:
+            return suspects
+        half = len(suspects) // 2
+        halves = [own for own in (suspects[:half], suspects[half:]) if self._sticks(whole, own)]
+        return [guilty for own in halves for guilty in self._guilty(whole, own)] or suspects
+
+    def _sticks(self, whole: WholeModel, suspects: list[np.ndarray]) -> bool:
+        gone = uneven(suspects, whole.partition.balances, (0.3, 0.6), seed=0)
+        try:
+            self._tried(whole, whole.forward, gone)
+        except StuckError:
+            return True
+        return not all(np.isin(own, gone).any() for own in suspects)  # what others hold back cannot be tried
 
     def mended(self, groups: ChannelGroups, stuck: StuckError) -> tuple[ChannelGroups, StuckError | None]:
         """The groups after a failure was made good: one number that counts in several places balances them, or else
@@ -182,8 +205,12 @@ class _Analysis:
         blamed = stuck_channels(forward, stuck.failed, free)
         if not blamed:
             raise ModelError(f"cannot find channels that can leave: {stuck}")
+        everywhere = np.concatenate(list(blamed.values()))
+        suspects = [own for group in groups.prunable if (own := np.intersect1d(group.channels, everywhere)).size]
+        if len(suspects) <= _ALONE:
+            everywhere = np.concatenate(self._guilty(groups.whole, suspects))
         for place, channels in blamed.items():
-            labels = np.flatnonzero(np.isin(partition.channel_of, channels))
+            labels = np.flatnonzero(np.isin(partition.channel_of, np.intersect1d(channels, everywhere)))
             self.passes.found.ledger.pin(
                 labels, f"is counted by a number fixed in {place!r}, or changes what it computes"
             )
@@ -243,7 +270,7 @@ def analyse(run: Run, partition: Partition, training_only: Sequence[np.ndarray] 
     for number, numbers in enumerate(map(np.array, channels)):
         place = np.full(partition.count, -1)
         place[numbers] = np.arange(numbers.size)
-        reason = pinned.get(int(numbers[0])) or ("is a single channel" if numbers.size == 1 else None)
+        reason = pinned.get(int(numbers[0])) or _alone(numbers, [rows[i] for i in producers[number]])
         taps = [tap(found, found.producers[i], place[rows[i]], calls) for i in producers[number]]
         groups.append(
             ChannelGroup(
@@ -261,6 +288,14 @@ def analyse(run: Run, partition: Partition, training_only: Sequence[np.ndarray] 
             )
         )
     return groups
+
+
+def _alone(numbers: np.ndarray, rows: Sequence[np.ndarray]) -> str | None:
+    """Why a group is pinned that is one channel, which may be many rows of a layer; None for any other."""
+    if numbers.size > 1:
+        return None
+    most = max(int((own == numbers[0]).sum()) for own in rows)
+    return "is a single channel" if most == 1 else f"has {most} channels that could only leave together"
 
 
 def _pins(found: Trace, partition: Partition, training_only: Sequence[np.ndarray]) -> dict[int, str]:
