@@ -4,8 +4,14 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import gc
+
 import pytest
 import torch
+
+import scap_hub  # noqa: F401  # with all that it imports
+
+gc.freeze()  # what libraries hold need not be looked through at the end of each training, which collects garbage
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,12 @@ from torch import nn
 
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.page import family_json
-from scap_hub.progress import announce, tell
+from scap_hub.progress import tell
 from scap_hub.recipe import Recipe
 from scap_hub.run import fingerprints
 from scap_hub.run.details import Choices
 from scap_hub.run.family_forecast import expected_family
-from scap_hub.run.forecast import say_if_long
+from scap_hub.run.forecast import tell_if_long
 from scap_hub.run.identity import identity, weights_of
 from scap_hub.run.inputs import example, load_dense, recipe_of
 from scap_hub.run.kept import Kept, bytes_kept
@@ -124,9 +124,7 @@ def _foretell(
     """Says what cannot be reached, and of a new family what it takes, if that is long."""
     reach = check_reachable(loaded, list(recipes.values()), None if work is None else work.folder)
     if work is None or work.fresh:
-        with announce("timing a batch"):
-            found = expected_family(loaded, data, recipes, tuning, reach, smaller)
-        say_if_long(found.seconds, found.lines())
+        tell_if_long(lambda timed: expected_family(loaded, data, recipes, tuning, reach, smaller, timed))
 
 
 @dataclass(frozen=True)

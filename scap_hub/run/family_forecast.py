@@ -17,6 +17,7 @@ from scap_hub.run.forecast import (
     OTHER_TARGETS,
     REPAIR,
     SCORES,
+    TIMED,
     Forecast,
     cost_lines,
     expected,
@@ -104,17 +105,18 @@ def expected_family(
     tuning: Tuning,
     reach: Reach | None,
     smaller: Mapping[str, LoadedModel],
+    timed: float = TIMED,
 ) -> FamilyForecast:
     """The forecast of a family whose models and data are there; of what can be pruned, where that is known."""
     first = next(iter(recipes.values()))
-    dense = expected(loaded, data, first, tuning)  # what is timed depends on no target
+    dense = expected(loaded, data, first, tuning, timed=timed)  # what is timed depends on no target
     sizes = {name: dense if reach is None else within(dense, loaded, reach, own) for name, own in recipes.items()}
     seconds = dict(dense.seconds)
     for stage in (REPAIR, FINE_TUNING):
         seconds[stage] *= len(sizes)
     seconds[MEASURING] *= (1 + len(sizes)) / 2  # for one size the dense model is measured too
     seconds[OTHER_TARGETS] = max(size.seconds.get(OTHER_TARGETS, 0.0) for size in sizes.values())
-    found = {name: expected(small, data, first, tuning) for name, small in smaller.items()}
+    found = {name: expected(small, data, first, tuning, timed=timed) for name, small in smaller.items()}
     for name, own in found.items():
         took = {stage: own_seconds for stage, own_seconds in own.seconds.items() if stage not in (SCORES, REPAIR)}
         seconds[f"training and measuring {name}"] = sum(took.values()) - took[MEASURING] / 2

@@ -6,10 +6,10 @@ import copy
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ OTHER_TARGETS = "the report's other targets"
 """Stages by name."""
 _ENOUGH = 8
 """Images that are timed on a CPU."""
-_TIMED = 0.5
+TIMED = 0.5
 """Seconds for which a call is timed, if two of it do not take longer."""
 _ADAMW = 4
 """Weights, gradients and two moments."""
@@ -148,7 +148,14 @@ def forecast(
         return expected(loaded, data, recipe, tuning, reach)
 
 
-def expected(loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning, reach: Reach | None = None) -> Forecast:
+def expected(
+    loaded: LoadedModel,
+    data: Data,
+    recipe: Recipe,
+    tuning: Tuning,
+    reach: Reach | None = None,
+    timed: float = TIMED,
+) -> Forecast:
     """The forecast of a run whose model and data are there; both stay as they are.
 
     Args:
@@ -157,14 +164,15 @@ def expected(loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning, re
         recipe: All of it.
         tuning: How the dense model will be trained before.
         reach: What can be pruned, if that is to be told of.
+        timed: Seconds for which each call is timed, if two of it do not take longer.
     """
     model, images = loaded.module.to(accelerator().device).eval(), _sample(data)
     trains, tuned = tuning.trains(recipe.finetune), float(tuning_steps(recipe))
     if recipe.repair.tune.learning_rate is None:
         tuned *= 1 + TRIALS
-    forward, train, saved = _seconds_forward(model, data, images), 0.0, 0
+    forward, train, saved = _seconds_forward(model, data, images, timed), 0.0, 0
     if trains or tuned:
-        train, saved = _training(model, data, images, trains)
+        train, saved = _training(model, data, images, trains, timed)
     epoch = _images(data.train) * train + _images(data.validation) * forward
     epochs = recipe.schedule.steps * recipe.finetune.epochs
     taught = _images(data.train) * forward if recipe.finetune.distillation.needs_teacher else 0.0
@@ -181,7 +189,8 @@ def expected(loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning, re
     }
     if recipe.finetune.epochs and (whole := whole_of(loaded)) is not None:
         alone = recipe.schedule.steps > 1  # then the part is trained too, after each step
-        seconds[FINE_TUNING] = alone * seconds[FINE_TUNING] + recipe.finetune.epochs * _seconds_of_epoch(*whole)
+        own = recipe.finetune.epochs * _seconds_of_epoch(*whole, timed)
+        seconds[FINE_TUNING] = alone * seconds[FINE_TUNING] + own
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     networks = _ADAMW + (recipe.finetune.distillation.needs_teacher or bool(tuned))
     batch = recipe.data.batch_size if trains else BATCH
@@ -190,17 +199,29 @@ def expected(loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning, re
     return found if reach is None else within(found, loaded, reach, recipe)
 
 
-def tell_if_long(loaded: LoadedModel, data: Data, recipe: Recipe, tuning: Tuning) -> None:
-    """Says what a run will take, where that is more than `LONG`."""
+class Told(Protocol):
+    """The forecast of a run or of a family."""
+
+    @property
+    def seconds(self) -> Mapping[str, float]: ...
+
+    def lines(self) -> list[str]:
+        """In words."""
+
+
+def tell_if_long(forecast: Callable[[float], Told]) -> None:
+    """Says what a run will take, where that is more than `LONG`.
+
+    Args:
+        forecast: Makes it, given the seconds for which to time each call. Two calls are enough to see that a run is
+            short, which takes no longer than they do.
+    """
     with announce("timing a batch"):
-        found = expected(loaded, data, recipe, tuning)
-    say_if_long(found.seconds, found.lines())
-
-
-def say_if_long(seconds: Mapping[str, float], lines: Iterable[str]) -> None:
-    """Says the lines of a forecast if it comes to more than `LONG`."""
-    if sum(seconds.values()) > LONG:
-        for line in lines:
+        found = forecast(0.0)
+        if sum(found.seconds.values()) > LONG / 2:
+            found = forecast(TIMED)
+    if sum(found.seconds.values()) > LONG:
+        for line in found.lines():
             tell(line)
 
 
@@ -243,12 +264,12 @@ def _sample(data: Data) -> Tensor:
 
 
 @torch.no_grad()
-def _seconds_forward(model: nn.Module, data: Data, images: Tensor) -> float:
+def _seconds_forward(model: nn.Module, data: Data, images: Tensor, timed: float) -> float:
     """Of one image, in eval mode."""
-    return _timed(lambda: data.task.output(model, images)) / len(images)
+    return _timed(lambda: data.task.output(model, images), timed) / len(images)
 
 
-def _training(model: nn.Module, data: Data, images: Tensor, mode: bool) -> tuple[float, int]:
+def _training(model: nn.Module, data: Data, images: Tensor, mode: bool, timed: float) -> tuple[float, int]:
     """Seconds of one image, and bytes that these images leave for the backward pass; a copy is trained.
 
     `mode`: in training mode, or in eval mode as while tuning.
@@ -271,10 +292,10 @@ def _training(model: nn.Module, data: Data, images: Tensor, mode: bool) -> tuple
     step()
     weights = {parameter.untyped_storage().data_ptr() for parameter in pupil.parameters()}
     saved = sum(size for place, size in held.items() if place not in weights)
-    return _timed(step) / len(images), saved
+    return _timed(step, timed) / len(images), saved
 
 
-def _seconds_of_epoch(model: nn.Module, data: Data) -> float:
+def _seconds_of_epoch(model: nn.Module, data: Data, timed: float) -> float:
     """Of training a model on targets, and measuring it; a copy is trained."""
     pupil = copy.deepcopy(model).to(accelerator().device).train()
     raise_precision(pupil)
@@ -284,14 +305,14 @@ def _seconds_of_epoch(model: nn.Module, data: Data) -> float:
 
     with torch.random.fork_rng(devices=[]):  # the order of the images, and what a detector draws
         images, targets = next(iter(shard(data.train)))
-        train = _timed(step) / len(images)
-    return _images(data.train) * train + _images(data.validation) * _seconds_forward(model, data, images)
+        train = _timed(step, timed) / len(images)
+    return _images(data.train) * train + _images(data.validation) * _seconds_forward(model, data, images, timed)
 
 
-def _timed(call: Callable[[], object]) -> float:
+def _timed(call: Callable[[], object], seconds: float) -> float:
     """Seconds of a call: of several the fastest, as the first one warms up and other work on the machine delays."""
     times: list[float] = []
-    while len(times) < 2 or sum(times) < _TIMED:
+    while len(times) < 2 or sum(times) < seconds:
         start = time.perf_counter()
         call()
         if torch.cuda.is_available():

@@ -22,7 +22,7 @@ from scap_hub.recipe import Recipe
 from scap_hub.run.candidates import candidates
 from scap_hub.run.deploying import deployed
 from scap_hub.run.details import Choices, Details, details_of
-from scap_hub.run.forecast import tell_if_long
+from scap_hub.run.forecast import expected, tell_if_long
 from scap_hub.run.identity import about_run, identity
 from scap_hub.run.inputs import example, load_dense, recipe_of, shard_calibration
 from scap_hub.run.kept import Kept, bytes_kept
@@ -103,7 +103,7 @@ def prune(
             # Each step tells before it scores what cannot be reached, but for what has to be measured.
             if tuning.epochs or recipe.target.target.kind == "latency":
                 check_reachable(loaded, [recipe], folder)
-            tell_if_long(loaded, data, recipe, tuning)
+            tell_if_long(lambda timed: expected(loaded, data, recipe, tuning, timed=timed))
         tuned = tune_dense(loaded, data, recipe, tuning, stages, folder)
         figures = dense_figures(loaded, stages, folder)
         result = put_back(prune_loaded(

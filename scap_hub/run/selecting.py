@@ -17,7 +17,7 @@ from scap_hub.recipe.settings import TargetSettings
 from scap_hub.run.report import Selection
 from scap_hub.scores import Scores
 from scap_hub.selection.latency import least_share, select_latency
-from scap_hub.selection.select import chosen, kept_importance, select
+from scap_hub.selection.select import chosen, importance_of, kept_importance, select
 from scap_hub.selection.target import Target
 from scap_hub.training.distributed import accelerator, from_main
 
@@ -114,8 +114,8 @@ def select_step(
     if target.kind == "threshold":
         _warn_of_one_side(target, groups, scores)
     importance = kept_importance(plan, scores)
-    free = select(groups, scores, target, 1, floor=settings.floor, scope=scope, latency=table)
-    return plan, Selection(importance, max(0.0, kept_importance(free, scores) - importance), share, met, budget)
+    free = importance_of(chosen(groups, scores, target, 1, settings.floor, scope, table), scores)
+    return plan, Selection(importance, max(0.0, free - importance), share, met, budget)
 
 
 def _warn_of_one_side(threshold: Target, groups: ChannelGroups, scores: Scores) -> None:

@@ -43,6 +43,8 @@ def still_guilty(groups: ChannelGroups, earlier: Sequence[Step]) -> dict[str, st
 
 def joined(groups: ChannelGroups, plans: Sequence[PruningPlan]) -> PruningPlan:
     """One plan for the dense model that does what several do one after another."""
+    if len(plans) == 1:
+        return plans[0]
     kept: dict[str, list[int]] = {}
     for plan in plans:
         for name in plan.groups:

@@ -105,7 +105,7 @@ def malformed_told() -> Iterator[None]:
     except (TypeError, LookupError, ArithmeticError, AttributeError) as error:
         raise ModelError(
             f"the preprocessing or the class names in pretrained_cfg are malformed ({one_line(error)}): save it again"
-        ) from None
+        ) from error
 
 
 @malformed_told()
