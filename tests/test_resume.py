@@ -51,6 +51,25 @@ def cut(monkeypatch, folder, at="scap_hub.run.pruning.Result", **changes):
             prune(folder, **changes)
 
 
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """The folder of a run that was interrupted when all but the saving was done."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        cut(patch, folder, criterion_options={})
+    return folder
+
+
+RESUMED = {"criterion_diagnostics": True, "schedule_steps": 2, "target": "macs=0.6", "finetune_epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A folder with the result of a run, and the result."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, prune(folder, **RESUMED)
+
+
 def plain(report):
     """A report without its seconds."""
     history = [{**row, "seconds": 0} for row in report.history]
@@ -87,8 +106,8 @@ def relabelled():
         ({"width": 24}, "the model's architecture differs"),
     ],
 )
-def test_another_run_is_refused_and_begins_anew_only_if_told(change, message, tmp_path, monkeypatch):
-    cut(monkeypatch, tmp_path, criterion_options={})
+def test_another_run_is_refused_and_begins_anew_only_if_told(change, message, tmp_path, interrupted):
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
     with pytest.raises(CheckpointError) as error:
         prune(tmp_path, criterion_options={}, **change)
@@ -108,9 +127,8 @@ def test_int8_makes_another_run_where_latency_is_measured_in_a_runtime(tmp_path,
 
 
 @pytest.mark.parametrize("at", ["select_step", "refine", "verified", "repaired", "finetune", "measure_after", "Result"])
-def test_a_resumed_run_equals_an_undisturbed_one(at, tmp_path, monkeypatch):
-    options = {"criterion_diagnostics": True, "schedule_steps": 2, "target": "macs=0.6", "finetune_epochs": 2}
-    whole = prune(tmp_path / "whole", **options)
+def test_a_resumed_run_equals_an_undisturbed_one(at, tmp_path, monkeypatch, undisturbed):
+    folder, whole = undisturbed
     if at == "measure_after":
         measured = []
         measure = scap_hub.run.pruning.measure
@@ -119,14 +137,14 @@ def test_a_resumed_run_equals_an_undisturbed_one(at, tmp_path, monkeypatch):
                 scap_hub.run.pruning, "measure", lambda *a: stop() if measured else measured.append(1) or measure(*a)
             )
             with pytest.raises(KeyboardInterrupt):
-                prune(tmp_path / "cut", **options)
+                prune(tmp_path / "cut", **RESUMED)
     else:
-        cut(monkeypatch, tmp_path / "cut", f"scap_hub.run.pruning.{at}", **options)
+        cut(monkeypatch, tmp_path / "cut", f"scap_hub.run.pruning.{at}", **RESUMED)
     torch.rand(3)
-    resumed = prune(tmp_path / "cut", **options)
+    resumed = prune(tmp_path / "cut", **RESUMED)
     assert plain(resumed.report) == plain(whole.report) and resumed.plan == whole.plan
     same_weights(resumed.model, whole.model)
-    left, right = (load_file(tmp_path / name / "out" / "model.safetensors") for name in ("cut", "whole"))
+    left, right = (load_file(own / "out" / "model.safetensors") for own in (tmp_path / "cut", folder))
     assert all(torch.equal(left[name], right[name]) for name in right)
 
 
