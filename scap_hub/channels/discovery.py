@@ -102,7 +102,9 @@ class _Analysis:
         passes: Its forward passes.
         balances: The balances that the rules asked for.
         added: Balances that trials asked for.
+        tried: Names of the numbers that they are for.
         chosen: What has to change in forward passes.
+        looked: Whether a pass of more images was asked for.
     """
 
     passes: Passes
@@ -110,20 +112,27 @@ class _Analysis:
     added: list[Equal] = field(default_factory=list)
     tried: set[str] = field(default_factory=set)
     chosen: Choice = frozenset()
+    looked: bool = False
 
     @classmethod
     def of(cls, passes: Passes) -> _Analysis:
         """Nothing has been tried yet."""
         return cls(passes, list(passes.found.ledger.equal))
 
-    def looks_again(self) -> bool:
-        """Adds a pass of more images where numbers in calls have to change; whether it did, which it does once.
+    @property
+    def expects_more(self) -> bool:
+        """Whether a pass of more images is still to come: where numbers in calls have to change.
 
         Such a number may count images, too, as 16 does in `x.view(1, b * 16, h, w)` with one image: more show it.
         """
-        asked = len(self.passes.found.ledger.equal)
-        if not any(isinstance(use, CallUse) for use in self.chosen) or not self.passes.add_batch():
+        return not self.looked and any(isinstance(use, CallUse) for use in self.chosen)
+
+    def looks_again(self) -> bool:
+        """Adds that pass, if the model runs so; whether the groups have to be looked for again."""
+        if not self.expects_more:
             return False
+        asked, self.looked = len(self.passes.found.ledger.equal), True
+        self.passes.add_batch()
         self.balances += self.passes.found.ledger.equal[asked:]
         return True
 
@@ -144,7 +153,9 @@ class _Analysis:
         """Tries uneven plans; how the first one fails that does."""
         runs = [run for run in self.passes.runs if not run.repeats]
         trial = replace(whole.forward, runs=tuple(runs))
-        for gone in _plans(groups, whole):
+        for number, gone in enumerate(_plans(groups, whole)):
+            if number and self.expects_more:
+                return None  # the others are tried once it is there
             try:
                 self.chosen = self._tried(whole, trial, gone)
             except StuckError as error:

@@ -51,7 +51,7 @@ class Labels:
 
 def support(array: np.ndarray) -> tuple[int, ...]:
     """The dimensions along which a label array varies."""
-    return tuple(dim for dim, size in enumerate(array.shape) if size > 1)
+    return tuple([dim for dim, size in enumerate(array.shape) if size > 1])
 
 
 def line(labels: np.ndarray, dim: int, rank: int) -> np.ndarray:

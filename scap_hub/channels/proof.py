@@ -79,6 +79,7 @@ class Left:
     stays: np.ndarray
     agreed: set[tuple[Any, ...]] = field(default_factory=set)
     _labels: dict[Node, Any] = field(default_factory=dict)
+    _single: dict[Node, bool] = field(default_factory=dict)
 
     def labels(self, node: Node) -> Any:
         """The labels that are left of a dense node's: `Labels`, a list of them, or None.
@@ -90,6 +91,15 @@ class Left:
             labels = self.run.found.labels[node]
             self._labels[node] = mapped(labels, lambda own: own and restricted(own, self.stays))
         return self._labels[node]
+
+    def single(self, node: Node) -> bool:
+        """Whether a dimension of a dense node's that is tracked has a single channel left."""
+        if node not in self._single:
+            lines = (
+                line[self.stays[line]] for labels in flat(self.run.found.labels[node]) for _, line in labels.lines()
+            )
+            self._single[node] = any(line.size and (line == line[0]).all() for line in lines)
+        return self._single[node]
 
 
 @dataclass(frozen=True)
@@ -313,13 +323,7 @@ class _Proof(Recorder):
 
         It may be there in several elements: in the rows of two shuffles, one after the other.
         """
-        found = self.dense.found.labels
-        return any(
-            np.unique(line[self.stays[line]]).size == 1
-            for node in (expected, *expected.sources)
-            for labels in flat(found[node])
-            for _, line in labels.lines()
-        )
+        return any(map(self.left.single, (expected, *expected.sources)))
 
 
 def _held(node: Node, number: Number) -> Any:
