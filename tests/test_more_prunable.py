@@ -154,14 +154,14 @@ def test_flattening_to_a_literal_size(name):
     assert free(pruned_exactly(LeNet(FLATTENED[name]), image(32))) == {"c1", "c2", "f1"}
 
 
-def by_the_width(scaled: Callable[[Tensor, int], Tensor]) -> Forward:
+def by_the_width(scaled: Callable[[Tensor, int], Tensor], heads: int = 2) -> Forward:
     """Attention whose heads and scale the code computes from the channels that enter, as in torchvision's Swin."""
 
     def forward(net: Any, x: Tensor) -> Tensor:
         y = net.a(x)
-        heads = y.shape[1] // 2
-        q, k, v = (own(y).flatten(2).reshape(len(y), 2, heads, -1) for own in (net.q16, net.k16, net.v16))
-        w = scaled(q.transpose(2, 3) @ k, heads).softmax(-1)
+        width = y.shape[1] // heads
+        q, k, v = (own(y).flatten(2).reshape(len(y), heads, width, -1) for own in (net.q16, net.k16, net.v16))
+        w = scaled(q.transpose(2, 3) @ k, width).softmax(-1)
         return net.head(net.b((v @ w.transpose(2, 3)).reshape(len(y), y.shape[1], *y.shape[2:])))
 
     return forward
@@ -184,6 +184,7 @@ LITERAL: dict[str, Forward] = {
         net.head(net.b((net.v16(y).view(2, 2, 8, 64) @ w.transpose(2, 3)).reshape(2, 16, 8, 8))))[-1],
     "heads by the width that enters, scaled by its root": by_the_width(lambda w, root: w * root**-0.5),
     "heads by the width that enters, over its root": by_the_width(lambda w, root: w / math.sqrt(root)),
+    "heads so narrow that their width is right by chance": by_the_width(lambda w, root: w * root**-0.5, heads=4),
     "maps from a line": lambda net, x: (
         y := net.a(x).mean((2, 3)), net.head(net.up(net.wide(y).relu().view(-1, 16, 4, 4))))[1],
     "pixel shuffle by hand": lambda net, x: (

@@ -16,19 +16,21 @@ import numpy as np
 from scap_hub.channels.attempts import attempts, use_of
 from scap_hub.channels.forward import ENTERS, AttributeUse, CallUse, Choice, Forward
 from scap_hub.channels.operators import Call
-from scap_hub.channels.proof import Left, Outcome, Run, expected_numbers, prove
+from scap_hub.channels.proof import Left, Number, Outcome, Run, expected_numbers, prove
 from scap_hub.errors import PlanError
 from scap_hub.graph.modes import untouched
 from scap_hub.graph.node import Node
 from scap_hub.plan import CallNumber, PruningPlan
-from scap_hub.surgery import apply_plan, earlier_calls, set_attributes, set_calls
+from scap_hub.surgery import SCALES, apply_plan, earlier_calls, set_attributes, set_calls
 from scap_hub.zoo.registry import zoo_of
 
 
 class StuckError(PlanError):
     """A pruned model that would not run, whatever attribute is changed."""
 
-    def __init__(self, failed: tuple[str, ...], message: str, chosen: Choice = frozenset()) -> None:
+    def __init__(
+        self, failed: tuple[str, ...], message: str, chosen: Choice = frozenset(), wrong: tuple[Number, ...] = ()
+    ) -> None:
         place = failed[0] or "the model's forward()"
         super().__init__(
             f"the pruned model would not compute the same: {message} in {place!r}, which works with a fixed number of "
@@ -37,6 +39,8 @@ class StuckError(PlanError):
         self.failed = failed
         self.chosen = chosen
         """What had to change before it got stuck."""
+        self.scales = any(number.node.site and number.node.site.function in SCALES for number in wrong)
+        """Whether it computes with a wrong scale."""
 
 
 def completed(forward: Forward, plan: PruningPlan, stays: np.ndarray) -> tuple[PruningPlan, Choice]:
@@ -59,7 +63,7 @@ def completed(forward: Forward, plan: PruningPlan, stays: np.ndarray) -> tuple[P
     while outcome.failed is not None:
         better = _better(trial, chosen, outcome)
         if better is None:
-            raise StuckError(outcome.failed, outcome.message, chosen)
+            raise StuckError(outcome.failed, outcome.message, chosen, outcome.wrong)
         chosen, outcome = better, trial(better)
     return trial.completed(chosen), chosen
 
