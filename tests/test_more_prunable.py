@@ -184,7 +184,7 @@ LITERAL: dict[str, Forward] = {
         net.head(net.b((net.v16(y).view(2, 2, 8, 64) @ w.transpose(2, 3)).reshape(2, 16, 8, 8))))[-1],
     "heads by the width that enters, scaled by its root": by_the_width(lambda w, root: w * root**-0.5),
     "heads by the width that enters, over its root": by_the_width(lambda w, root: w / math.sqrt(root)),
-    "heads so narrow that their width is right by chance": by_the_width(lambda w, root: w * root**-0.5, heads=4),
+    "heads so narrow that their width is right by chance": by_the_width(lambda w, root: w * root**-0.5, heads=8),
     "maps from a line": lambda net, x: (
         y := net.a(x).mean((2, 3)), net.head(net.up(net.wide(y).relu().view(-1, 16, 4, 4))))[1],
     "pixel shuffle by hand": lambda net, x: (
