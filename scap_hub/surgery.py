@@ -24,7 +24,7 @@ SCALED, SCALES = "scaled_dot_product_attention", ("mul", "mul_", "div", "div_")
 _WIDTHS = frozenset((
     "in_channels", "out_channels", "groups", "num_channels", "num_groups", "in_features", "out_features",
     "num_features", "normalized_shape", "num_parameters", "embed_dim", "kdim", "vdim", "num_heads", "head_dim",
-    "unflattened_size",
+    "unflattened_size", "embedding_dim",
 ))  # fmt: skip
 
 
@@ -165,6 +165,8 @@ def _agrees(module: Any) -> bool:
         return vectors <= {(module.num_channels,)}
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return {*shapes} <= {tuple(module.normalized_shape)}
+    if isinstance(module, nn.Embedding):
+        return {*shapes} <= {(module.num_embeddings, module.embedding_dim)}
     return True
 
 

@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import scap_hub
+from scap_hub.errors import ModelError
+from scap_hub.training.evaluate import count
+from scap_hub.zoo import load_model
 from tests.independent import difference, random_values
 from tests.small_cases import Body, Forward, each, free, image, pruned_exactly, some_plan
 
@@ -230,6 +234,36 @@ def test_sizes_written_as_numbers(name):
     inside = {"heads": {"q16", "v16"}, "maps": {"wide"}}.get(name.split()[0], set())
     inside = {"attention.qkv"} if "chance" in name else inside
     assert {"a"} | inside <= free(groups), [(g.name, g.pinned_because) for g in groups]
+
+
+# Towers of images: positions are looked up in a table, and SigLIP's head is one of torch's attentions.
+
+
+def tower(kind: str) -> nn.Module:
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24, "image_size": 32,
+        "patch_size": 16,
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(vision_config=vision, num_labels=5)
+    return getattr(transformers, f"{kind}ForImageClassification")(config)
+
+
+@each(["CLIP", "Siglip"])
+def test_towers_of_images(name):
+    net = tower(name)
+    groups = pruned_exactly(net, image(32), checks=())
+    ends = {path.rpartition(".")[2] for path in free(groups)}
+    assert {"q_proj", "v_proj", "fc1"} <= ends
+    assert ("patch_embedding" in ends) == (name == "CLIP")  # torch's attention ties the stream to its heads
+    assert scap_hub.latency_table(net, groups, image(32)).entries  # numbers to look up are no input of a layer
+
+
+def test_a_tower_is_measured_at_the_size_of_its_config():
+    loaded = load_model(tower("CLIP"))
+    assert loaded.preprocessing.input_size == (3, 32, 32)
+    assert count(loaded.module, (3, 32, 32))["macs"] > 0
+    with pytest.raises(ModelError, match=r"does not run on one image \(3, 64, 64\): .*; set model.input_size to"):
+        count(loaded.module, (3, 64, 64))
 
 
 # Arithmetic with a width that is read at run time.

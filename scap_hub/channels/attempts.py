@@ -133,8 +133,8 @@ def shared_numbers(forward: Forward, failed: Sequence[str], free: np.ndarray) ->
     }
 
 
-def stuck_channels(forward: Forward, failed: Sequence[str], free: np.ndarray) -> dict[str, np.ndarray]:
-    """What to pin after a failure, as little as possible: what a number counts, or else what passes the parameters.
+def stuck_channels(forward: Forward, failed: Sequence[str], free: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+    """What may have to be pinned after a failure, the least first: what a number counts, what passes the parameters.
 
     Modules of one class run the same code: what is stuck in one is pinned in all of them.
 
@@ -143,8 +143,8 @@ def stuck_channels(forward: Forward, failed: Sequence[str], free: np.ndarray) ->
         failed: The modules around the failure, innermost first.
         free: Of every channel, whether it can still be pruned.
 
-    Returns:
-        Free channels by the path of the module to blame; none if nothing can be blamed.
+    Yields:
+        Free channels by the path of the module to blame.
     """
     tensors = forward.partition.tensors
     passing = [(name, array.reshape(-1)) for name, labels in tensors.items() for array in labels.arrays]
@@ -156,8 +156,7 @@ def stuck_channels(forward: Forward, failed: Sequence[str], free: np.ndarray) ->
                 alike = [other for other, kind in kinds.items() if kind is kinds[path]]
             stuck = {other: _inside(other, places, nested, free) for other in alike}
             if stuck[path].size:
-                return {other: channels for other, channels in stuck.items() if channels.size}
-    return {}
+                yield {other: channels for other, channels in stuck.items() if channels.size}
 
 
 def _inside(path: str, places: Iterable[tuple[str, np.ndarray]], nested: bool, free: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from scap_hub.channels.labels import Equal
 from scap_hub.channels.part import offered, part_of
 from scap_hub.channels.partition import solve
 from scap_hub.channels.passes import Passes
-from scap_hub.channels.uneven import uneven
+from scap_hub.channels.uneven import clusters, uneven
 from scap_hub.errors import ModelError
 
 _ALONE = 12
@@ -192,21 +192,25 @@ class _Analysis:
                 return True
         return False
 
-    def _guilty(self, whole: WholeModel, suspects: list[np.ndarray]) -> list[np.ndarray]:
-        """Of groups without which the model gets stuck, those that are enough for it; all, if it takes all of them."""
+    def _guilty(self, whole: WholeModel, suspects: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
+        """Of groups without which the model gets stuck, those that are enough for it; all, if it takes all of them.
+
+        Groups that must stay balanced with each other are one suspect.
+        """
         if len(suspects) == 1:
             return suspects
         half = len(suspects) // 2
         halves = [own for own in (suspects[:half], suspects[half:]) if self._sticks(whole, own)]
         return [guilty for own in halves for guilty in self._guilty(whole, own)] or suspects
 
-    def _sticks(self, whole: WholeModel, suspects: list[np.ndarray]) -> bool:
-        gone = uneven(suspects, whole.partition.balances, (0.3, 0.6), seed=0)
+    def _sticks(self, whole: WholeModel, suspects: list[list[np.ndarray]]) -> bool:
+        groups = [channels for own in suspects for channels in own]
+        gone = uneven(groups, whole.partition.balances, (0.3, 0.6), seed=0)
         try:
             self._tried(whole, whole.forward, gone)
         except StuckError:
             return True
-        return not all(np.isin(own, gone).any() for own in suspects)  # what others hold back cannot be tried
+        return not all(np.isin(own, gone).any() for own in groups)  # what cannot leave so cannot be tried
 
     def mended(self, groups: ChannelGroups, stuck: StuckError) -> tuple[ChannelGroups, StuckError | None]:
         """The groups after a failure was made good: one number that counts in several places balances them, or else
@@ -228,19 +232,29 @@ class _Analysis:
             if again is None or again.failed[0] != stuck.failed[0]:
                 return better, again
             self.added = before  # they did not help
-        blamed = stuck_channels(forward, stuck.failed, free)
-        if not blamed:
+        candidates = list(stuck_channels(forward, stuck.failed, free))
+        if not candidates:
             raise ModelError(f"cannot find channels that can leave: {stuck}")
-        everywhere = np.concatenate(list(blamed.values()))
-        suspects = [own for group in groups.prunable if (own := np.intersect1d(group.channels, everywhere)).size]
-        if len(suspects) <= _ALONE:
-            everywhere = np.concatenate(self._guilty(groups.whole, suspects))
+        found = ((blamed, held) for blamed in candidates if (held := self._held(groups, blamed)).size)
+        blamed, held = next(found, (candidates[0], np.concatenate(list(candidates[0].values()))))
         for place, channels in blamed.items():
-            labels = np.flatnonzero(np.isin(partition.channel_of, np.intersect1d(channels, everywhere)))
+            labels = np.flatnonzero(np.isin(partition.channel_of, np.intersect1d(channels, held)))
             self.passes.found.ledger.pin(
                 labels, f"is counted by a number fixed in {place!r}, or changes what it computes"
             )
         return self.groups()
+
+    def _held(self, groups: ChannelGroups, blamed: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Of channels that are blamed for a failure, those that bring it about; all of them where they are many."""
+        channels, whole = np.concatenate(list(blamed.values())), groups.whole
+        free = [group.channels for group in groups.prunable if group.size > 1]
+        suspects = [
+            own for own, _ in clusters(free, whole.partition.balances) if np.isin(channels, np.concatenate(own)).any()
+        ]
+        if len(suspects) > _ALONE:
+            return channels
+        guilty = self._guilty(whole, suspects) if self._sticks(whole, suspects) else []
+        return np.concatenate([np.zeros(0, dtype=np.int64), *(own for some in guilty for own in some)])
 
 
 def _plans(groups: Sequence[ChannelGroup], whole: WholeModel) -> list[np.ndarray]:

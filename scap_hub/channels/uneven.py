@@ -32,7 +32,7 @@ def uneven(
     """
     generator = np.random.default_rng(seed)
     gone = [np.zeros(0, dtype=np.int64)]
-    for own, bound in _clusters(groups, balances):
+    for own, bound in clusters(groups, balances):
         # Two stay at least: of a single one no rule can tell which it is.
         wanted = [min(max(group.size - 2, 1), max(1, round(generator.uniform(*share) * group.size))) for group in own]
         if bound:
@@ -42,7 +42,7 @@ def uneven(
     return np.concatenate(gone)
 
 
-def _clusters(
+def clusters(
     groups: Sequence[np.ndarray], balances: Sequence[Balance]
 ) -> Iterator[tuple[list[np.ndarray], list[list[np.ndarray]]]]:
     """Groups that share a balance, directly or through others, with the blocks of these balances."""

@@ -173,7 +173,8 @@ def find_probes(model: nn.Module, partition: Partition, images: Tensor) -> list[
         partition: Its channels.
         images: Its input, (N, C, H, W).
     """
-    layers = {layer.path: layer for layer in partition.modules if layer.weight in partition.tensors}
+    weighted = [layer for layer in partition.modules if layer.weight in partition.tensors]
+    layers = {layer.path: layer for layer in weighted if layer.kind != "embedding"}  # looking up takes no time
     watch = _Watch(partition)
     with contextlib.ExitStack() as stack, evaluating(model), torch.no_grad():
         for path, module in model.named_modules():

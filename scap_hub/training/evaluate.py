@@ -17,6 +17,7 @@ from scap_hub.placement import placement
 from scap_hub.private import FakeTensorMode
 from scap_hub.progress import track
 from scap_hub.tasks import IMAGE_CLASSIFICATION, Meter, Task
+from scap_hub.text import one_line
 from scap_hub.training.distributed import accelerator, shard
 
 
@@ -96,6 +97,9 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
         macs: Multiply-accumulate operations of one image, in convolutions and matrix products.
         params: Numbers that training changes.
         bytes: Size of parameters and buffers.
+
+    Raises:
+        ModelError: It does not run on such an image.
     """
     device, dtype = placement(model)
     tensors = [*model.parameters(), *model.buffers()]
@@ -108,9 +112,15 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
         try:
             with FakeTensorMode(allow_non_fake_inputs=True), counter:
                 around(torch.empty(1, *input_size, device=device, dtype=dtype))
-        except RuntimeError:  # its forward pass looks at the values of a buffer
-            with counter:
-                around(torch.zeros(1, *input_size, device=device, dtype=dtype))
+        except Exception:  # its forward pass looks at the values of a buffer
+            try:
+                with counter:
+                    around(torch.zeros(1, *input_size, device=device, dtype=dtype))
+            except Exception as error:
+                raise ModelError(
+                    f"{type(model).__name__} does not run on one image {input_size}: {one_line(error)}; set "
+                    "model.input_size to the size of your images"
+                ) from error
     return {
         "macs": counter.get_total_flops() // 2,
         "params": sum(parameter.numel() for parameter in model.parameters()),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from torch import nn
 
 from scap_hub.channels.labels import Labels, line, support
-from scap_hub.channels.operators.table import Call, Size, flat, operator
+from scap_hub.channels.operators.table import Call, Integers, Size, flat, module_integers, operator
 from scap_hub.channels.operators.view import moved
 from scap_hub.graph.node import Node
 
@@ -135,6 +137,22 @@ def index(call: Call) -> Labels:
 def index_select(call: Call) -> Labels:
     """The same as a function."""
     return _picked(call, call.labels("self"), call.dim(), call["index"])
+
+
+@operator("embedding")
+def embedding(call: Call) -> Labels:
+    """Rows of a table by their numbers, such as positions: all rows stay, whichever of them are asked for."""
+    table, numbers = call.labels("weight"), call["indices"]
+    call.ledger.pin_all(flat(call.trace.labels[numbers]), f"takes a table apart by index ({call.place})")
+    rank = len(numbers.value.shape)
+    columns = call.free_along(table, 0, "is taken apart by index")
+    return Labels(call.shape, tuple(own.reshape(*(1,) * rank, -1) for own in columns))
+
+
+@module_integers("embedding", nn.Embedding)
+def embedding_integers(module: Any, weight: tuple[int, ...]) -> Integers:
+    """Its columns may leave."""
+    return {"embedding_dim": weight[1]}
 
 
 @operator("gather")

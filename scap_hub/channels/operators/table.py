@@ -312,7 +312,7 @@ def out_sizes(argument: str, first: int = 0) -> Sizes:
 Integers = dict[str, "int | list[int]"]
 Adapting = Callable[[Any, tuple[int, ...]], Integers]
 """From a module as it is and the new shape of its weight, the integers that it must hold then."""
-ModuleKind = Literal["conv", "linear", "norm", "group_norm", "layer_norm"]
+ModuleKind = Literal["conv", "linear", "norm", "group_norm", "layer_norm", "embedding"]
 _MODULES: dict[type[nn.Module], tuple[ModuleKind, Adapting]] = {}
 
 

@@ -67,11 +67,12 @@ def from_module(
         ModelError: The model does not take that number of channels.
     """
     config: Any = module.config
-    channels = getattr(config, "num_channels", 3)
+    of_images: Any = getattr(config, "vision_config", config)  # such as CLIP's, beside that of its texts
+    channels = getattr(of_images, "num_channels", 3)
     if input_size and input_size[0] != channels:
         raise ModelError(f"input_size {input_size}: the model takes {channels} channels; build it with that many")
     if processor is None:
-        size = getattr(config, "image_size", 224)
+        size = getattr(of_images, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else size
         preprocessing = default_preprocessing((channels, height, width))
     else:
