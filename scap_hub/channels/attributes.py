@@ -41,6 +41,8 @@ class StuckError(PlanError):
         """What had to change before it got stuck."""
         self.scales = any(number.node.site and number.node.site.function in SCALES for number in wrong)
         """Whether it computes with a wrong scale."""
+        self.gone = np.zeros(0, dtype=np.int64)
+        """The channels that leave in its plan."""
 
 
 def completed(forward: Forward, plan: PruningPlan, stays: np.ndarray) -> tuple[PruningPlan, Choice]:

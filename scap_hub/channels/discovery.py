@@ -22,6 +22,8 @@ from scap_hub.channels.passes import Passes
 from scap_hub.channels.uneven import clusters, uneven
 from scap_hub.errors import ModelError
 
+Blamed = Mapping[str, np.ndarray]
+"""Channels by the path of the module to blame."""
 _ALONE = 12
 """In models with so few prunable groups, each whose channels a number counts is tried alone, too."""
 
@@ -102,7 +104,6 @@ class _Analysis:
         added: Balances that trials asked for.
         tried: Names of the numbers that they are for.
         chosen: What has to change in forward passes.
-        looked: Whether a pass of more images was asked for.
     """
 
     passes: Passes
@@ -110,27 +111,20 @@ class _Analysis:
     added: list[Equal] = field(default_factory=list)
     tried: set[str] = field(default_factory=set)
     chosen: Choice = frozenset()
-    looked: bool = False
 
     @classmethod
     def of(cls, passes: Passes) -> _Analysis:
         """Nothing has been tried yet."""
         return cls(passes, list(passes.found.ledger.equal))
 
-    @property
-    def expects_more(self) -> bool:
-        """Whether a pass of more images is still to come: where numbers in calls have to change.
+    def looks_again(self) -> bool:
+        """Adds a pass of more images where numbers in calls have to change; whether it did, which it does once.
 
         Such a number may count images, too, as 16 does in `x.view(1, b * 16, h, w)` with one image: more show it.
         """
-        return not self.looked and any(isinstance(use, CallUse) for use in self.chosen)
-
-    def looks_again(self) -> bool:
-        """Adds that pass, if the model runs so; whether the groups have to be looked for again."""
-        if not self.expects_more:
+        asked = len(self.passes.found.ledger.equal)
+        if not any(isinstance(use, CallUse) for use in self.chosen) or not self.passes.add_batch():
             return False
-        asked, self.looked = len(self.passes.found.ledger.equal), True
-        self.passes.add_batch()
         self.balances += self.passes.found.ledger.equal[asked:]
         return True
 
@@ -151,14 +145,13 @@ class _Analysis:
         """Tries uneven plans; how the first one fails that does."""
         runs = [run for run in self.passes.runs if not run.repeats]
         trial = replace(whole.forward, runs=tuple(runs))
-        for number, gone in enumerate(_plans(groups, whole)):
-            if number and self.expects_more:
-                return None  # the others are tried once it is there
+        for gone in _plans(groups, whole):
             try:
                 self.chosen = self._tried(whole, trial, gone)
             except StuckError as error:
                 self.chosen = error.chosen or self.chosen  # what comes before the failure need not be found again
                 if not error.scales or not self._learned(groups, whole, trial, gone):
+                    error.gone = gone
                     return error
             # A plan is proven in all modes when it is made; one trial shows what training mode adds.
             trial = replace(trial, runs=tuple(run for run in runs if not run.training))
@@ -192,25 +185,27 @@ class _Analysis:
                 return True
         return False
 
-    def _guilty(self, whole: WholeModel, suspects: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
-        """Of groups without which the model gets stuck, those that are enough for it; all, if it takes all of them.
+    def _guilty(self, whole: WholeModel, gone: np.ndarray, suspects: list[np.ndarray]) -> list[np.ndarray]:
+        """Of suspects with which a plan gets stuck, those that are enough for it; all, if it takes all of them.
 
-        Groups that must stay balanced with each other are one suspect.
+        Args:
+            whole: The model.
+            gone: The channels that leave in the plan.
+            suspects: Channels of groups; those that must stay balanced with each other are one suspect.
         """
         if len(suspects) == 1:
             return suspects
         half = len(suspects) // 2
-        halves = [own for own in (suspects[:half], suspects[half:]) if self._sticks(whole, own)]
-        return [guilty for own in halves for guilty in self._guilty(whole, own)] or suspects
+        halves = [own for own in (suspects[:half], suspects[half:]) if self._sticks(whole, gone, own)]
+        return [guilty for own in halves for guilty in self._guilty(whole, gone, own)] or suspects
 
-    def _sticks(self, whole: WholeModel, suspects: list[list[np.ndarray]]) -> bool:
-        groups = [channels for own in suspects for channels in own]
-        gone = uneven(groups, whole.partition.balances, (0.3, 0.6), seed=0)
+    def _sticks(self, whole: WholeModel, gone: np.ndarray, suspects: list[np.ndarray]) -> bool:
+        """Whether the model gets stuck if nothing else leaves than what a plan takes from the suspects."""
         try:
-            self._tried(whole, whole.forward, gone)
+            self._tried(whole, whole.forward, np.intersect1d(gone, np.concatenate(suspects)))
         except StuckError:
             return True
-        return not all(np.isin(own, gone).any() for own in groups)  # what cannot leave so cannot be tried
+        return False
 
     def mended(self, groups: ChannelGroups, stuck: StuckError) -> tuple[ChannelGroups, StuckError | None]:
         """The groups after a failure was made good: one number that counts in several places balances them, or else
@@ -232,11 +227,7 @@ class _Analysis:
             if again is None or again.failed[0] != stuck.failed[0]:
                 return better, again
             self.added = before  # they did not help
-        candidates = list(stuck_channels(forward, stuck.failed, free))
-        if not candidates:
-            raise ModelError(f"cannot find channels that can leave: {stuck}")
-        found = ((blamed, held) for blamed in candidates if (held := self._held(groups, blamed)).size)
-        blamed, held = next(found, (candidates[0], np.concatenate(list(candidates[0].values()))))
+        blamed, held = self._blamed(groups, stuck, list(stuck_channels(forward, stuck.failed, free)))
         for place, channels in blamed.items():
             labels = np.flatnonzero(np.isin(partition.channel_of, np.intersect1d(channels, held)))
             self.passes.found.ledger.pin(
@@ -244,17 +235,22 @@ class _Analysis:
             )
         return self.groups()
 
-    def _held(self, groups: ChannelGroups, blamed: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Of channels that are blamed for a failure, those that bring it about; all of them where they are many."""
-        channels, whole = np.concatenate(list(blamed.values())), groups.whole
-        free = [group.channels for group in groups.prunable if group.size > 1]
-        suspects = [
-            own for own, _ in clusters(free, whole.partition.balances) if np.isin(channels, np.concatenate(own)).any()
-        ]
-        if len(suspects) > _ALONE:
-            return channels
-        guilty = self._guilty(whole, suspects) if self._sticks(whole, suspects) else []
-        return np.concatenate([np.zeros(0, dtype=np.int64), *(own for some in guilty for own in some)])
+    def _blamed(
+        self, groups: ChannelGroups, stuck: StuckError, candidates: Sequence[Blamed]
+    ) -> tuple[Blamed, np.ndarray]:
+        """The first candidates that bring a failure about, and which of their channels do."""
+        if not candidates:
+            raise ModelError(f"cannot find channels that can leave: {stuck}")
+        whole, free = groups.whole, [group.channels for group in groups.prunable if group.size > 1]
+        units = [np.concatenate(own) for own, _ in clusters(free, whole.partition.balances)]
+        for blamed in candidates:
+            channels = np.concatenate(list(blamed.values()))
+            suspects = [own for own in units if np.isin(channels, own).any()]
+            if len(suspects) > _ALONE:
+                break
+            if self._sticks(whole, stuck.gone, suspects):
+                return blamed, np.concatenate(self._guilty(whole, stuck.gone, suspects))
+        return candidates[0], np.concatenate(list(candidates[0].values()))
 
 
 def _plans(groups: Sequence[ChannelGroup], whole: WholeModel) -> list[np.ndarray]:

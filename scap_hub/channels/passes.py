@@ -66,14 +66,17 @@ class Passes:
         except ModelError:
             return light
 
-    def add_batch(self) -> None:
-        """Records it once more with twice as many images, if it runs so."""
+    def add_batch(self) -> bool:
+        """Records it once more with twice as many images; whether it runs so, and was not recorded so before."""
+        if any(not run.training for run in self.runs[1:]):
+            return False
         twice = _twice(self.inputs)
         try:
             captured = capture(self.model, twice, numbers=self.numbers)
         except ModelError:
-            return
+            return False
         self._add(captured, twice, training=False)
+        return True
 
     def _evaluated(self) -> Passes:
         captured = capture(self.model, self.inputs, numbers=self.numbers)
