@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import gc
 
+import hypothesis
 import pytest
 import torch
 
@@ -17,3 +18,8 @@ gc.freeze()  # what libraries hold need not be looked through at the end of each
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+# How long an example takes says nothing here: machines are busy, and no test is timed.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")

@@ -1,7 +1,7 @@
 """Property-based: random compositions of channel operators, pruned at random, must equal the masked original."""
 
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -114,7 +114,7 @@ class Net(nn.Module):
         return self.head(x.flatten(1) if self.flatten else x.mean((2, 3)))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, derandomize=True)
 @given(
     names=st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=5),
     flatten=st.booleans(),
@@ -131,7 +131,7 @@ def test_random_networks_equal_their_masked_selves(names, flatten, seed, ratio):
     assert verify(net, plan, x) < 1e-9
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, derandomize=True)
 @given(names=st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=4), seed=st.integers(0, 2**16))
 def test_groups_partition_the_channels_and_predict_macs(names, seed):
     from torch.utils.flop_counter import FlopCounterMode

@@ -21,7 +21,7 @@ def low_pass(height: int, width: int) -> torch.Tensor:
     return (1 / (1e-2 + rows[:, None] ** 2 + columns**2)).double()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 3), st.sampled_from([1, 3]), st.integers(3, 9), st.integers(3, 9), st.integers(0, 2**31 - 1))
 def test_a_filtered_input_gives_the_filtered_output(stride, kernel, height, width, seed):
     """By another way: the output of a convolution without borders, filtered by the amplitude of its own grid."""
