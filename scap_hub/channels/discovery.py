@@ -174,7 +174,7 @@ class _Analysis:
 
         Sizes that are computed from a width, such as `width // heads`, may be right by chance.
         """
-        free = [group.channels for group in groups if group.prunable and group.size > 1]
+        free = _free(groups)
         for some in (free[::2], free[1::2]):
             try:
                 self.chosen = self._tried(whole, trial, uneven(some, whole.partition.balances, (0.3, 0.6), seed=0))
@@ -241,8 +241,8 @@ class _Analysis:
         """The first candidates that bring a failure about, and which of their channels do."""
         if not candidates:
             raise ModelError(f"cannot find channels that can leave: {stuck}")
-        whole, free = groups.whole, [group.channels for group in groups.prunable if group.size > 1]
-        units = [np.concatenate(own) for own, _ in clusters(free, whole.partition.balances)]
+        whole = groups.whole
+        units = [np.concatenate(own) for own, _ in clusters(_free(groups), whole.partition.balances)]
         for blamed in candidates:
             channels = np.concatenate(list(blamed.values()))
             suspects = [own for own in units if np.isin(channels, own).any()]
@@ -253,6 +253,11 @@ class _Analysis:
         return candidates[0], np.concatenate(list(candidates[0].values()))
 
 
+def _free(groups: Sequence[ChannelGroup]) -> list[np.ndarray]:
+    """The channels of each group that can lose some."""
+    return [group.channels for group in groups if group.prunable and group.size > 1]
+
+
 def _plans(groups: Sequence[ChannelGroup], whole: WholeModel) -> list[np.ndarray]:
     """The channels that leave in each plan that is tried.
 
@@ -260,7 +265,7 @@ def _plans(groups: Sequence[ChannelGroup], whole: WholeModel) -> list[np.ndarray
     channels may be right by chance, so there other plans follow.
     """
     partition = whole.partition
-    free = [group.channels for group in groups if group.prunable and group.size > 1]
+    free = _free(groups)
     if not free:
         return []
     plans = [uneven(free, partition.balances, (0.3, 0.6), seed=0)]

@@ -33,7 +33,8 @@ class Family:
     def head(self) -> list[str]:
         """What the columns of `rows` are, with the task's own names for what it measures."""
         report = self._first.report
-        return ["model", "MACs", "parameters", report.metric.name, *self.to_dict()["dense"]["others"], "latency"]
+        others = report.before.others | _wholes(report, 0)
+        return ["model", "MACs", "parameters", report.metric.name, *others, "latency"]
 
     def rows(self) -> list[list[str]]:
         """The table a person reads: the dense model, its sizes, smaller models of the zoo."""

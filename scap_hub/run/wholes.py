@@ -23,7 +23,7 @@ from scap_hub.zoo import LoadedModel
 
 
 def whole_of(loaded: LoadedModel) -> tuple[nn.Module, Data] | None:
-    """The whole that is trained once a part of it was pruned, and on what; None where nothing but that is trained."""
+    """The whole that is trained once a part of it was pruned, and on what; None where there is none."""
     if not isinstance(loaded, LoadedPart) or loaded.targets is None:
         return None
     return loaded.whole.module, loaded.targets
