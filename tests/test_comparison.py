@@ -16,7 +16,7 @@ from tests.test_pruning import images as labelled_images
 
 QUICK = dict(
     recipe="quick", model_input_size=(1, 8, 8), data_calibration_images=32, finetune_epochs=0, round_to=1,
-    data_batch_size=256,
+    data_batch_size=256, repair_tune_steps=2,
 )  # fmt: skip
 
 

@@ -149,7 +149,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("order", ["scap_hub first", "scap_hub last", "offline"])
+@pytest.mark.parametrize("order", ["scap_hub first", pytest.param("scap_hub last", marks=pytest.mark.slow), "offline"])
 def test_doors_one_and_two(world, order):
     ours, zoos = (
         "import scap_hub\n",
@@ -276,7 +276,7 @@ def test_a_uniform_layout_that_is_impossible_is_refused_before_training(tmp_path
         scap_hub.prune(tiny_vit(), data, settings, output_dir=tmp_path / "out", finetune_epochs=1, **options)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
     # With the residual stream protected only the blocks' hidden widths shrink, which one argument sets.
-    options |= {"protect": ["*patch_embeddings*", "*attention*"], "finetune_epochs": 0}
+    options |= {"protect": ["*patch_embeddings*", "*attention*"], "finetune_epochs": 0, "repair_tune_steps": 0}
     result = scap_hub.prune(tiny_vit(), data, settings, output_dir=tmp_path / "out", **options)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["intermediate_size"] == 16 and "auto_map" not in config

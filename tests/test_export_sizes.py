@@ -51,7 +51,14 @@ def test_a_model_with_places_of_one_size_keeps_it(tmp_path):
     assert axes(made.file) == ["batch", 3, 64, 64]
 
 
-@pytest.mark.parametrize(("wrong", "multiple"), [(lambda *sides: max(sides) > 64, None), (lambda *s: s[0] % 32, 32)])
+@pytest.mark.parametrize(
+    ("wrong", "multiple"),
+    [
+        (lambda *sides: sides[0] % 32, 32),
+        pytest.param(lambda *sides: max(sides) > 64, None, marks=pytest.mark.slow),
+    ],
+    ids=["others than multiples", "all others"],
+)
 def test_a_file_that_is_wrong_at_other_sizes_is_not_for_them(wrong, multiple, tmp_path, monkeypatch):
     """As one whose model fills up what does not fit its windows, which is recorded for one size."""
     right = OnnxRuntime.run

@@ -184,7 +184,7 @@ def test_latencies_that_cannot_be_reached_are_told_before_any_work(tmp_path, mon
 
 def test_a_threshold_with_all_channels_on_one_side_is_told():
     for threshold, message in (("0.0", "every channel reaches it, so none goes"), ("1.0", "no channel reaches it")):
-        settings = dict(criterion="random", target=f"threshold={threshold}", finetune_epochs=0)
+        settings = dict(criterion="random", target=f"threshold={threshold}", finetune_epochs=0, repair_tune_steps=0)
         with pytest.warns(UserWarning, match=rf"threshold={threshold}: {message}.*; importances lie between 0\."):
             scap_hub.prune(tiny_net(), "digits", RECIPE, **settings)
 

@@ -341,7 +341,7 @@ def test_the_steps_one_by_one_give_the_plan_and_the_weights_of_prune(criterion, 
     settings = dict(
         criterion=criterion, criterion_options=options, target="macs=0.5", round_to=1, finetune_epochs=0,
         data_batch_size=8, model_input_size=(3, 64, 64), evaluate_latency=False, criterion_diagnostics=False,
-        repair_tune_steps=60, repair_tune_learning_rate=1e-2,
+        repair_tune_steps=8, repair_tune_learning_rate=1e-2,
     )  # fmt: skip
     result = scap_hub.prune(net, loader, **settings)
 
@@ -352,7 +352,7 @@ def test_the_steps_one_by_one_give_the_plan_and_the_weights_of_prune(criterion, 
     plan = scap_hub.refine(net, groups, batches, plan, criterion, **options)
     small = scap_hub.apply_plan(net, plan)
     solved = scap_hub.repair(net, small, plan, batches)
-    before, after = scap_hub.tune(net, small, batches, steps=60, learning_rate=1e-2)
+    before, after = scap_hub.tune(net, small, batches, steps=8, learning_rate=1e-2)
     assert plan == result.plan and after <= before
     assert solved and all(after <= before for before, after in solved.values())
     for name, value in result.model.state_dict().items():

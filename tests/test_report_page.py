@@ -28,6 +28,7 @@ RECIPE = {
     "evaluate": {"latency": True},
     "model": {"input_size": (1, 8, 8)},
 }
+QUICKLY = {"finetune_epochs": 0, "repair_tune_steps": 0, "evaluate_latency": False}
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_mistakes_are_those_of_the_models(run, chromium):
 
 def test_mistakes_of_many_classes_are_bounded_to_the_same_pairs_of_both_models(monkeypatch):
     def mistakes():
-        report = scap_hub.prune(tiny_net(), "digits", RECIPE, finetune_epochs=0, evaluate_latency=False).report
+        report = scap_hub.prune(tiny_net(), "digits", RECIPE, **QUICKLY).report
         return [
             {(truth, answer): count for truth, own in found.mistakes.items() for answer, count in own.items()}
             for found in (report.before, report.after)
@@ -153,7 +154,7 @@ def test_thousands_of_classes_are_bounded_to_those_that_changed_most(monkeypatch
     monkeypatch.setattr("scap_hub.run.by_class.CLASSES", 4)
     monkeypatch.setattr("scap_hub.run.by_class.PAIRS", 2)
     net = run[0].loaded.module
-    result = scap_hub.prune(net, "digits", RECIPE, finetune_epochs=0, evaluate_latency=False, output_dir=tmp_path / "o")
+    result = scap_hub.prune(net, "digits", RECIPE, **QUICKLY, output_dir=tmp_path / "o")
     before, after = result.report.before, result.report.after
     assert before.by_class.keys() == after.by_class.keys() and len(after.by_class) == 4
     assert all(before.by_class[number] == whole.before.by_class[number] for number in before.by_class)
@@ -161,7 +162,7 @@ def test_thousands_of_classes_are_bounded_to_those_that_changed_most(monkeypatch
     assert told.classes == 10 and before.images == after.images == 360
     with monkeypatch.context() as patch:
         patch.setattr("scap_hub.run.by_class.CLASSES", 10)
-        every = scap_hub.prune(net, "digits", RECIPE, finetune_epochs=0, evaluate_latency=False).report
+        every = scap_hub.prune(net, "digits", RECIPE, **QUICKLY).report
     rows = [(now - right, images) for (right, images), (now, _) in
             zip(every.before.by_class.values(), every.after.by_class.values(), strict=True)]  # fmt: skip
     assert (told.lost, told.won) == (sum(row[0] < 0 for row in rows), sum(row[0] > 0 for row in rows))

@@ -192,7 +192,7 @@ def test_masks_of_0_and_255_are_told_of():
     masks = [mask.point(lambda value: 255 * (value > 0)) for _, mask, _ in scenes(20)]
     dataset = rows(image=[image for image, _, _ in scenes(20)], annotation=masks)
     with pytest.warns(UserWarning, match="in masks of 0 and 255, make 255 class 1"):
-        scap_hub.prune(segmenter(), dataset, target="macs=0.7", finetune_epochs=0, **FAST)
+        scap_hub.prune(segmenter(), dataset, target="macs=0.7", finetune_epochs=0, repair_tune_steps=0, **FAST)
 
 
 def test_what_means_nothing_for_masks_is_refused():

@@ -128,7 +128,13 @@ def test_a_run_measures_by_name():
     )  # fmt: skip
     model = transformers.ResNetForImageClassification(config)
     names = sorted("zyxwvutsrq")
-    run = {"data_calibration_images": 16, "finetune_epochs": 0, "criterion": "l1", "evaluate_latency": False}
+    run = {
+        "data_calibration_images": 16,
+        "finetune_epochs": 0,
+        "repair_tune_steps": 0,
+        "criterion": "l1",
+        "evaluate_latency": False,
+    }
     source = rows(names, 60, list(digit_pictures(60)))
     ours = scap_hub.prune(model, source, **run, model_input_size=(3, 32, 32))
     in_the_models_order = source.map(lambda row: {"label": 9 - row["label"]}).cast_column(
@@ -378,7 +384,13 @@ class Contrary(Criterion):
 
 
 def test_a_threshold_is_not_refined_away():
-    run = {"criterion": "contrary", "finetune_epochs": 0, "criterion_diagnostics": False, **QUICK}
+    run = {
+        "criterion": "contrary",
+        "finetune_epochs": 0,
+        "repair_tune_steps": 0,
+        "criterion_diagnostics": False,
+        **QUICK,
+    }
     result = scap_hub.prune(net(), "digits", target="threshold=0.6", **run)
     for group in result.report.groups.values():
         assert (

@@ -308,7 +308,15 @@ def test_a_width_that_is_the_sum_over_several_heads_follows():
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenetv3_small_050", "inception_next_atto", "regnety_002", "test_vit", "mambaout_femto"]
+    "name",
+    [
+        "resnet18",
+        "mobilenetv3_small_050",
+        "inception_next_atto",
+        "regnety_002",
+        "test_vit",
+        pytest.param("mambaout_femto", marks=pytest.mark.slow),
+    ],
 )
 def test_timm_knows_the_new_widths(name):
     model = timm.create_model(name, num_classes=10).eval()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup
@@ -105,4 +104,6 @@ def _as_is(values: Tensor) -> Tensor:
 def _correlation(one: Tensor, other: Tensor) -> float | None:
     if one.max() == one.min() or other.max() == other.min():
         return None
+    from scipy.stats import spearmanr  # takes a second to import
+
     return float(spearmanr(one.numpy(), other.numpy()).statistic)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from scap_hub.channels.groups import ChannelGroup
@@ -20,6 +19,8 @@ from scap_hub.scores import Scores
 
 def rank(values: Tensor) -> Tensor:
     """Mid-ranks over the layer as quantiles in (0, 1), mean 1/2; differences below 1e-7 are ties."""
+    from scipy.stats import rankdata  # takes a second to import
+
     return torch.from_numpy((rankdata(values.round(decimals=7).numpy()) - 0.5) / len(values))
 
 

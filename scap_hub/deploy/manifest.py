@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import ModelOutput
 
 from scap_hub.deploy.capture import INPUT, Named
 from scap_hub.deploy.source import Source
@@ -58,6 +57,8 @@ def _document(source: Source, kind: str) -> dict[str, Any]:
 
 def _answer(net: Named, images: Tensor) -> Tensor | dict[str, Tensor]:
     """What the file answers, in the form in which transformers hands it out; nobody else's classes can be named."""
+    from transformers.utils import ModelOutput  # takes a second to import, and runs may do without
+
     with torch.no_grad():
         output, tensors = net.model(images), net(images)
     named = dict(zip(net.names, tensors if isinstance(tensors, tuple) else (tensors,), strict=True))

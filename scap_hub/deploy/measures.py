@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.utils import ModelOutput
 
 from scap_hub.deploy.runtimes import Runtime
 from scap_hub.graph.record import evaluating
@@ -130,7 +129,11 @@ class _Told(nn.Module):
     def forward(self, pixel_values: Tensor, labels: Any = None) -> Any:
         """What the file gives, with a loss of 0 if there are targets."""
         found = self.file(pixel_values)
-        return found if labels is None else ModelOutput(found, loss=torch.zeros(()))
+        if labels is None:
+            return found
+        from transformers.utils import ModelOutput  # takes a second to import, and runs may do without
+
+        return ModelOutput(found, loss=torch.zeros(()))
 
 
 class _Listed(nn.Module):

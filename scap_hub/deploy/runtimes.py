@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from scap_hub.deploy.capture import INPUT, OUTPUT
 from scap_hub.errors import ModelError
 from scap_hub.text import one_line
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
 
 Outputs = Tensor | tuple[Tensor, ...]
 
@@ -48,6 +50,8 @@ class Runtime(nn.Module):
         found = self.run(pixel_values.detach().cpu().float().contiguous())
         if isinstance(found, Tensor):
             return found.to(pixel_values.device)
+        from transformers.utils import ModelOutput  # takes a second to import, and runs may do without
+
         return ModelOutput(zip(self.outputs, (tensor.to(pixel_values.device) for tensor in found), strict=True))
 
     def run(self, images: Tensor) -> Outputs:
