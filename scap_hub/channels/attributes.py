@@ -9,12 +9,16 @@ held the number are tried, the same ones in all modules of its class, and then t
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from scap_hub.channels.attempts import attempts, use_of
-from scap_hub.channels.forward import ENTERS, AttributeUse, CallUse, Choice, Forward
+from scap_hub.channels.forward import ENTERS, AttributeUse, CallUse, Choice, Forward, Integer
 from scap_hub.channels.operators import Call
 from scap_hub.channels.proof import Left, Number, Outcome, Run, expected_numbers, prove
 from scap_hub.errors import PlanError
@@ -128,6 +132,8 @@ class _Arrival:
     __hash__ = None  # type: ignore[assignment]
 
 
+_Changing = dict[AttributeUse, list[tuple[int, Integer, int]]]
+"""By use the integers that can change: their order in the model, and what they become."""
 _Change = tuple[str, int, int, float]
 """Of a call: its function, which call of it, the position in it, and the new number."""
 _Tried = tuple[Outcome, dict[tuple[str, str, int, int], _Arrival]]
@@ -193,23 +199,39 @@ class _Trial:
 
     def _attributes(self, chosen: Choice) -> dict[str, dict[str, Any]]:
         """New values of attributes, by module path."""
-        kinds = self.forward.kinds
         values: dict[str, dict[str, Any]] = {}
         reads_width = any(isinstance(use, AttributeUse) and use.role == ENTERS for use in chosen)
-        entering = self.forward.widths if reads_width else ()
-        for integer in (*self.forward.integers, *entering):
-            if self.stays[integer.channels].all() or use_of(kinds[integer.path], integer) not in chosen:
-                continue
-            if not self.shrinks(integer.path):
-                continue
-            new = int(int(self.stays[integer.channels].sum()) * integer.times)
+        uses = {**self._held, **(self._entering if reads_width else {})}
+        changing = itertools.chain.from_iterable(own for use, own in uses.items() if use in chosen)
+        for _, integer, new in sorted(changing, key=operator.itemgetter(0)):
             own = values.setdefault(integer.path, {})
             if integer.index is None:
                 own[integer.name] = new
             else:
-                module = self.forward.model.get_submodule(integer.path)
-                own.setdefault(integer.name, list(getattr(module, integer.name)))[integer.index] = new
+                if integer.name not in own:
+                    own[integer.name] = list(getattr(self.forward.model.get_submodule(integer.path), integer.name))
+                own[integer.name][integer.index] = new
         return values
+
+    @functools.cached_property
+    def _held(self) -> _Changing:
+        """The integers that modules hold."""
+        return self._changing(self.forward.integers)
+
+    @functools.cached_property
+    def _entering(self) -> _Changing:
+        """The widths of what enters modules."""
+        return self._changing(self.forward.widths)
+
+    def _changing(self, integers: Sequence[Integer]) -> _Changing:
+        """Those that can change."""
+        found: _Changing = {}
+        for number, integer in enumerate(integers):
+            left = self.stays[integer.channels]
+            if not left.all() and self.shrinks(integer.path):
+                new = int(int(left.sum()) * integer.times)
+                found.setdefault(use_of(self.forward.kinds[integer.path], integer), []).append((number, integer, new))
+        return found
 
     def _calls(self, chosen: Choice) -> dict[str, list[_Change]]:
         """New numbers in calls, by module path: function, call, position, number."""

@@ -244,13 +244,22 @@ class _Analysis:
         whole = groups.whole
         units = [np.concatenate(own) for own, _ in clusters(_free(groups), whole.partition.balances)]
         for blamed in candidates:
-            channels = np.concatenate(list(blamed.values()))
-            suspects = [own for own in units if np.isin(channels, own).any()]
+            suspects = _touching(units, *blamed.values())
             if len(suspects) > _ALONE:
                 break
+            # What fails in a module fails in all that run the same code, and is tried in that one alone.
+            own = _touching(units, *(blamed[path] for path in stuck.failed if path in blamed))
+            alone = len(own) < len(suspects) and self._sticks(whole, stuck.gone, own)
+            if alone and len(self._guilty(whole, stuck.gone, own)) == len(own):
+                return blamed, np.concatenate(suspects)
             if self._sticks(whole, stuck.gone, suspects):
                 return blamed, np.concatenate(self._guilty(whole, stuck.gone, suspects))
         return candidates[0], np.concatenate(list(candidates[0].values()))
+
+
+def _touching(units: Sequence[np.ndarray], *channels: np.ndarray) -> list[np.ndarray]:
+    """Those of the units that have one of the channels."""
+    return [unit for unit in units if np.isin(np.concatenate(channels), unit).any()]
 
 
 def _free(groups: Sequence[ChannelGroup]) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scap_hub.graph.node import Form, rebuilt
 from scap_hub.graph.values import is_tensor
-from scap_hub.private import is_alias_of, schema
+from scap_hub.private import is_alias_of, memory_of, schema
 
 _ATEN = torch.ops.aten
 ATOMS = (bool, int, float, str, NoneType)
@@ -62,8 +62,11 @@ def run(func: Any, form: Form, leaves: list[Any]) -> Any:
     if tensors and all(tensor.is_meta for tensor in tensors):
         if in_place(func):
             return tensors[0]
-        known = result_like(func, form, *(_Like.of(leaf) if is_tensor(leaf) else leaf for leaf in leaves))
-        if known is not None:
+        likes = [_Like.of(leaf) if is_tensor(leaf) else leaf for leaf in leaves]
+        if len(schema(func).returns) > 1:
+            if (several := results_like(func, form, *likes)) is not None:
+                return tuple(like.empty() for like in several)
+        elif (known := result_like(func, form, *likes)) is not None:
             return known.made_of(tensors)
     args, kwargs = rebuilt(form, leaves)
     return func(*args, **kwargs)
@@ -110,6 +113,21 @@ def result_like(func: Any, form: Form, *leaves: Any) -> _Like | None:
     if result is given[shown[0]] or result.dtype != given[shown[0]].dtype or result.is_complex():
         return None
     return _Like.of(result)._replace(offset=int(result.storage_offset()), shows=shown[0])
+
+
+@functools.lru_cache(maxsize=2**14, typed=True)
+def results_like(func: Any, form: Form, *leaves: Any) -> tuple[_Like, ...] | None:
+    """What an operator with several results makes of such tensors, if all of them are new and tensors.
+
+    An LSTM, which torch takes apart on tensors without values, takes a second for each shape.
+    """
+    empty = [leaf.empty() if isinstance(leaf, _Like) else leaf for leaf in leaves]
+    args, kwargs = rebuilt(form, empty)
+    made = func(*args, **kwargs)
+    if not all(is_tensor(own) and own.is_meta for own in made):
+        return None
+    tensors = [*filter(is_tensor, empty), *made]
+    return tuple(map(_Like.of, made)) if len(set(map(memory_of, tensors))) == len(tensors) else None
 
 
 def _layer(func: Any, x: Any, *rest: Any) -> tuple[int, ...] | None:
