@@ -17,7 +17,7 @@ demo: setup
 
 # A process for each core, whole files each, because many share what a fixture made.
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # Long ones too: the wheel in a fresh environment, the notebook, wide sweeps.
 test-slow: setup
@@ -29,7 +29,7 @@ test-lowest:
 	$(PYTHON) -m venv --clear .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable ".[dev,plot]"
-	.venv-lowest/bin/python -m pytest --numprocesses auto --dist loadfile
+	.venv-lowest/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # Every model of benchmarks/models.txt and models-tasks.txt; what the JSON holds is not measured again. With Torch-Pruning, if installed:
 # make bench-coverage OPTIONS="--peer torch-pruning"

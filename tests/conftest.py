@@ -23,3 +23,15 @@ def _seeded():
 # How long an example takes says nothing here: machines are busy, and no test is timed.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
+
+
+LONG = (
+    *("test_zoo", "test_pruning", "test_doors", "test_resume", "test_cli", "test_family", "test_training"),
+    *("test_ranks", "test_whole_detectors"),
+)
+"""Begun first, so that no process is left with one of these while the others have nothing to do."""
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))

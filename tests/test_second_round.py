@@ -69,7 +69,7 @@ def given(how, folder):
     }[how]()
 
 
-@pytest.mark.parametrize("how", ["a folder", "a module", "a copy"])
+@pytest.mark.parametrize("how", ["a folder", "a module", pytest.param("a copy", marks=pytest.mark.slow)])
 def test_a_second_round_keeps_what_the_first_knew(first, how, tmp_path):
     dense, folder, small = first
     with warnings.catch_warnings():

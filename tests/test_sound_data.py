@@ -424,8 +424,14 @@ def test_a_missed_latency_budget_is_told():
     assert "budget is missed**: 0.620" in model_card(loaded, plan, Measured(missed=missed.missed))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("criterion", ["scap", "l1"])
+@pytest.mark.parametrize(
+    ("criterion", "dtype"),
+    [
+        *(("scap", torch.bfloat16), ("scap", torch.float64), ("l1", torch.float16)),
+        *(pytest.param("l1", dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float64)),
+        pytest.param("scap", torch.float16, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_keeps_the_models_type(tmp_path, dtype, criterion):
     model = net().to(dtype)
     before = copy.deepcopy(model.state_dict())
@@ -447,7 +453,7 @@ def test_a_run_keeps_the_models_type(tmp_path, dtype, criterion):
     assert again[0].weight.dtype == dtype and torch.equal(again(images), result.model(images))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_a_half_checkpoint_of_transformers_stays_one(tmp_path, dtype):
     """Transformers 5 loads what the checkpoint has."""
     torch.manual_seed(0)

@@ -52,7 +52,7 @@ MODELS = {
 }
 
 
-LONG = ("detector", "distributions", "queries by score")
+LONG = ("depth", "detector", "distributions", "queries by score")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in MODELS])

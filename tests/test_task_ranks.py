@@ -1,5 +1,6 @@
 """Tasks on two processes: figures are those of one, and training leaves both with the same weights."""
 
+import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -47,6 +48,7 @@ torch.save(found, f"{sys.argv[1]}/{accelerator().process_index}.pt")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does_and_train_alike(tmp_path):
     first, second = on_two_ranks(JOB, tmp_path)
     alone = figures()

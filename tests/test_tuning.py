@@ -148,6 +148,7 @@ state.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_same_weights(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -41,7 +41,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+LONG = ("regnety_002", "mobilenet_v2")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in MODELS])
 def test_pruned_equals_masked(name):
     model = randomize(MODELS[name]())
     x = torch.randn(1, 3, 64, 64)
