@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from scap_hub.errors import PlanError
 from scap_hub.graph.copies import copied
+from scap_hub.graph.record import opened
 from scap_hub.plan import PruningPlan, TensorCut
 from scap_hub.private import ConvNd, NormBase
 
@@ -23,8 +24,7 @@ _SIZED = (
 SCALED, SCALES = "scaled_dot_product_attention", ("mul", "mul_", "div", "div_")
 _WIDTHS = frozenset((
     "in_channels", "out_channels", "groups", "num_channels", "num_groups", "in_features", "out_features",
-    "num_features", "normalized_shape", "num_parameters", "embed_dim", "kdim", "vdim", "num_heads", "head_dim",
-    "unflattened_size", "embedding_dim",
+    "num_features", "normalized_shape", "num_parameters", "kdim", "vdim", "unflattened_size", "embedding_dim",
 ))  # fmt: skip
 
 
@@ -78,6 +78,9 @@ class Numbers(TorchFunctionMode):
         self.calls = {function: 0 for function, _, _ in self.changes}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.multi_head_attention_forward:
+            with self:
+                return opened(func)(*args, **kwargs or {})
         if (name := getattr(func, "__name__", "")) in self.calls:
             place = iter(range(2**31))
             self.calls[name] += 1

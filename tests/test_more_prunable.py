@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import warnings
@@ -264,6 +265,86 @@ def test_a_tower_is_measured_at_the_size_of_its_config():
     assert count(loaded.module, (3, 32, 32))["macs"] > 0
     with pytest.raises(ModelError, match=r"does not run on one image \(3, 64, 64\): .*; set model.input_size to"):
         count(loaded.module, (3, 64, 64))
+
+
+# Torch's own attention, whose code computes the width of its heads from that of what enters.
+
+
+class Attending(nn.Module):
+    """A stream of patches that is changed by an attention and by a hidden layer."""
+
+    def __init__(self, attend: Callable[[nn.Module, Tensor], Tensor], attention: nn.Module, layers: int = 1) -> None:
+        super().__init__()
+        self.attend = attend
+        self.stem, self.pos = nn.Conv2d(3, 16, 4, 4), nn.Parameter(torch.randn(5, 16))
+        self.layers = nn.ModuleList(copy.deepcopy(attention) for _ in range(layers))
+        self.up, self.down, self.head = nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).mT
+        for layer in self.layers:
+            x = x + self.attend(layer, x)
+        return self.head((x + self.down(self.up(x).relu())).mean(1))
+
+
+class Projections(nn.Module):
+    """The attention pool of CLIP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        return F.multi_head_attention_forward(
+            x.mean(0, keepdim=True), x, x, x.shape[-1], 4, None,
+            torch.cat([self.q.bias, self.k.bias, self.v.bias]), None, None, False, 0.0, self.out.weight, self.out.bias,
+            use_separate_proj_weight=True, training=self.training, need_weights=False,
+            q_proj_weight=self.q.weight, k_proj_weight=self.k.weight, v_proj_weight=self.v.weight,
+        )[0].transpose(0, 1)  # fmt: skip
+
+
+ATTENTION: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
+    "of itself": (lambda: nn.MultiheadAttention(16, 4, batch_first=True), lambda own, x: own(x, x, x)[0]),
+    "of itself, no weights": (
+        lambda: nn.MultiheadAttention(16, 4, batch_first=True),
+        lambda own, x: own(x, x, x, need_weights=False)[0],
+    ),
+    "of another": (lambda: nn.MultiheadAttention(16, 4, bias=False), lambda own, x: own(x, 2 * x, 2 * x)[0]),
+    "of two others": (lambda: nn.MultiheadAttention(16, 2), lambda own, x: own(x, 2 * x, 3 * x, need_weights=False)[0]),
+    "of another width": (
+        lambda: nn.MultiheadAttention(16, 4, kdim=12, vdim=8),
+        lambda own, x: own(x, x[..., :12], x[..., 2:10])[0],
+    ),
+    "a pool": (Projections, lambda own, x: own(x)),
+    "a layer": (lambda: nn.TransformerEncoderLayer(16, 4, 24, 0.0, batch_first=True), lambda own, x: own(x)),
+    "layers": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 24, 0.0, batch_first=True, norm_first=True), 2),
+        lambda own, x: own(x),
+    ),
+}
+
+
+@each(ATTENTION)
+def test_heads_of_torchs_attention(name):
+    """Torch computes an encoder's layer past its modules where nothing is to be trained: so the small one is run."""
+    make, attend = ATTENTION[name]
+    net = Attending(attend, make())
+    groups = pruned_exactly(net, image(8), checks=("all",))
+    heads = {group for group in free(groups) if group.startswith("layers.")}
+    within = [path for path, own in net.named_modules() if isinstance(own, nn.MultiheadAttention)]
+    assert all(path in heads for path in within) and ("layers.0.v" in heads) == (name == "a pool")
+    # Torch asks for a stream of the width of all heads. That of a pool may be as wide as its values.
+    assert ("stem" in free(groups)) == (name == "a pool")
+
+
+def test_torchs_attention_is_pruned_twice():
+    make, attend = ATTENTION["of itself, no weights"]
+    net = random_values(Attending(attend, make(), 2)).eval()
+    heads = {"layers.0": [0, 2, 3], "layers.1": [1, 2, 3]}
+    once = scap_hub.apply_plan(net, scap_hub.PruningPlan.from_keep(scap_hub.channel_groups(net, image(8)), heads))
+    groups = pruned_exactly(once, image(8), checks=("all",))
+    assert once.layers[0].in_proj_weight.shape == (36, 16) and heads.keys() <= free(groups)
 
 
 # Arithmetic with a width that is read at run time.

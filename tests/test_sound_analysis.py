@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import scap_hub
-from scap_hub.channels import attributes
 from tests.independent import TOLERANCE, copied, difference, plans, random_values, reference
 from tests.small_cases import Body, Forward, each, free, image, pruned_exactly, some_plan
 
@@ -268,32 +267,3 @@ def test_googlenet_trains_with_its_auxiliary_heads():
     small = scap_hub.apply_plan(net, some_plan(groups))
     small.eval()(torch.randn(1, 3, 64, 64))
     small.train()(torch.randn(2, 3, 224, 224)).aux_logits1.sum().backward()
-
-
-class Reading(nn.Module):
-    """Layers that each read two other maps by torch's own attention, whose code tells how wide its heads are."""
-
-    def __init__(self, layers):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 4, 4)
-        self.layers = nn.ModuleList(nn.MultiheadAttention(16, 4, batch_first=True) for _ in range(layers))
-        self.wide = nn.ModuleList(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)) for _ in range(layers))
-
-    def forward(self, x):
-        x = self.stem(x).flatten(2).mT
-        for layer, wide in zip(self.layers, self.wide, strict=True):
-            x = x + layer(1.5 * x, 2 * x, x)[0]
-            x = x + wide(x)
-        return x
-
-
-def test_what_one_attention_cannot_do_is_tried_in_one_alone(monkeypatch):
-    proofs, prove = [], attributes.prove
-    monkeypatch.setattr(attributes, "prove", lambda *arguments: proofs.append(0) or prove(*arguments))
-    tried = []
-    for layers in (2, 6):
-        proofs.clear()
-        groups = scap_hub.channel_groups(Reading(layers).eval(), torch.randn(1, 3, 16, 16))
-        assert [group.name for group in groups.prunable] == [f"wide.{number}.0" for number in range(layers)]
-        tried.append(len(proofs))
-    assert tried[0] == tried[1]

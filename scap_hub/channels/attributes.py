@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from scap_hub.channels.attempts import attempts, use_of
 from scap_hub.channels.forward import ENTERS, AttributeUse, CallUse, Choice, Forward, Integer
@@ -193,6 +194,11 @@ class _Trial:
                 for old in arrived - right:
                     own = CallNumber(function=function, call=call, position=position, old=old, new=new)
                     calls.setdefault(path, []).append(own)
+        # Torch's transformer layers compute attentions past their forward passes, unless a mode is looking on.
+        for path in [*calls]:
+            for around, kind in self.forward.kinds.items():
+                if kind.__module__ == nn.TransformerEncoder.__module__ and path.startswith(f"{around}."):
+                    calls.setdefault(around, [])
         return self.plan.model_copy(
             update={"attributes": attributes, "calls": {path: tuple(own) for path, own in calls.items()}}
         )

@@ -186,7 +186,7 @@ class _Analysis:
         return False
 
     def _guilty(self, whole: WholeModel, gone: np.ndarray, suspects: list[np.ndarray]) -> list[np.ndarray]:
-        """Of suspects with which a plan gets stuck, those that are enough for it; all, if it takes all of them.
+        """Of suspects with which a plan gets stuck, those that are enough for it; the list itself, if it takes all.
 
         Args:
             whole: The model.
@@ -197,7 +197,8 @@ class _Analysis:
             return suspects
         half = len(suspects) // 2
         halves = [own for own in (suspects[:half], suspects[half:]) if self._sticks(whole, gone, own)]
-        return [guilty for own in halves for guilty in self._guilty(whole, gone, own)] or suspects
+        found = [guilty for own in halves for guilty in self._guilty(whole, gone, own)]
+        return found if 0 < len(found) < len(suspects) else suspects
 
     def _sticks(self, whole: WholeModel, gone: np.ndarray, suspects: list[np.ndarray]) -> bool:
         """Whether the model gets stuck if nothing else leaves than what a plan takes from the suspects."""
@@ -244,16 +245,15 @@ class _Analysis:
         whole = groups.whole
         units = [np.concatenate(own) for own, _ in clusters(_free(groups), whole.partition.balances)]
         for blamed in candidates:
-            suspects = _touching(units, *blamed.values())
-            if len(suspects) > _ALONE:
+            here = _touching(units, *(blamed[path] for path in stuck.failed if path in blamed))
+            everywhere = _touching(units, *blamed.values())
+            for suspects in (here, everywhere):
+                if len(suspects) <= _ALONE and self._sticks(whole, stuck.gone, suspects):
+                    guilty = self._guilty(whole, stuck.gone, suspects)
+                    # What all fails in one module fails in all that run the same code.
+                    return blamed, np.concatenate(everywhere if guilty is here else guilty)
+            if len(everywhere) > _ALONE:
                 break
-            # What fails in a module fails in all that run the same code, and is tried in that one alone.
-            own = _touching(units, *(blamed[path] for path in stuck.failed if path in blamed))
-            alone = len(own) < len(suspects) and self._sticks(whole, stuck.gone, own)
-            if alone and len(self._guilty(whole, stuck.gone, own)) == len(own):
-                return blamed, np.concatenate(suspects)
-            if self._sticks(whole, stuck.gone, suspects):
-                return blamed, np.concatenate(self._guilty(whole, stuck.gone, suspects))
         return candidates[0], np.concatenate(list(candidates[0].values()))
 
 
