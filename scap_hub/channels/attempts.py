@@ -152,16 +152,11 @@ def stuck_channels(forward: Forward, failed: Sequence[str], free: np.ndarray) ->
     for places, nested in ((forward.counted, False), (forward.counted, True), (passing, True)):
         for path in failed:
             alike = [path]
-            if places is forward.counted and (not is_torchs(kinds[path]) or _holds_others(path, kinds)):
+            if places is forward.counted and not is_torchs(kinds[path]):
                 alike = [other for other, kind in kinds.items() if kind is kinds[path]]
             stuck = {other: _inside(other, places, nested, free) for other in alike}
             if stuck[path].size:
                 yield {other: channels for other, channels in stuck.items() if channels.size}
-
-
-def _holds_others(path: str, kinds: Mapping[str, type]) -> bool:
-    """Whether a module has modules of its own, as torch's attention has: it computes more than one layer."""
-    return any(other.startswith(f"{path}.") for other in kinds)
 
 
 def _inside(path: str, places: Iterable[tuple[str, np.ndarray]], nested: bool, free: np.ndarray) -> np.ndarray:
