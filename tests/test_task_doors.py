@@ -53,13 +53,20 @@ def depth():
     return transformers.GLPNForDepthEstimation(config)
 
 
-def tower(kind="CLIPVisionModel"):
+VISION = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 64,
+    "patch_size": 16,
+}  # fmt: skip
+
+
+def tower():
+    """The image tower of SigLIP, whose head is one of torch's attentions."""
+    return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION))
+
+
+def projected():
     """The image tower of CLIP."""
-    config = transformers.CLIPVisionConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=64, patch_size=16,
-        projection_dim=24,
-    )  # fmt: skip
-    return getattr(transformers, kind)(config)
+    return transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**VISION, projection_dim=24))
 
 
 MODELS = {
@@ -68,7 +75,7 @@ MODELS = {
     "AutoModelForDepthEstimation": depth,
     "AutoBackbone": lambda: transformers.ResNetBackbone(resnet(out_features=["stage2", "stage4"])),
     "AutoModel": tower,
-    "CLIPVisionModelWithProjection": lambda: tower("CLIPVisionModelWithProjection"),
+    "CLIPVisionModelWithProjection": projected,
     "headless": lambda: timm.create_model("test_resnet", num_classes=0),
     "stages": lambda: timm.create_model("test_convnext", features_only=True),
 }
