@@ -338,6 +338,15 @@ def test_heads_of_torchs_attention(name):
     assert ("stem" in free(groups)) == (name == "a pool")
 
 
+def test_torchs_attention_counts_with_and_without_its_fast_path():
+    make, attend = ATTENTION["of itself, no weights"]
+    net = Attending(attend, make()).eval()
+    groups = scap_hub.channel_groups(net, image(8)[:1])
+    plan = scap_hub.PruningPlan.from_keep(groups, {"layers.0": [0, 2]})
+    assert count(net, (3, 8, 8))["macs"] == groups.macs(groups.everything())
+    assert count(scap_hub.apply_plan(net, plan), (3, 8, 8))["macs"] == groups.macs(groups.staying({"layers.0": [0, 2]}))
+
+
 def test_torchs_attention_is_pruned_twice():
     make, attend = ATTENTION["of itself, no weights"]
     net = random_values(Attending(attend, make(), 2)).eval()
