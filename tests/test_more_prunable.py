@@ -276,7 +276,7 @@ class Attending(nn.Module):
     def __init__(self, attend: Callable[[nn.Module, Tensor], Tensor], attention: nn.Module, layers: int = 1) -> None:
         super().__init__()
         self.attend = attend
-        self.stem, self.pos = nn.Conv2d(3, 16, 4, 4), nn.Parameter(torch.randn(5, 16))
+        self.stem = nn.Conv2d(3, 16, 4, 4)
         self.layers = nn.ModuleList(copy.deepcopy(attention) for _ in range(layers))
         self.up, self.down, self.head = nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 5)
 

@@ -279,9 +279,9 @@ def test_images_that_are_normalised_already_are_told():
             image, target = super().__getitem__(index)
             return (image - 0.5) / 0.25, target
 
-    data = DataLoader(Normalised(), batch_size=6, collate_fn=lists)
-    with pytest.warns(UserWarning, match="values down to -2, and the model takes them from 0 on"):
-        scap_hub.prune(detector(SSD), data, **QUICK)
+    for data in (Normalised(), DataLoader(Normalised(), batch_size=6, collate_fn=lists)):
+        with pytest.warns(UserWarning, match="values down to -2, and the model takes them from 0 on"):
+            scap_hub.prune(detector(SSD), data, **QUICK)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scap_hub.prune(detector(SSD), Squares(), **QUICK)

@@ -87,7 +87,6 @@ def autocast(precision: str) -> torch.autocast:
     return torch.autocast(accelerator().device.type, dtype, enabled=precision != "no")
 
 
-@torch.no_grad()
 @contextlib.contextmanager
 def _no_fast_path() -> Iterator[None]:
     """Torch's attention in parts that a counter knows: as one operator it would count for nothing."""
@@ -99,6 +98,7 @@ def _no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
+@torch.no_grad()
 def count(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
     """What the model costs, without running it where that is possible.
 
