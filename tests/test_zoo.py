@@ -193,7 +193,7 @@ def test_a_reshape_to_the_width_of_another_tensor_does_not_hold_it():
     assert small(torch.randn(1, 3, 32, 32)).shape == (1, 5)
     again = random_plan(channel_groups(small, x), seed=1)
     assert verify(small, again, x) < 1e-9
-    for name in ("Numbers", "renumbered", "changeable", "exchangeable", "narrower"):
+    for name in ("Numbers", "renumbered", "opened", "changeable", "exchangeable", "narrower"):
         assert inspect.getsource(getattr(surgery, name)) == inspect.getsource(getattr(modeling_scap, name))
 
 
