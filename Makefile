@@ -15,7 +15,9 @@ demo: setup
 	rm -rf out/demo
 	$(BIN)/scap-hub demo --out out/demo
 
-# A process for each core, whole files each, because many share what a fixture made.
+# A process for each core, whole files each, because many share what a fixture made. Bytecode is kept, because dozens of
+# tests start fresh processes.
+test: export PYTHONDONTWRITEBYTECODE =
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 

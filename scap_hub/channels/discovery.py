@@ -186,7 +186,7 @@ class _Analysis:
         return False
 
     def _guilty(self, whole: WholeModel, gone: np.ndarray, suspects: list[np.ndarray]) -> list[np.ndarray]:
-        """Of suspects with which a plan gets stuck, those that are enough for it; the list itself, if it takes all.
+        """Of suspects with which a plan gets stuck, those that are enough for it; all of them, if it takes all.
 
         Args:
             whole: The model.
@@ -251,9 +251,10 @@ class _Analysis:
                 if len(suspects) <= _ALONE and self._sticks(whole, stuck.gone, suspects):
                     guilty = self._guilty(whole, stuck.gone, suspects)
                     # What all fails in one module fails in all that run the same code.
-                    return blamed, np.concatenate(everywhere if guilty is here else guilty)
+                    all_here = suspects is here and len(guilty) == len(here)
+                    return blamed, np.concatenate(everywhere if all_here else guilty)
             if len(everywhere) > _ALONE:
-                break
+                break  # too many to try one by one, and later candidates hold even more
         return candidates[0], np.concatenate(list(candidates[0].values()))
 
 
