@@ -8,11 +8,14 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
+from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 import scap_hub
-from scap_hub.errors import DataError
+from scap_hub.errors import DataError, ModelError
 from scap_hub.recipe import DataSettings
 from scap_hub.training.data import load_data
+from scap_hub.training.evaluate import count
+from scap_hub.zoo import load_model
 from scap_hub.zoo.base import Preprocessing
 
 COLOUR = Preprocessing((3, 16, 16), (0.5,) * 3, (0.5,) * 3)
@@ -294,6 +297,40 @@ def test_prune_with_a_data_set_of_pictures(folder):
     result = scap_hub.prune(net(), ImageFolder(folder), model_input_size=(3, 16, 16), data_batch_size=8, **run)
     assert result.report.after.top1 is not None and len(result.report.history) == 2
     assert np.isfinite(result.report.history[-1]["loss"])
+
+
+RUN = {
+    "criterion": "l1",
+    "target": "ratio=0.5",
+    "finetune_epochs": 0,
+    "repair_tune_steps": 0,
+    "evaluate_latency": False,
+}
+
+
+@pytest.mark.parametrize("name", ["timm's, in a loader", "transformers', in a data set"])
+def test_a_model_is_measured_and_published_for_the_size_of_the_tensors(tmp_path, name):
+    source, named = TensorDataset(torch.randn(8, 3, 32, 48), torch.arange(8) % 3), {}
+    if name.startswith("timm"):
+        source, model = DataLoader(source, batch_size=4), "test_resnet"
+        named = {"model_pretrained": False, "model_num_classes": 3}
+    else:
+        config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=3)
+        model = ResNetForImageClassification(config)
+    result = scap_hub.prune(model, source, output_dir=tmp_path / "small", **named, **RUN)
+    loaded = load_model(tmp_path / "small")
+    assert loaded.preprocessing.input_size == (3, 32, 48)
+    assert count(loaded.module, (3, 32, 48))["macs"] == result.report.after.macs
+
+
+def test_images_that_a_model_cannot_take_are_told_before_any_work():
+    model = ViTForImageClassification(
+        ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32)
+    )
+    with pytest.raises(
+        ModelError, match=r"ViT\w+ does not run on images of '\w+', \(3, 16, 16\) each: .*model \(32\*32\);"
+    ):
+        scap_hub.prune(model, DataLoader(TensorDataset(torch.randn(8, 3, 16, 16)), batch_size=4), **RUN)
 
 
 def test_floats_that_are_no_normalised_pixels_are_told():

@@ -50,13 +50,27 @@ class StuckError(PlanError):
         """The channels that leave in its plan."""
 
 
-def completed(forward: Forward, plan: PruningPlan, stays: np.ndarray) -> tuple[PruningPlan, Choice]:
+def left_of(forward: Forward, stays: np.ndarray) -> tuple[Left, ...]:
+    """What is left of the recorded forward passes.
+
+    Args:
+        forward: The model without weights.
+        stays: Of every channel, whether it stays.
+    """
+    labels = stays[forward.partition.channel_of]
+    return tuple(Left(run, labels) for run in forward.runs)
+
+
+def completed(
+    forward: Forward, plan: PruningPlan, stays: np.ndarray, left: Sequence[Left]
+) -> tuple[PruningPlan, Choice]:
     """The plan with all numbers that must change so that the pruned model computes what is left of the dense one.
 
     Args:
         forward: The model without weights.
         plan: What is cut, and the integers that follow from shapes.
         stays: Of every channel, whether it stays.
+        left: What is left of its forward passes then; learns what was seen to be right.
 
     Returns:
         The plan, proven; and the choice that it took.
@@ -64,7 +78,7 @@ def completed(forward: Forward, plan: PruningPlan, stays: np.ndarray) -> tuple[P
     Raises:
         StuckError: No choice makes it compute the same.
     """
-    trial = _Trial(forward, plan, stays)
+    trial = _Trial(forward, plan, stays, left)
     chosen = forward.chosen
     outcome = trial(chosen)
     while outcome.failed is not None:
@@ -86,10 +100,15 @@ def _better(trial: _Trial, chosen: Choice, outcome: Outcome) -> Choice | None:
     return next((own for own in larger if trial(own).finished > outcome.finished), None)
 
 
-def described(forward: Forward, plan: PruningPlan, stays: np.ndarray) -> PruningPlan:
+def described(forward: Forward, plan: PruningPlan, left: Sequence[Left]) -> PruningPlan:
     """The plan with the numbers that describe a model's widths to other code, where a plan that runs changes them.
 
     A class of modules whose forward pass reads such a number, and means something else by it, keeps its own.
+
+    Args:
+        forward: The model without weights.
+        plan: A plan that runs.
+        left: What it leaves of the forward passes, with what was seen to be right.
     """
     zoo, small = zoo_of(forward.model), apply_plan(forward.model, plan)
     values = zoo.widths(forward.model, forward.features, zoo.features(small, forward.inputs))
@@ -97,7 +116,6 @@ def described(forward: Forward, plan: PruningPlan, stays: np.ndarray) -> Pruning
     values = {path: own for path, own in values.items() if shrinks(path)}
     for path, known in plan.attributes.items():
         values[path] = {name: value for name, value in values.get(path, {}).items() if name not in known}
-    left = _left(forward, stays)
     while values:
         with untouched(small):
             set_attributes(small, values)
@@ -112,12 +130,6 @@ def described(forward: Forward, plan: PruningPlan, stays: np.ndarray) -> Pruning
         if own:
             merged.setdefault(path, {}).update(own)
     return plan.model_copy(update={"attributes": merged})
-
-
-def _left(forward: Forward, stays: np.ndarray) -> tuple[Left, ...]:
-    """What is left of the recorded forward passes where these channels stay."""
-    labels = stays[forward.partition.channel_of]
-    return tuple(Left(run, labels) for run in forward.runs)
 
 
 class _Arrival:
@@ -144,10 +156,9 @@ _Tried = tuple[Outcome, dict[tuple[str, str, int, int], _Arrival]]
 class _Trial:
     """A pruned model without weights, run with one choice after another."""
 
-    def __init__(self, forward: Forward, plan: PruningPlan, stays: np.ndarray) -> None:
-        self.forward, self.plan, self.stays = forward, plan, stays
+    def __init__(self, forward: Forward, plan: PruningPlan, stays: np.ndarray, left: Sequence[Left]) -> None:
+        self.forward, self.plan, self.stays, self.left = forward, plan, stays, left
         self.small = apply_plan(forward.model, plan)
-        self.left = _left(forward, stays)
         self.shrinks = forward.narrower(plan)
         self.tried: dict[Choice, _Tried] = {}
         self.alike: dict[str, _Tried] = {}

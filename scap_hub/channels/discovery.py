@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scap_hub.channels.attempts import shared_numbers, stuck_channels
-from scap_hub.channels.attributes import StuckError, completed
+from scap_hub.channels.attributes import StuckError, completed, left_of
 from scap_hub.channels.forward import CallUse, Choice, Forward, forward_of
 from scap_hub.channels.grouping import grouped
 from scap_hub.channels.groups import ChannelGroup, ChannelGroups, WholeModel
@@ -167,7 +167,9 @@ class _Analysis:
         stays[gone] = False
         keep = {name: np.flatnonzero(stays[channels]) for name, channels in whole.channels.items()}
         plan = whole.partition.cut(whole.channels, keep)
-        return completed(replace(trial, chosen=self.chosen), plan, stays)[1] if plan.tensors else self.chosen
+        if not plan.tensors:
+            return self.chosen
+        return completed(replace(trial, chosen=self.chosen), plan, stays, left_of(trial, stays))[1]
 
     def _learned(self, groups: Sequence[ChannelGroup], whole: WholeModel, trial: Forward, gone: np.ndarray) -> bool:
         """Whether a plan works after all, once others have shown that sizes change where a scale does.

@@ -8,7 +8,7 @@ from typing import TypeVar, overload
 
 import numpy as np
 
-from scap_hub.channels.attributes import completed, described
+from scap_hub.channels.attributes import completed, described, left_of
 from scap_hub.channels.forward import Forward
 from scap_hub.channels.partition import Balance, Partition
 from scap_hub.channels.taps import Tap
@@ -47,8 +47,9 @@ class WholeModel:
         if not plan.tensors:
             return plan
         stays = self.staying(kept)
-        plan, _ = completed(self.forward, plan, stays)
-        return described(self.forward, plan, stays)
+        left = left_of(self.forward, stays)
+        plan, _ = completed(self.forward, plan, stays, left)
+        return described(self.forward, plan, left)
 
     def _checked(self, name: str, wanted: Sequence[int]) -> np.ndarray:
         if name not in self.channels:

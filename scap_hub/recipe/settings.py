@@ -71,7 +71,7 @@ class ModelSettings(Block):
     """Width of the classifier, which is new where the weights have another; the model's own, or what the data's class
     names ask for, if left out. See also `finetune.dense_epochs`."""
     input_size: tuple[Count, Count, Count] | None = None
-    """(channels, height, width) in pixels; the model's own if left out."""
+    """(channels, height, width) in pixels; if left out, that of tensors in Python, or else the model's own."""
     part: str | None = None
     """Module path of the part to prune, such as "backbone", of a model whose forward pass depends on the values of the
     images; it is measured by its outputs. All of the model if left out."""

@@ -19,7 +19,7 @@ from scap_hub.channels import ChannelGroups
 from scap_hub.compensation import PASSES
 from scap_hub.compensation.tuning import BATCH, TRIALS
 from scap_hub.criteria.base import criterion as criterion_named
-from scap_hub.errors import DataError, TargetError
+from scap_hub.errors import DataError, ModelError, ScapHubError, TargetError
 from scap_hub.placement import raise_precision
 from scap_hub.private import tree_leaves
 from scap_hub.progress import announce, tell
@@ -35,6 +35,7 @@ from scap_hub.run.unfinished import check_free
 from scap_hub.run.wholes import whole_of
 from scap_hub.tasks import Task
 from scap_hub.text import count as in_short
+from scap_hub.text import one_line
 from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator, shard
 from scap_hub.training.evaluate import count
@@ -265,8 +266,20 @@ def _sample(data: Data) -> Tensor:
 
 @torch.no_grad()
 def _seconds_forward(model: nn.Module, data: Data, images: Tensor, timed: float) -> float:
-    """Of one image, in eval mode."""
-    return _timed(lambda: data.task.output(model, images), timed) / len(images)
+    """Of one image, in eval mode; the first time that a run's model sees a run's images.
+
+    Raises:
+        ModelError: They do not go together.
+    """
+    try:
+        return _timed(lambda: data.task.output(model, images), timed) / len(images)
+    except (ScapHubError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} does not run on images of {data.name!r}, {tuple(images.shape[1:])} each: "
+            f"{one_line(error).rstrip('.')}; give images of the size that it takes"
+        ) from error
 
 
 def _training(model: nn.Module, data: Data, images: Tensor, mode: bool, timed: float) -> tuple[float, int]:

@@ -93,12 +93,8 @@ def _loaded(model: Any, dataset: Any, recipe: Recipe, task: str | Task | None) -
         source = copy.deepcopy(source)  # the caller's stays as it is, on its own device
     if recipe.task is not None:
         task_named(recipe.task)  # likewise
-    size = settings.input_size
-    if size is None and isinstance(source, nn.Module) and zoo_of(source) is PLAIN:
-        size = image_size(wanted, recipe.seed)  # nobody else knows how large the images of such a module are
-    loaded = load_model(
-        source, settings.pretrained, settings.num_classes, size, checkpoint=settings.checkpoint, task=recipe.task
-    )
+    images = image_size(wanted, recipe.seed) if settings.input_size is None else None
+    loaded, settings = _of_the_images(source, images, settings, recipe.task)
     wanted_task = _task_for(loaded, recipe, task)
     data = data_for(loaded, dataset, recipe, wanted_task)
     new_head = False
@@ -109,6 +105,35 @@ def _loaded(model: Any, dataset: Any, recipe: Recipe, task: str | Task | None) -
     if data.labels and len(data.labels) == loaded.num_classes:
         loaded = replace(loaded, labels=data.labels)
     return loaded, data, Tuning.of(recipe.finetune, new_head)
+
+
+def _of_the_images(
+    source: Any, images: tuple[int, int, int] | None, settings: ModelSettings, task: str | None
+) -> tuple[LoadedModel, ModelSettings]:
+    """The model, for images of the size that is set, or else of that of the caller's tensors, and settings that say so.
+
+    Tensors are not resized, so all that depends on a size (MACs, latency, what is published) has to be of theirs.
+
+    Args:
+        source: The module, or the name of a model.
+        images: (C, H, W) of the tensors that a caller hands over; None where a size is set, or images get the model's.
+        settings: The recipe's block `model`.
+        task: What it is for, where the recipe says it.
+    """
+
+    def load(size: tuple[int, int, int] | None) -> LoadedModel:
+        return load_model(
+            source, settings.pretrained, settings.num_classes, size, checkpoint=settings.checkpoint, task=task
+        )
+
+    known = settings.input_size
+    if known is None and isinstance(source, nn.Module) and zoo_of(source) is PLAIN:
+        known = images  # nobody else knows how many channels they have
+    loaded = load(known)
+    own = loaded.preprocessing.input_size
+    if images in (None, known, own) or images[0] != own[0]:  # other channels are told later
+        return loaded, settings
+    return load(images), settings.model_copy(update={"input_size": images})
 
 
 def _task_for(loaded: LoadedModel, recipe: Recipe, asked: str | Task | None) -> Task:

@@ -82,7 +82,8 @@ def warn_if_guessing(measured: Measures, loaded: LoadedModel, data: Data, tuned:
         return
     images = data.measured_on.dataset
     count = len(images) if isinstance(images, Sized) else 100  # a stream does not tell
-    if measured.top1 > chance + 3 * math.sqrt(chance * (1 - chance) / max(1, count)):
+    luck = 3 * math.sqrt(chance * (1 - chance) / max(1, count))
+    if measured.top1 > chance + min(luck, (1 - chance) / 2):  # of few images all may be right by luck
         return
     advice = (
         f"tune it for longer than finetune.dense_epochs={tuned.epochs}, or at another finetune.learning_rate"

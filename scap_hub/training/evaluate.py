@@ -132,7 +132,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
             except Exception as error:
                 raise ModelError(
                     f"{type(model).__name__} does not run on one image {input_size}: {one_line(error)}; set "
-                    "model.input_size to the size of your images"
+                    "model.input_size to the size that it takes"
                 ) from error
     return {
         "macs": counter.get_total_flops() // 2,

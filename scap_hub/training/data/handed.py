@@ -351,16 +351,25 @@ def is_handed(source: Any) -> bool:
 def image_size(dataset: Any, seed: int) -> tuple[int, int, int] | None:
     """(channels, height, width) of what a torch loader or data set, or the first of several, gives, if tensors.
 
+    None also for batches that are padded to the largest image in them, and for what cannot be read, which is told when
+    it is needed.
+
     Args:
         dataset: Whatever a user gives as data.
         seed: Of the shuffling; the random state stays as it was.
     """
     source = next(iter(dataset.values()), None) if isinstance(dataset, Mapping) else dataset
-    if not isinstance(source, (DataLoader, Dataset)):
+    if not is_handed(source):
         return None
     if isinstance(source, DataLoader) and source.collate_fn is default_collate:
         source = source.dataset
-    image = first_of(_first_sample(source, seed))
+    try:
+        sample = _first_sample(source, seed)
+    except Exception:
+        return None
+    if isinstance(sample, Mapping) and "pixel_mask" in sample:
+        return None
+    image = first_of(sample)
     shape = tuple(image.shape[-3:]) if isinstance(image, Tensor) else ()
     return shape if len(shape) == 3 else None
 
