@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scap_hub.graph.node import Form, rebuilt
+from scap_hub.graph.node import Form, flattened, rebuilt
 from scap_hub.graph.values import is_tensor
-from scap_hub.private import is_alias_of, memory_of, schema
+from scap_hub.private import PreDispatchMode, is_alias_of, memory_of, schema
 
 _ATEN = torch.ops.aten
 ATOMS = (bool, int, float, str, NoneType)
@@ -70,6 +70,16 @@ def run(func: Any, form: Form, leaves: list[Any]) -> Any:
             return known.made_of(tensors)
     args, kwargs = rebuilt(form, leaves)
     return func(*args, **kwargs)
+
+
+class Remembering(PreDispatchMode):
+    """A mode in which operators on tensors without values are computed once for all models: see `run`.
+
+    Use it inside `enable_python_dispatcher()`.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, *flattened(args, kwargs or {}))
 
 
 @functools.cache

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from scap_hub.graph.record import untouched
+from scap_hub.graph.shapes import Remembering
+from scap_hub.private import enable_python_dispatcher
 
 Shape = tuple[int, ...]
 Calls = dict[str, tuple[Shape, Shape]]
@@ -57,7 +59,8 @@ def observed(model: nn.Module, inputs: tuple[Any, ...], **options: Any) -> tuple
                     calls[path] = tuple(arguments[0].shape), tuple(output.shape)
 
             module.register_forward_hook(note)
-        output = model(*inputs, **options)
+        with enable_python_dispatcher(), Remembering():
+            output = model(*inputs, **options)
     return calls, output
 
 
