@@ -65,7 +65,8 @@ def _files(path: Path) -> list[PurePath]:
     found = []
     for folder, below, files in os.walk(path, followlinks=True):
         below[:] = [name for name in below if _is_shown(name)]
-        found += [PurePath(folder, name).relative_to(path) for name in files if _is_shown(name)]
+        here = PurePath(folder).relative_to(path)
+        found += [here / name for name in files if _is_shown(name)]
     return sorted(found)
 
 
