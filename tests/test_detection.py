@@ -88,6 +88,30 @@ def test_boxes_follow_their_image_and_classes_their_names():
     assert right > 0.8 * sum(len(target["class_labels"]) for target in targets), "the upper one may hide the other"
 
 
+def test_a_loaders_images_without_objects_and_other_types_are_read():
+    loaded = load_model(yolos(), input_size=SIZE)
+    targets = [
+        {"class_labels": torch.tensor([]), "boxes": torch.tensor([])},
+        {"class_labels": [1], "boxes": np.full((1, 4), 0.5)},
+    ]
+    samples = [{"pixel_values": torch.rand(SIZE), "labels": target} for target in targets]
+    data = load_data(DataLoader(samples, 2, collate_fn=joined), None, task=task_of(loaded))
+    images, found = next(iter(data.train))
+    assert [target["class_labels"].tolist() for target in found] == [[], [1]]
+    assert torch.isfinite(loaded.module(pixel_values=images, labels=found).loss)
+    targets[1]["class_labels"] = [0.5]
+    with pytest.raises(DataError, match=r"are fractions, such as 0\.5: give integers"):
+        load_data(DataLoader(samples, 2, collate_fn=joined), None, task=task_of(loaded))
+
+
+def joined(samples):
+    """As in transformers' examples."""
+    return {
+        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
+        "labels": [sample["labels"] for sample in samples],
+    }
+
+
 @pytest.mark.parametrize("model", [pytest.param(rt_detr, marks=pytest.mark.slow), yolos])
 def test_without_metrics_a_detector_is_pruned_repaired_and_trained_without_boxes(model):
     pictures = rows(image=[image for image, _, _ in scenes(24)])

@@ -80,6 +80,13 @@ class Own(Dataset):
         return torch.full((3, 16, 16), brightness(NAMES[index % 3]) / 127.5 - 1), index % 3
 
 
+class Dicts(Around):
+    """Samples as transformers' processors name them."""
+
+    def __getitem__(self, index):
+        return dict(zip(("pixel_values", "labels"), self.dataset[index], strict=True))
+
+
 @pytest.mark.parametrize("transform", [None, TENSORS])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_image_folders_are_matched_by_name(folder, transform, workers):
@@ -112,6 +119,15 @@ def test_loaders_over_named_classes_are_renumbered(wrap):
     data = load_data(loaders, COLOUR, SETTINGS, num_classes=3, model_classes=MODELS)
     assert seen(data.validation) == seen(data.test) == RIGHT
     assert seen(loaders["test"], NAMES) == {name: {name} for name in NAMES}, "the caller's loader stays as it is"
+
+
+@pytest.mark.parametrize("transform", [None, TENSORS])
+def test_samples_in_dictionaries_keep_their_labels(folder, transform):
+    settings = DataSettings(match_classes=False, **SETTINGS.model_dump(exclude={"match_classes"}))
+    pairs, dicts = (load_data(around(ImageFolder(folder, transform)), COLOUR, settings, num_classes=3)
+                    for around in (Around, Dicts))  # fmt: skip
+    for ours, theirs in zip(dicts.validation, pairs.validation, strict=True):
+        assert all(map(torch.equal, ours, theirs)) and len(ours) == 2
 
 
 def test_labels_that_may_have_been_changed_are_refused(folder):

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import re
+from itertools import product
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -26,6 +29,7 @@ from scap_hub.hub.card import Measured, model_card
 from scap_hub.recipe import DataSettings
 from scap_hub.run.report import Measures, Report, Selection
 from scap_hub.training.data import load_data
+from scap_hub.training.data.sources import open_splits
 from scap_hub.training.evaluate import evaluate
 from scap_hub.zoo import load_model
 from scap_hub.zoo.base import Preprocessing
@@ -270,6 +274,77 @@ def test_images_are_turned_as_their_exif_entry_says(tmp_path, orientation):
     assert torch.equal(ours[0], decoded([turned], COLOUR)[0])
     moved = not torch.equal(ours[0], decoded([uneven], COLOUR)[0])
     assert moved == (orientation != 1)
+
+
+def grid(*parts):
+    """Names of four images for each combination of folders: "train val" and "rose tulip" make train/rose/0.png, ..."""
+    return ["/".join(names) for names in product(*(part.split(",") for part in parts), [f"{i}.png" for i in range(4)])]
+
+
+@pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        (grid("bus,car,train"), {"train": (12, ["bus", "car", "train"])}),
+        (grid("hammer,saw,test tube"), {"train": (12, ["hammer", "saw", "test tube"])}),
+        ([*grid("rose,tulip"), "rose/a-train-ride.png"], {"train": (9, ["rose", "tulip"])}),
+        (grid("train,val", "rose,dev"), {"train": (8, ["dev", "rose"]), "validation": (8, ["dev", "rose"])}),
+        (
+            [*grid("Train,Test", "a,b"), "Train/a/blood_test_1.png", "Test/a/val.png"],
+            {"train": (9, ["a", "b"]), "test": (9, ["a", "b"])},
+        ),
+        (grid("data", "flowers", "train,val", "a,b"), {"train": (8, ["a", "b"]), "validation": (8, ["a", "b"])}),
+        ([*grid("train", "images", "a,b"), "test/1.png"], {"train": (8, ["a", "b"]), "test": (1, None)}),
+        (grid("train2017,val2017"), {"train": (4, None), "validation": (4, None)}),
+        (grid("my[set]", "ro?,tulip*"), {"train": (8, ["ro?", "tulip*"])}),
+        ([*grid(".git,__MACOSX,a,b"), "a/._1.png"], {"train": (8, ["a", "b"])}),
+        (grid("all"), {"train": (4, None)}),
+    ],
+)
+def test_split_and_class_follow_from_the_place_alone(tmp_path, files, splits):
+    place_images(tmp_path, files)
+    found = open_splits(str(tmp_path), DataSettings())
+    assert {
+        split: (len(rows), getattr(rows.features.get("label"), "names", None)) for split, rows in found.items()
+    } == (splits)
+    for row in (row for rows in found.values() if "label" in rows.features for row in rows):
+        assert Path(row["image"].filename).parent.name == splits["train"][1][row["label"]]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([*grid("train", "a,b"), "train/x.png"], "train/x.png' lies beside folders with other images"),
+        ([*grid("train", "a,b"), "x.png"], "'x.png' lies beside folders with other images"),
+        (grid("rose,tulip", "2019,2020"), "is the class of 'rose/2019/0.png'"),
+    ],
+)
+def test_unclear_folders_are_refused(tmp_path, files, message):
+    place_images(tmp_path, files)
+    with pytest.raises(DataError, match=re.escape(message)):
+        open_splits(str(tmp_path), DataSettings())
+
+
+def test_what_of_a_folder_is_not_used_is_said(tmp_path, capsys):
+    place_images(tmp_path, [*grid("train,extra", "a,b"), "train/a/big.png_large"])
+    (tmp_path / "train" / "notes.txt").touch()
+    found = open_splits(str(tmp_path), DataSettings(streaming=True))
+    assert sum(1 for _ in found["train"]) == 8
+    told = capsys.readouterr().err
+    assert "no images by their names: train/a/big.png_large, train/notes.txt" in told
+    assert "neither train nor validation nor test: extra" in told
+
+
+def test_a_failure_inside_datasets_is_one_line(tmp_path):
+    place_images(tmp_path, grid("train", "a,b"))
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\n")
+    with pytest.raises(DataError, match="cannot be loaded as a folder"):
+        open_splits(str(tmp_path), DataSettings())
+
+
+def place_images(path, files):
+    for file in files:
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path / file, "png")
 
 
 def folder_with(tmp_path, good, broken):

@@ -87,6 +87,19 @@ def test_prune_tells_that_before_any_work(monkeypatch):
         scap_hub.prune(tiny_net(), rows(), model_input_size=(1, 8, 8))
 
 
+@pytest.mark.filterwarnings("ignore:the dense model has top-1")
+def test_a_run_on_streams_of_unknown_length(monkeypatch):
+    run = {"model_input_size": (1, 8, 8), "criterion": "l1", "target": "ratio=0.5", "evaluate_latency": False}
+    run |= {"criterion_diagnostics": False, "finetune_epochs": 1, "data_batch_size": 8}
+    streams = datasets.IterableDatasetDict({"train": rows(), "validation": rows(1)})
+    monkeypatch.setattr("scap_hub.run.forecast._timed", lambda call, seconds: 1.0)
+    told = [scap_hub.forecast(tiny_net(), streams, finetune_steps=steps, **run).seconds for steps in (20, 40)]
+    longer = told[1]["fine-tuning"] - told[0]["fine-tuning"]
+    assert longer == pytest.approx(2 * 20) and told[0]["measuring"] == 0, "a second a step, and one for the teacher"
+    report = scap_hub.prune(tiny_net(), streams, finetune_steps=1, **run).report
+    assert len(report.history) == 2 and report.after.top1 is not None
+
+
 def test_steps_are_optimiser_steps(monkeypatch):
     taken = []
     step = torch.optim.AdamW.step

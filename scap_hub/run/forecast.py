@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +37,7 @@ from scap_hub.tasks import Task
 from scap_hub.text import count as in_short
 from scap_hub.text import one_line
 from scap_hub.training.data import Data
+from scap_hub.training.data.batches import images_of
 from scap_hub.training.distributed import accelerator, shard
 from scap_hub.training.evaluate import count
 from scap_hub.zoo import LoadedModel
@@ -168,15 +169,18 @@ def expected(
         timed: Seconds for which each call is timed, if two of it do not take longer.
     """
     model, images = loaded.module.to(accelerator().device).eval(), _sample(data)
-    trains, tuned = tuning.trains(recipe.finetune), float(tuning_steps(recipe))
+    trains, tuned, batch = tuning.trains(recipe.finetune), float(tuning_steps(recipe)), recipe.data.batch_size
     if recipe.repair.tune.learning_rate is None:
         tuned *= 1 + TRIALS
     forward, train, saved = _seconds_forward(model, data, images, timed), 0.0, 0
     if trains or tuned:
         train, saved = _training(model, data, images, trains, timed)
-    epoch = _images(data.train) * train + _images(data.validation) * forward
+    shown = _images(data.train)
+    if recipe.finetune.steps and recipe.finetune.epochs:  # which end where the steps do, not with a pass
+        shown = recipe.finetune.steps * recipe.finetune.gradient_accumulation * batch // recipe.finetune.epochs
+    epoch = shown * train + _images(data.validation) * forward
     epochs = recipe.schedule.steps * recipe.finetune.epochs
-    taught = _images(data.train) * forward if recipe.finetune.distillation.needs_teacher else 0.0
+    taught = shown * forward if recipe.finetune.distillation.needs_teacher else 0.0
     calibration, steps = _images(data.calibration) * forward, recipe.schedule.steps
     passes = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed).passes
     rebuilt = PASSES if recipe.repair.least_squares else float(recipe.repair.batch_norm)
@@ -194,8 +198,7 @@ def expected(
         seconds[FINE_TUNING] = alone * seconds[FINE_TUNING] + own
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     networks = _ADAMW + (recipe.finetune.distillation.needs_teacher or bool(tuned))
-    batch = recipe.data.batch_size if trains else BATCH
-    memory = networks * size + saved * batch // len(images) if train else 0
+    memory = networks * size + saved * (batch if trains else BATCH) // len(images) if train else 0
     found = Forecast(seconds, memory, str(recipe.target.target))
     return found if reach is None else within(found, loaded, reach, recipe)
 
@@ -336,9 +339,8 @@ def _timed(call: Callable[[], object], seconds: float) -> float:
 
 def _images(loader: DataLoader | None) -> int:
     """How many images this process sees; 0 where a stream does not tell."""
-    if loader is None or not isinstance(loader.dataset, Sized):
-        return 0
-    return math.ceil(len(loader.dataset) / accelerator().num_processes)
+    images = None if loader is None else images_of(loader)
+    return math.ceil((images or 0) / accelerator().num_processes)
 
 
 def _equal_keep(groups: ChannelGroups, recipe: Recipe) -> dict[str, list[int]] | None:

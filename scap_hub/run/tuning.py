@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from scap_hub.run.report import Measures, Tuned
 from scap_hub.run.stages import Stages
 from scap_hub.text import counted
 from scap_hub.training.data import Data
+from scap_hub.training.data.batches import images_of
 from scap_hub.training.finetune import finetune
 from scap_hub.zoo import LoadedModel
 
@@ -80,9 +80,8 @@ def warn_if_guessing(measured: Measures, loaded: LoadedModel, data: Data, tuned:
     chance = data.task.chance(loaded.num_classes)
     if chance is None or measured.top1 is None or data.measured_on is None:
         return
-    images = data.measured_on.dataset
-    count = len(images) if isinstance(images, Sized) else 100  # a stream does not tell
-    luck = 3 * math.sqrt(chance * (1 - chance) / max(1, count))
+    count = images_of(data.measured_on) or 100  # a stream does not tell
+    luck = 3 * math.sqrt(chance * (1 - chance) / count)
     if measured.top1 > chance + min(luck, (1 - chance) / 2):  # of few images all may be right by luck
         return
     advice = (

@@ -135,7 +135,8 @@ class ObjectDetection(PlacedTask):
                 f"the targets of {where} are not, for each of {images} images, a dictionary of class_labels (n,) and "
                 "boxes (n, 4): centre, width and height as shares of the image"
             )
-        for target in targets:
+        found = [_as_tensors(target, where) for target in targets]
+        for target in found:
             if target["boxes"].shape != (len(target["class_labels"]), 4):
                 raise DataError(
                     f"an image of {where} has {len(target['class_labels'])} class_labels and boxes of shape "
@@ -144,7 +145,7 @@ class ObjectDetection(PlacedTask):
             self.check(target["class_labels"], num_classes, where)
             if len(target["boxes"]) and not 0 <= target["boxes"].min() <= target["boxes"].max() <= 1:
                 raise DataError(f"boxes of {where} are not within 0 and 1: give centre, width and height as shares")
-        return [{key: target[key] for key in ("class_labels", "boxes")} for target in targets]
+        return found
 
     def output(self, model: nn.Module, images: Tensor) -> Detected:
         """See `Detected`."""
@@ -221,6 +222,14 @@ class ObjectDetection(PlacedTask):
     def meter(self, device: torch.device) -> Meter:
         """See `Task.meter`."""
         return _Precision(self)
+
+
+def _as_tensors(target: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """Classes, int64, and boxes, float32. `torch.tensor([])`, of an image without objects, is neither."""
+    classes, boxes = (torch.as_tensor(target[key]) for key in ("class_labels", "boxes"))
+    if classes.is_floating_point() and (uneven := classes % 1 != 0).any():
+        raise DataError(f"class_labels of {where} are fractions, such as {classes[uneven][0]:g}: give integers")
+    return {"class_labels": classes.long(), "boxes": boxes.float() if boxes.numel() else boxes.new_zeros(0, 4).float()}
 
 
 def _lists(value: Any, where: str) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,14 @@ def loader_of(images: Dataset, collate: Callable, settings: DataSettings, shuffl
     )
 
 
+def images_of(loader: DataLoader) -> int | None:
+    """How many images a loader has in all; None where a stream does not tell."""
+    try:
+        return len(loader.dataset)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
+
+
 def _workers(images: Dataset, wanted: int | None) -> int:
     """Loader processes: as many as are wanted, else none where the images are kept in memory."""
     source = images.dataset if isinstance(images, Subset) else images

@@ -98,7 +98,7 @@ class Checked:
 
 
 def _parts(batch: Any) -> tuple[Any, ...]:
-    """Images and, if there are any, targets; transformers' batches name them."""
+    """Images and, if there are any, targets, of a batch or a sample; transformers' name them."""
     if isinstance(batch, Mapping) and "pixel_values" in batch:
         return batch["pixel_values"], *([batch["labels"]] if "labels" in batch else [])
     return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
@@ -106,10 +106,10 @@ def _parts(batch: Any) -> tuple[Any, ...]:
 
 def _joined(samples: Any) -> Any:
     """Torch's own batch, in which dictionaries of targets stay apart: no two images have equally many boxes."""
-    pairs = all(isinstance(sample, (tuple, list)) and len(sample) == 2 for sample in samples)
-    if not pairs or not all(isinstance(target, Mapping) for _, target in samples):
+    parts = [_parts(sample) for sample in samples]
+    if not all(len(part) == 2 and isinstance(part[1], Mapping) for part in parts):
         return default_collate(samples)
-    return default_collate([image for image, _ in samples]), [target for _, target in samples]
+    return default_collate([image for image, _ in parts]), [target for _, target in parts]
 
 
 def _stacked(images: Any, where: str) -> Any:
@@ -234,11 +234,10 @@ class Readable(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         """See `Readable`."""
         with _readable(index):
-            sample = self.dataset[index]
-            image = upright(first_of(sample), self.channels)
-        rest = tuple(sample[1:]) if isinstance(sample, (tuple, list)) else ()
+            image, *rest = _parts(self.dataset[index])
+            image = upright(image, self.channels)
         if rest and self.geometry is not None:
-            rest = (self.geometry(self.numbering.placed(rest[0], (image.height, image.width))), *rest[1:])
+            rest[0] = self.geometry(self.numbering.placed(rest[0], (image.height, image.width)))
         return (self.pixels(image), *rest)
 
 
@@ -277,7 +276,7 @@ class Handed:
             self.whole = source
             first = self._first(source)
             image = first_of(first)
-            self.labelled = settings.labels and isinstance(first, (tuple, list)) and len(first) > 1
+            self.labelled = settings.labels and len(_parts(first)) > 1
             if isinstance(image, Tensor):
                 spread = range(0, len(source), max(1, len(source) // _LOOKED_AT))
                 with torch.random.fork_rng(devices=[]):

@@ -15,9 +15,12 @@ from scap_hub.errors import DataError
 from scap_hub.files import path_of
 from scap_hub.recipe import DataSettings
 from scap_hub.text import one_line
+from scap_hub.training.data.folders import image_folder
 from scap_hub.zoo.remote import refusals
 
 DIGITS = Path(__file__).parents[2] / "data" / "digits"
+_SHARDS = 64
+"""Parts of a stream of image files, which its readers share."""
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 
 
@@ -57,16 +60,11 @@ def ensure_there(name: str, settings: DataSettings) -> None:
 @contextlib.contextmanager
 def _refusals(name: str, path: Path) -> Iterator[None]:
     """Says in one line why `datasets` refuses a data set."""
-    import datasets
-
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        datasets.exceptions.DatasetsError,
-        datasets.exceptions.DatasetGenerationError,
-    ) as error:
+    except DataError:
+        raise
+    except Exception as error:  # files of anybody's, in a foreign library
         where = "as a folder" if path.exists() else "on the Hub, and there is no such folder"
         raise DataError(f"data set {name!r} cannot be loaded {where}: {' '.join(str(error).split())}") from error
 
@@ -131,6 +129,10 @@ def _opened(name: str, path: Path, settings: DataSettings) -> Any:
         return datasets.load_from_disk(str(path))
     if path.suffix == ".parquet" and path.is_file():
         return datasets.load_dataset("parquet", data_files=str(path), streaming=settings.streaming)
+    if path.is_dir() and (splits := image_folder(path)):
+        if not settings.streaming:
+            return splits
+        return {split: rows.to_iterable_dataset(min(len(rows), _SHARDS)) for split, rows in splits.items()}
     if path.exists():
         return datasets.load_dataset(str(path), streaming=settings.streaming)
     _ensure_reachable(name, path, settings)
