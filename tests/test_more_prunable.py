@@ -20,7 +20,7 @@ import scap_hub
 from scap_hub.errors import ModelError
 from scap_hub.training.evaluate import count
 from scap_hub.zoo import load_model
-from tests.independent import difference, random_values
+from tests.independent import TOLERANCE, difference, random_values, reference
 from tests.small_cases import Body, Forward, each, free, image, pruned_exactly, some_plan
 
 # Operators.
@@ -201,6 +201,10 @@ LITERAL: dict[str, Forward] = {
         y := net.a(x), q := net.q16(y).view(2, 2, 8, 64), k := net.k16(y).view(2, 2, 8, 64),
         w := (q.transpose(2, 3) @ k * 0.3).softmax(-1),
         net.head(net.b((net.v16(y).view(2, 2, 8, 64) @ w.transpose(2, 3)).reshape(2, 16, 8, 8))))[-1],
+    "queries of two heads share a key": lambda net, x: (
+        y := net.a(x), q := net.q16(y).flatten(2)[..., None], k := net.few(y).flatten(2)[..., None],
+        w := F.scaled_dot_product_attention(q, k, k, scale=0.3, enable_gqa=True),
+        net.head(net.b(w.squeeze(-1).unflatten(2, (8, 8)))))[-1],
     "heads by the width that enters, scaled by its root": by_the_width(lambda w, root: w * root**-0.5),
     "heads by the width that enters, over its root": by_the_width(lambda w, root: w / math.sqrt(root)),
     "heads so narrow that their width is right by chance": lambda net, x: (
@@ -216,7 +220,7 @@ LITERAL: dict[str, Forward] = {
     "zeros of a literal size": lambda net, x: (
         y := net.a(x).relu(), net.head(net.b(torch.zeros(2, 16, 8, 8, dtype=y.dtype) + y)))[1],
 }  # fmt: skip
-PRODUCTS = {name for name in LITERAL if name.startswith(("heads", "expand"))}
+PRODUCTS = {name for name in LITERAL if name.startswith(("heads", "queries", "expand"))}
 
 
 @each(LITERAL)
@@ -226,6 +230,7 @@ def test_sizes_written_as_numbers(name):
         "p": nn.Conv2d(4, 12, 1),
         "q": nn.Conv2d(12, 12, 1),
         "r": nn.Conv2d(4, 4, 1),
+        "few": nn.Conv2d(16, 8, 1),
         "wide": nn.Linear(16, 256),
         "up": nn.ConvTranspose2d(16, 12, 4, 2, 1),
     }
@@ -285,6 +290,10 @@ class Attending(nn.Module):
         for layer in self.layers:
             x = x + self.attend(layer, x)
         return self.head((x + self.down(self.up(x).relu())).mean(1))
+
+
+class OwnLayer(nn.TransformerEncoderLayer):
+    """One of torch's transformer layers by inheritance."""
 
 
 class Projections(nn.Module):
@@ -347,6 +356,16 @@ def test_torchs_attention_counts_with_and_without_its_fast_path():
     assert count(scap_hub.apply_plan(net, plan), (3, 8, 8))["macs"] == groups.macs(groups.staying({"layers.0": [0, 2]}))
 
 
+def test_an_einsum_of_three_counts_as_the_two_products_that_torch_computes():
+    product = "bchw,cd,de->behw"
+    net = Body(
+        lambda net, x: net.head(net.b(torch.einsum(product, net.a(x), net.one, net.two))),
+        one=nn.Parameter(torch.randn(16, 8)), two=nn.Parameter(torch.randn(8, 16)),
+    )  # fmt: skip
+    groups = scap_hub.channel_groups(net, image()[:1])
+    assert count(net, (3, 8, 8))["macs"] == groups.macs(groups.everything())
+
+
 def test_torchs_attention_is_pruned_twice():
     make, attend = ATTENTION["of itself, no weights"]
     net = random_values(Attending(attend, make(), 2)).eval()
@@ -354,6 +373,31 @@ def test_torchs_attention_is_pruned_twice():
     once = scap_hub.apply_plan(net, scap_hub.PruningPlan.from_keep(scap_hub.channel_groups(net, image(8)), heads))
     groups = pruned_exactly(once, image(8), checks=("all",))
     assert once.layers[0].in_proj_weight.shape == (36, 16) and heads.keys() <= free(groups)
+
+
+@torch.no_grad()
+def test_a_layer_of_ones_own_takes_no_fast_path():
+    """Torch would hand on nested tensors here, and compute the layer past its attention."""
+
+    def attend(own: nn.Module, x: Tensor) -> Tensor:
+        here = torch.arange(x.shape[1]).expand(x.shape[:2]) < 3
+        return own(x, src_key_padding_mask=~here) * here[..., None]
+
+    layers = nn.TransformerEncoder(OwnLayer(16, 4, 24, 0.0, batch_first=True), 1)
+    net, x = random_values(Attending(attend, layers)).eval().double(), image(8).double()
+    kept = {"layers.0.layers.0.self_attn": [0, 2, 3]}
+    plan = scap_hub.PruningPlan.from_keep(scap_hub.channel_groups(net, x), kept)
+    assert difference(scap_hub.apply_plan(net, plan)(x), reference(net, plan, "all")(x)) < TOLERANCE
+
+
+def test_a_scale_from_a_width_is_kept_in_a_second_round():
+    """Torch scales by the root of a width, where it returns weights; the first plan has changed the width."""
+    make, attend = ATTENTION["of itself"]
+    net, x = random_values(Attending(attend, make())).eval().double(), image(8).double()
+    for kept in ([0, 1, 3], [1, 2], [0]):
+        plan = scap_hub.PruningPlan.from_keep(scap_hub.channel_groups(net, x), {"layers.0": kept})
+        dense, net = net, scap_hub.apply_plan(net, plan)
+        assert difference(net(x), reference(dense, plan, "all")(x)) < TOLERANCE
 
 
 # Arithmetic with a width that is read at run time.

@@ -160,6 +160,11 @@ class _Trial:
         self.forward, self.plan, self.stays, self.left = forward, plan, stays, left
         self.small = apply_plan(forward.model, plan)
         self.shrinks = forward.narrower(plan)
+        self.earlier: dict[str, dict[tuple[str, int, int], tuple[float | None, float]]] = {
+            path: {(function, call, at): (old, new) for function, call, at, old, new in earlier_calls(module)}
+            for path, module in forward.model.named_modules()
+        }
+        """By path and place, what an earlier plan changed in calls: the old number and the new one."""
         self.tried: dict[Choice, _Tried] = {}
         self.alike: dict[str, _Tried] = {}
         """What was tried, by what it changes: several choices may come to the same."""
@@ -195,21 +200,22 @@ class _Trial:
             attributes.setdefault(path, {}).update(values)
         calls: dict[str, list[CallNumber]] = {}
         for path, changes in self._calls(chosen).items():
-            changed = {tuple(change[:3]) for change in earlier_calls(self.forward.model.get_submodule(path))}
             for function, call, position, new in changes:
                 # What an earlier plan changed there is undone, even where the number that arrives is right by now.
-                right = {new} if (function, call, position) not in changed else set()
+                known = self.earlier.get(path, {}).get((function, call, position), (new, new))
                 arrived = arrivals[path, function, call, position].numbers
                 if len(arrived) > 1:
                     raise StuckError((path,), f"{function} is called with several numbers, {sorted(arrived)}")
-                for old in arrived - right:
-                    own = CallNumber(function=function, call=call, position=position, old=old, new=new)
-                    calls.setdefault(path, []).append(own)
+                for old in arrived:
+                    if (old, new) != known:
+                        own = CallNumber(function=function, call=call, position=position, old=old, new=new)
+                        calls.setdefault(path, []).append(own)
         # Torch's transformer layers compute attentions past their forward passes, unless a mode is looking on.
-        for path in [*calls]:
-            for around, kind in self.forward.kinds.items():
-                if kind.__module__ == nn.TransformerEncoder.__module__ and path.startswith(f"{around}."):
-                    calls.setdefault(around, [])
+        past = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+        layers = [path for path, kind in self.forward.kinds.items() if issubclass(kind, past)]
+        for around in layers:
+            if any(path.startswith(f"{around}.") for path in calls):
+                calls.setdefault(around, [])
         return self.plan.model_copy(
             update={"attributes": attributes, "calls": {path: tuple(own) for path, own in calls.items()}}
         )
@@ -251,7 +257,10 @@ class _Trial:
         return found
 
     def _calls(self, chosen: Choice) -> dict[str, list[_Change]]:
-        """New numbers in calls, by module path: function, call, position, number."""
+        """New numbers in calls, by module path: function, call, position, number.
+
+        Those of an earlier plan stay, whatever number arrives there from a width that changes.
+        """
         values: dict[str, dict[tuple[str, int, int], set[float]]] = {}
         for use in chosen:
             if isinstance(use, AttributeUse):
@@ -261,10 +270,10 @@ class _Trial:
                 if number is not None:
                     own = values.setdefault(node.owner, {})
                     own.setdefault((use.function, use.call, use.position), set()).add(number)
-        return {
-            path: [(*place, next(iter(numbers))) for place, numbers in own.items() if len(numbers) == 1]
-            for path, own in values.items()
-        }
+        found = {path: {place: new for place, (_, new) in own.items()} for path, own in self.earlier.items() if own}
+        for path, own in values.items():
+            found.setdefault(path, {}).update({place: min(new) for place, new in own.items() if len(new) == 1})
+        return {path: [(*place, new) for place, new in own.items()] for path, own in found.items()}
 
     def _number(self, node: Node, run: Run, use: CallUse) -> float | None:
         """What an argument of an operator must be in the pruned model; None if the operator has no such number."""

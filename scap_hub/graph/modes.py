@@ -33,6 +33,17 @@ def uncompiled() -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
+def no_fast_path() -> Iterator[None]:
+    """Torch's attention in parts: as one operator it counts for nothing, and an encoder hands on nested tensors."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Whatever modules cache in the meantime, in attributes or in dicts and lists of theirs, is gone afterwards."""
     held = {module: dict(vars(module)) for module in model.modules()}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -14,7 +12,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from scap_hub.errors import DataError, ModelError
-from scap_hub.graph.record import evaluating
+from scap_hub.graph.modes import evaluating, no_fast_path
 from scap_hub.placement import placement
 from scap_hub.private import FakeTensorMode
 from scap_hub.progress import track
@@ -87,17 +85,6 @@ def autocast(precision: str) -> torch.autocast:
     return torch.autocast(accelerator().device.type, dtype, enabled=precision != "no")
 
 
-@contextlib.contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Torch's attention in parts that a counter knows: as one operator it would count for nothing."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
 @torch.no_grad()
 def count(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
     """What the model costs, without running it where that is possible.
@@ -121,7 +108,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
     around = copy.deepcopy(model, {**{id(tensor): tensor for tensor in model.buffers()}, **frozen}).eval()
     counter = FlopCounterMode(display=False)
     # As matrix products: the counter does not know the CPU's fused attention, which also depends on the widths.
-    with sdpa_kernel(SDPBackend.MATH), _no_fast_path():
+    with sdpa_kernel(SDPBackend.MATH), no_fast_path():
         try:
             with FakeTensorMode(allow_non_fake_inputs=True), counter:
                 around(torch.empty(1, *input_size, device=device, dtype=dtype))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scap_hub.graph.record import untouched
+from scap_hub.graph.modes import no_fast_path, untouched
 from scap_hub.graph.shapes import Remembering
 from scap_hub.private import enable_python_dispatcher
 
@@ -51,7 +51,7 @@ def observed(model: nn.Module, inputs: tuple[Any, ...], **options: Any) -> tuple
         The shapes of its modules' inputs and outputs, and its output.
     """
     calls: Calls = {}
-    with untouched(model), torch.no_grad():
+    with untouched(model), no_fast_path(), torch.no_grad():
         for path, module in model.eval().named_modules():
 
             def note(_: Any, arguments: tuple[Any, ...], output: Any, path: str = path) -> None:

@@ -67,7 +67,8 @@ def _agreed(call: Call, operands: list[Labels], letters: list[str], letter: str)
         if letter in own and operand.shape[own.index(letter)] > 1
     ]
     present = [labels for labels in tracked if labels is not None]
-    if len(present) < len(tracked):
+    # Where heads of queries share those of keys, the two are not equally many.
+    if len(present) < len(tracked) or len({labels.size for labels in present}) > 1:
         for labels in present:
             call.ledger.pin(labels, f"is multiplied with a tensor that cannot shrink ({call.place})")
         return None
@@ -128,6 +129,11 @@ def einsum(call: Call) -> Labels:
     if not arrow or "." in equation or any(len(set(own)) < len(own) for own in letters):
         call.ledger.pin_all(operands, f"enters an einsum without a rule ({equation})")
         return Labels(call.shape)
+    while len(operands) > 2:  # torch multiplies two at a time, from the left
+        pair, letters = letters[:2], letters[2:]
+        product = "".join(letter for letter in dict.fromkeys("".join(pair)) if letter in out + "".join(letters))
+        operands = [contraction(call, operands[:2], pair, product), *operands[2:]]
+        letters = [product, *letters]
     return contraction(call, operands, letters, out)
 
 
