@@ -4,8 +4,10 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 import scap_hub
+from scap_hub.criteria.obs.cost import elimination_seconds
 from scap_hub.errors import CheckpointError, TargetError
 from tests.nets import Residual
 from tests.test_pruning import QUICK, images
@@ -25,7 +27,7 @@ def test_a_forecast_leaves_the_model_and_the_run_as_they_were():
     assert told.macs[0] == result.report.before.macs and told.params[0] == result.report.before.params
     assert abs(told.macs[1] / result.report.after.macs - 1) < 0.3
     assert f"parameters {told.params[0] / 1e3:.3g} k to about" in "\n".join(told.lines()), "never 0.0 M"
-    assert told.seconds["repair"] > told.seconds["scores"] > 0
+    assert told.seconds["repair"] > 0 and told.seconds["scores"] > 0
     assert "reading images comes on top" in told.lines()[-2]
     unknown = scap_hub.forecast(model, images(), QUICK, criterion="scap", target="threshold=0.5", **arguments)
     assert unknown.macs[1] is None and any("then what the scores say" in line for line in unknown.lines())
@@ -89,3 +91,15 @@ def test_a_run_without_training_says_what_scores_and_repair_take(monkeypatch, ca
     monkeypatch.setattr("scap_hub.run.forecast.LONG", 0.0)
     scap_hub.prune(Residual(), images(), QUICK, **arguments | {"repair_tune_steps": 2})
     assert "about scores 0 s" in capsys.readouterr().err
+
+
+def test_eliminations_and_diagnostics_are_counted(monkeypatch):
+    """They take as long for few small images as for many large ones."""
+    arguments = dict(criterion="obs", model_input_size=(3, 32, 32))
+    wide, narrow = (nn.Sequential(nn.Conv2d(width, 8, 3)) for width in (128, 8))
+    assert elimination_seconds(wide) > 10 * elimination_seconds(narrow) > 0
+    monkeypatch.setattr("scap_hub.criteria.obs.criterion.elimination_seconds", lambda model: 1000.0)
+    told = scap_hub.forecast(Residual(), images(), QUICK, **arguments | {"criterion_diagnostics": True}).seconds
+    assert 1000 < told["scores"] < 1100 and 2000 < told["diagnostics"] < 2100
+    told = scap_hub.forecast(Residual(), images(), QUICK, **arguments | {"criterion_diagnostics": False}).seconds
+    assert told["scores"] > 1000 and "diagnostics" not in told

@@ -63,6 +63,14 @@ class Criterion(ABC):
             `Scores`, or a plain {group.name: (group.size,) float tensor of importances}.
         """
 
+    def seconds_beside(self, model: nn.Module) -> float:
+        """About how long scoring takes beside its passes, however many images there are; nothing by default.
+
+        Args:
+            model: The dense model, on the device on which it will be scored.
+        """
+        return 0.0
+
     def ranking(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> Mapping[str, Tensor]:
         """Scores that order the channels of each group as `score` does; for criteria where that alone is cheaper."""
         return self.score(model, groups, batches)

@@ -12,6 +12,7 @@ from torch import nn
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.recipe import Recipe
 from scap_hub.run.forecast import (
+    DIAGNOSTICS,
     FINE_TUNING,
     MEASURING,
     OTHER_TARGETS,
@@ -112,12 +113,13 @@ def expected_family(
     dense = expected(loaded, data, first, tuning, timed=timed)  # what is timed depends on no target
     sizes = {name: dense if reach is None else within(dense, loaded, reach, own) for name, own in recipes.items()}
     seconds = dict(dense.seconds)
-    for stage in (REPAIR, FINE_TUNING):
+    for stage in {DIAGNOSTICS, REPAIR, FINE_TUNING} & seconds.keys():
         seconds[stage] *= len(sizes)
     seconds[MEASURING] *= (1 + len(sizes)) / 2  # for one size the dense model is measured too
     seconds[OTHER_TARGETS] = max(size.seconds.get(OTHER_TARGETS, 0.0) for size in sizes.values())
     found = {name: expected(small, data, first, tuning, timed=timed) for name, small in smaller.items()}
     for name, own in found.items():
-        took = {stage: own_seconds for stage, own_seconds in own.seconds.items() if stage not in (SCORES, REPAIR)}
+        pruning = (SCORES, DIAGNOSTICS, REPAIR)
+        took = {stage: own_seconds for stage, own_seconds in own.seconds.items() if stage not in pruning}
         seconds[f"training and measuring {name}"] = sum(took.values()) - took[MEASURING] / 2
     return FamilyForecast(sizes, seconds, max(told.memory for told in (dense, *found.values())))

@@ -44,7 +44,8 @@ from scap_hub.zoo import LoadedModel
 
 LONG = 60.0
 """Seconds from which on a run says beforehand what it takes."""
-SCORES, REPAIR, FINE_TUNING, MEASURING = "scores", "repair", "fine-tuning", "measuring"
+SCORES, DIAGNOSTICS, REPAIR = "scores", "diagnostics", "repair"
+FINE_TUNING, MEASURING = "fine-tuning", "measuring"
 OTHER_TARGETS = "the report's other targets"
 """Stages by name."""
 _ENOUGH = 8
@@ -182,9 +183,14 @@ def expected(
     epochs = recipe.schedule.steps * recipe.finetune.epochs
     taught = shown * forward if recipe.finetune.distillation.needs_teacher else 0.0
     calibration, steps = _images(data.calibration) * forward, recipe.schedule.steps
-    passes = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed).passes
+    criterion = criterion_named(recipe.criterion.name, recipe.criterion.options, recipe.seed)
     rebuilt = PASSES if recipe.repair.least_squares else float(recipe.repair.batch_norm)
-    scores = {} if passes is None else {SCORES: steps * passes * calibration}
+    scores = {}
+    if criterion.passes is not None:
+        beside = criterion.seconds_beside(model)
+        scores[SCORES] = steps * (criterion.passes * calibration + beside)
+        if recipe.criterion.diagnostics:  # once more, on half of the images and on the rest
+            scores[DIAGNOSTICS] = (1 + criterion.passes) * calibration + 2 * beside
     seconds = {
         f"tuning the dense model{' and its new head' if tuning.new_head else ''}": tuning.epochs * epoch,
         **scores,

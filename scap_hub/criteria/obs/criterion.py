@@ -23,6 +23,7 @@ from scap_hub.criteria.obs.blocks import (
     weight_of,
     write_compensated,
 )
+from scap_hub.criteria.obs.cost import elimination_seconds
 from scap_hub.criteria.obs.elimination import CompensatedWeight, eliminate
 from scap_hub.criteria.obs.inputs import read_inputs
 from scap_hub.criteria.obs.moments import PatchMoments
@@ -71,6 +72,10 @@ class OBS(Criterion):
         """
         batches = rereadable(batches)
         return self._scores(model, groups, batches, self._importances)
+
+    def seconds_beside(self, model: nn.Module) -> float:
+        """See `Criterion.seconds_beside`."""
+        return elimination_seconds(model)
 
     def ranking(self, model: nn.Module, groups: Sequence[ChannelGroup], batches: Iterable[Any]) -> Scores:
         """See `Criterion.ranking`."""
