@@ -12,8 +12,9 @@ from huggingface_hub import HfApi
 
 import scap_hub
 from scap_hub import errors
+from scap_hub.criteria.diagnostics import diagnose
 from scap_hub.criteria.rivals.magnitude import L1
-from scap_hub.run import baselines, details, pruning
+from scap_hub.run import baselines, details, pruning, score_cache
 from tests.hub_client import running_hub
 from tests.nets import tiny_net
 
@@ -116,6 +117,15 @@ def test_an_interrupted_family_goes_on_with_other_targets(tmp_path, monkeypatch,
     fresh = scap_hub.prune_family(**arguments | {"output_dir": None}, targets=["params=0.6", "macs=0.7"])
     assert all(same(family.members[name], fresh.members[name]) for name in fresh.members)
     assert not same(*fresh.members.values())
+
+
+def test_scores_of_all_sizes_are_diagnosed_once(monkeypatch):
+    made = []
+    monkeypatch.setattr(score_cache, "diagnose", lambda *given: made.append(1) or diagnose(*given))
+    quick = {"criterion_diagnostics": True, "finetune_epochs": 0, "repair_tune_steps": 0}
+    family = scap_hub.prune_family(tiny_net(), "digits", RECIPE, targets=TARGETS, **quick)
+    first, second = ([own.diagnosis for own in member.report.groups.values()] for member in family.members.values())
+    assert made == [1] and first == second and all(first)
 
 
 def test_a_size_is_taken_up_only_if_the_same_larger_ones_taught_it(tmp_path, capsys):

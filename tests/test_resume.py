@@ -150,8 +150,9 @@ def test_a_resumed_run_equals_an_undisturbed_one(at, tmp_path, monkeypatch, undi
 
 def test_nothing_is_computed_twice(tmp_path, monkeypatch):
     cut(monkeypatch, tmp_path, criterion_diagnostics=True)
-    for name in ("select_step", "refine", "diagnose", "verified", "repaired", "measure"):
+    for name in ("select_step", "refine", "verified", "repaired", "measure"):
         monkeypatch.setattr(f"scap_hub.run.pruning.{name}", stop)
+    monkeypatch.setattr("scap_hub.run.score_cache.diagnose", stop)
     monkeypatch.setattr(criteria.Scap, "score", stop)
     monkeypatch.setattr("scap_hub.training.finetune._epoch", stop)
     assert prune(tmp_path, criterion_diagnostics=True).report.groups

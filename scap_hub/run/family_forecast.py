@@ -113,7 +113,7 @@ def expected_family(
     dense = expected(loaded, data, first, tuning, timed=timed)  # what is timed depends on no target
     sizes = {name: dense if reach is None else within(dense, loaded, reach, own) for name, own in recipes.items()}
     seconds = dict(dense.seconds)
-    for stage in {DIAGNOSTICS, REPAIR, FINE_TUNING} & seconds.keys():
+    for stage in (REPAIR, FINE_TUNING):
         seconds[stage] *= len(sizes)
     seconds[MEASURING] *= (1 + len(sizes)) / 2  # for one size the dense model is measured too
     seconds[OTHER_TARGETS] = max(size.seconds.get(OTHER_TARGETS, 0.0) for size in sizes.values())

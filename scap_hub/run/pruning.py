@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scap_hub.channels.groups import ChannelGroups
 from scap_hub.criteria.base import Criterion
 from scap_hub.criteria.base import criterion as criterion_named
-from scap_hub.criteria.diagnostics import Diagnosis, diagnose
+from scap_hub.criteria.diagnostics import Diagnosis
 from scap_hub.errors import TargetError, VerificationError
 from scap_hub.hub.uniform import plain_config
 from scap_hub.placement import half_precisions, lower_precision, raised
@@ -31,7 +31,7 @@ from scap_hub.run.reachable import check_reachable
 from scap_hub.run.repairing import repaired
 from scap_hub.run.report import Measures, Report, Selection, Tuned, measure
 from scap_hub.run.result import Result
-from scap_hub.run.score_cache import kept_scores
+from scap_hub.run.score_cache import kept_diagnoses, kept_scores
 from scap_hub.run.selecting import keep_of_equal_scores, select_step
 from scap_hub.run.stages import Stages
 from scap_hub.run.step import Step, joined, report_of, still_guilty
@@ -243,11 +243,7 @@ class _Pipeline:
         diagnoses: dict[str, Diagnosis] = {}
         if number == 0 and recipe.criterion.diagnostics:
             with stages("diagnostics"):
-                diagnoses = self.kept.value(
-                    "diagnostics",
-                    dict[str, Diagnosis],
-                    lambda: diagnose(model, groups, calibration, self.criterion, scores),
-                )
+                diagnoses = kept_diagnoses(self.cache, model, calibration, self.criterion, groups, scores)
         # A plan that was let pass unverified is not taken up where verification is asked for.
         name = f"plan-{number}" if recipe.evaluate.verify else f"plan-{number}-unverified"
         chosen = self.kept.value(name, _Chosen, lambda: self._chosen(model, groups, scores, earlier))

@@ -1,4 +1,4 @@
-"""Scores that outlive the call: what the same model, images and criterion were once found to score."""
+"""Scores, and what is told of them, that outlive the call: of the same model, images and criterion."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from scap_hub.channels.groups import ChannelGroup
 from scap_hub.criteria import score
 from scap_hub.criteria.base import Criterion
+from scap_hub.criteria.diagnostics import Diagnosis, diagnose
 from scap_hub.files import replacing
 from scap_hub.run import fingerprints
-from scap_hub.run.kept import damaged, unwritable
+from scap_hub.run.kept import Kept, damaged, unwritable
 from scap_hub.scores import Scores
 from scap_hub.training.distributed import accelerator, from_main
 
@@ -47,6 +48,30 @@ def kept_scores(
         found = scores
         from_main(lambda: _save(path, found))
     return scores
+
+
+def kept_diagnoses(
+    folder: Path | None,
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    criterion: Criterion,
+    groups: Sequence[ChannelGroup],
+    scores: Scores,
+) -> dict[str, Diagnosis]:
+    """`diagnose`, read from a folder if it is there, kept in it if it is not.
+
+    Args:
+        folder: As for `kept_scores`.
+        model: As for `diagnose`.
+        batches: This process's calibration images.
+        criterion: As for `diagnose`.
+        groups: As for `diagnose`.
+        scores: As for `diagnose`.
+    """
+    name = folder and from_main(lambda: f"diagnostics-{_fingerprint(model, batches, criterion, groups)}")
+    return Kept(folder).value(
+        str(name), dict[str, Diagnosis], lambda: diagnose(model, groups, batches, criterion, scores)
+    )
 
 
 def _find(folder: Path, fingerprint: str, groups: Sequence[ChannelGroup]) -> tuple[Path, Scores | None]:
