@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,7 @@ BLAMELESS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "float32 inside": (lambda: Body(lambda net, x: net.head(net.b(net.a(x.float())))), image),
     "float32 in the middle": (lambda: Body(lambda net, x: net.head(net.b(net.a(x).float()))), image),
     "data": (lambda: Body(lambda net, x: net.head(net.b(net.a(x)).data.relu())), image),
+    "a shallow copy": (lambda: Body(lambda net, x: (y := net.b(net.a(x)), net.head(y + copy.copy(y)))[1]), image),
 }  # fmt: skip
 
 

@@ -95,7 +95,9 @@ def judged(net: Network, plan: scap_hub.PruningPlan) -> tuple[str, str]:
     if accusation is not None and modes:
         return "wrongly accused", _text(accusation)
     if accusation is not None:
-        return "wrong", f"verify alone says so: {accusation}"
+        # The deviation of the one channel that is left is no number, which is rightly refused.
+        kind = "wrong" if all(x.isfinite().all() for x in leaves(ours)) else "refused"
+        return kind, f"verify alone says so: {accusation}"
     if fault := _training_fault(net, plan, small, bool(modes)):
         return "wrong in training", fault
     return ("exact", "") if modes else ("same shapes", "")

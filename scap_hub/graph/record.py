@@ -228,7 +228,9 @@ class Recorder(PreDispatchMode):
             raise RuntimeError("it makes a tensor whose size depends on the values of the input")
         self.called(func, form, nodes)
         result = run(func, form, leaves)
-        if func not in VALUES:
+        if func is _ATEN.set_.source_Storage_storage_offset and (shown := self._shown_by(result)) is not None:
+            self._alias(result, shown)  # as `copy.copy` makes a tensor: of the memory of another
+        elif func not in VALUES:
             whole = self._call(func, *rebuilt(form, nodes), result, varies)
             for index, item in enumerate(result if isinstance(result, tuple | list) else ()):
                 if is_tensor(item):
