@@ -286,6 +286,9 @@ def grid(*parts):
     [
         (grid("bus,car,train"), {"train": (12, ["bus", "car", "train"])}),
         (grid("hammer,saw,test tube"), {"train": (12, ["hammer", "saw", "test tube"])}),
+        (grid("train station,test tube"), {"train": (8, ["test tube", "train station"])}),
+        (grid("train,images"), {"train": (8, ["images", "train"])}),
+        (grid("train images,test_set"), {"train": (4, None), "test": (4, None)}),
         ([*grid("rose,tulip"), "rose/a-train-ride.png"], {"train": (9, ["rose", "tulip"])}),
         (grid("train,val", "rose,dev"), {"train": (8, ["dev", "rose"]), "validation": (8, ["dev", "rose"])}),
         (

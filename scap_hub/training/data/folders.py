@@ -18,11 +18,13 @@ from PIL import Image
 from scap_hub.errors import DataError
 from scap_hub.progress import tell
 
+VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 _WORDS = {
-    "train": "train", "training": "train",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "train": "train", "training": "train", **dict.fromkeys(VALIDATION_SPLITS, "validation"),
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
+_BESIDE = {"", "data", "image", "images", "set", "split"}
+"""Words that stand beside these, and name nothing that could be a class."""
 _METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 """Files that say more of the images than their places do; `datasets` reads them."""
 _SHOWN = 3
@@ -87,11 +89,15 @@ def _described(path: Path, files: Sequence[PurePath]) -> bool:
 
 
 def _splits(images: Sequence[PurePath]) -> dict[str, list[_Placed]]:
-    """The images of each split. Folders are splits if all are called so, or if one is and there are folders in them."""
+    """The images of each split.
+
+    Folders are splits if one is called so and there are folders in them; else if all have no other name than that of a
+    split, because "train station" and "test tube" may be two classes.
+    """
     placed = _unwrapped([(image, image.parts) for image in images])
     tops = {below[0] for _, below in placed if len(below) > 1}
-    known = {top for top in tops if _split_of(top)}
-    if not known or (known != tops and all(len(below) < 3 for _, below in placed)):
+    flat = all(len(below) < 3 for _, below in placed)
+    if not any(map(_split_of, tops)) or (flat and not all(map(_is_no_class, tops))):
         return {"train": placed}
     splits: dict[str, list[_Placed]] = {}
     for image, below in placed:
@@ -103,7 +109,16 @@ def _splits(images: Sequence[PurePath]) -> dict[str, list[_Placed]]:
 
 def _split_of(name: str) -> str | None:
     """The split that a folder of this name holds: "train2017", "Test images"."""
-    return next((_WORDS[word] for word in re.split(r"[-._ 0-9]+", name.lower()) if word in _WORDS), None)
+    return next((_WORDS[word] for word in _words(name) if word in _WORDS), None)
+
+
+def _is_no_class(name: str) -> bool:
+    """Whether a folder's name says of which split it is, and nothing else."""
+    return _split_of(name) is not None and {*_words(name)} <= {*_WORDS, *_BESIDE}
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[-._ 0-9]+", name.lower())
 
 
 def _unwrapped(placed: list[_Placed]) -> list[_Placed]:

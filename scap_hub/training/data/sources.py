@@ -15,13 +15,12 @@ from scap_hub.errors import DataError
 from scap_hub.files import path_of
 from scap_hub.recipe import DataSettings
 from scap_hub.text import one_line
-from scap_hub.training.data.folders import image_folder
+from scap_hub.training.data.folders import VALIDATION_SPLITS, image_folder
 from scap_hub.zoo.remote import refusals
 
 DIGITS = Path(__file__).parents[2] / "data" / "digits"
 _SHARDS = 64
 """Parts of a stream of image files, which its readers share."""
-VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 
 
 def open_splits(name: str, settings: DataSettings) -> dict[str, Any]:
