@@ -92,7 +92,7 @@ def test_a_run_on_streams_of_unknown_length(monkeypatch):
     run = {"model_input_size": (1, 8, 8), "criterion": "l1", "target": "ratio=0.5", "evaluate_latency": False}
     run |= {"criterion_diagnostics": False, "finetune_epochs": 1, "data_batch_size": 8}
     streams = datasets.IterableDatasetDict({"train": rows(), "validation": rows(1)})
-    monkeypatch.setattr("scap_hub.run.forecast._timed", lambda call, seconds: 1.0)
+    monkeypatch.setattr("scap_hub.run.forecast.fastest", lambda call, seconds: 1.0)
     told = [scap_hub.forecast(tiny_net(), streams, finetune_steps=steps, **run).seconds for steps in (20, 40)]
     longer = told[1]["fine-tuning"] - told[0]["fine-tuning"]
     assert longer == pytest.approx(2 * 20) and told[0]["measuring"] == 0, "a second a step, and one for the teacher"

@@ -36,8 +36,9 @@ from scap_hub.run.wholes import whole_of
 from scap_hub.tasks import Task
 from scap_hub.text import count as in_short
 from scap_hub.text import one_line
+from scap_hub.timing.clock import fastest
 from scap_hub.training.data import Data
-from scap_hub.training.data.batches import images_of
+from scap_hub.training.data.batches import known_length
 from scap_hub.training.distributed import accelerator, shard
 from scap_hub.training.evaluate import count
 from scap_hub.zoo import LoadedModel
@@ -281,7 +282,7 @@ def _seconds_forward(model: nn.Module, data: Data, images: Tensor, timed: float)
         ModelError: They do not go together.
     """
     try:
-        return _timed(lambda: data.task.output(model, images), timed) / len(images)
+        return fastest(lambda: data.task.output(model, images), timed) / len(images)
     except (ScapHubError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -314,7 +315,7 @@ def _training(model: nn.Module, data: Data, images: Tensor, mode: bool, timed: f
     step()
     weights = {parameter.untyped_storage().data_ptr() for parameter in pupil.parameters()}
     saved = sum(size for place, size in held.items() if place not in weights)
-    return _timed(step, timed) / len(images), saved
+    return fastest(step, timed) / len(images), saved
 
 
 def _seconds_of_epoch(model: nn.Module, data: Data, timed: float) -> float:
@@ -327,25 +328,13 @@ def _seconds_of_epoch(model: nn.Module, data: Data, timed: float) -> float:
 
     with torch.random.fork_rng(devices=[]):  # the order of the images, and what a detector draws
         images, targets = next(iter(shard(data.train)))
-        train = _timed(step, timed) / len(images)
+        train = fastest(step, timed) / len(images)
     return _images(data.train) * train + _images(data.validation) * _seconds_forward(model, data, images, timed)
-
-
-def _timed(call: Callable[[], object], seconds: float) -> float:
-    """Seconds of a call: of several the fastest, as the first one warms up and other work on the machine delays."""
-    times: list[float] = []
-    while len(times) < 2 or sum(times) < seconds:
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def _images(loader: DataLoader | None) -> int:
     """How many images this process sees; 0 where a stream does not tell."""
-    images = None if loader is None else images_of(loader)
+    images = None if loader is None else known_length(loader)
     return math.ceil((images or 0) / accelerator().num_processes)
 
 

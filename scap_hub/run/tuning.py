@@ -13,7 +13,7 @@ from scap_hub.run.report import Measures, Tuned
 from scap_hub.run.stages import Stages
 from scap_hub.text import counted
 from scap_hub.training.data import Data
-from scap_hub.training.data.batches import images_of
+from scap_hub.training.data.batches import known_length
 from scap_hub.training.finetune import finetune
 from scap_hub.zoo import LoadedModel
 
@@ -80,7 +80,7 @@ def warn_if_guessing(measured: Measures, loaded: LoadedModel, data: Data, tuned:
     chance = data.task.chance(loaded.num_classes)
     if chance is None or measured.top1 is None or data.measured_on is None:
         return
-    count = images_of(data.measured_on) or 100  # a stream does not tell
+    count = known_length(data.measured_on) or 100  # a stream does not tell
     luck = 3 * math.sqrt(chance * (1 - chance) / count)
     if measured.top1 > chance + min(luck, (1 - chance) / 2):  # of few images all may be right by luck
         return

@@ -35,7 +35,7 @@ def loader_of(images: Dataset, collate: Callable, settings: DataSettings, shuffl
     )
 
 
-def images_of(loader: DataLoader) -> int | None:
+def known_length(loader: DataLoader) -> int | None:
     """How many images a loader has in all; None where a stream does not tell."""
     try:
         return len(loader.dataset)  # type: ignore[arg-type]
