@@ -7,7 +7,7 @@ import scap_hub
 from scap_hub import criteria
 from scap_hub.criteria.base import criterion
 from scap_hub.errors import TargetError
-from scap_hub.run.score_cache import kept_scores
+from scap_hub.run.score_cache import Scoring
 from tests.nets import Residual, tiny_net
 from tests.test_comparison import QUICK as COMPARED
 from tests.test_criteria import MINE
@@ -70,7 +70,7 @@ def test_kept_scores_are_the_same_value(tmp_path):
     batches = [torch.randn(8, 3, 32, 32)]
     groups = [group for group in scap_hub.channel_groups(model, batches[0]) if group.prunable]
     for kind in (criteria.Scap, criteria.ScapSet):
-        first, second = (kept_scores(tmp_path, model, batches, kind(), groups) for _ in range(2))
+        first, second = (Scoring(tmp_path, model, batches, kind(), groups).scores() for _ in range(2))
         assert list(first) == list(second) and first.scope == second.scope == kind.scope
         assert first.fidelity.keys() == second.fidelity.keys()
         for one, other in ((first, second), (first.fidelity, second.fidelity)):
@@ -85,7 +85,7 @@ def test_scores_of_a_changed_file_are_not_taken(tmp_path, monkeypatch):
     found = []
     for factor in ("1.0", "20.0"):
         path.write_text(MINE.replace("self.slope *", f"{factor} *"))
-        found.append(kept_scores(tmp_path, model, [], criterion(f"{path}:Mine"), groups)["stem"])
+        found.append(Scoring(tmp_path, model, [], criterion(f"{path}:Mine"), groups).scores()["stem"])
     assert torch.equal(20 * found[0], found[1])
 
 

@@ -31,7 +31,7 @@ from scap_hub.run.reachable import check_reachable
 from scap_hub.run.repairing import repaired
 from scap_hub.run.report import Measures, Report, Selection, Tuned, measure
 from scap_hub.run.result import Result
-from scap_hub.run.score_cache import kept_diagnoses, kept_scores
+from scap_hub.run.score_cache import Scoring
 from scap_hub.run.selecting import keep_of_equal_scores, select_step
 from scap_hub.run.stages import Stages
 from scap_hub.run.step import Step, joined, report_of, still_guilty
@@ -149,7 +149,7 @@ def prune_loaded(
         before: What was measured of the dense model; measured here if left out.
         tuned: How it was trained.
         work: Where what each stage finds is kept.
-        scores: Where scores are kept; see `kept_scores`.
+        scores: Where scores are kept; see `Scoring`.
         stages: Where the seconds are counted.
         callbacks: As for `prune`.
         detailed: Whether the report has what the page shows beside measurements.
@@ -239,11 +239,12 @@ class _Pipeline:
             if recipe.schedule.steps == 1:
                 keep_of_equal_scores(groups, recipe.target)  # what cannot be reached is told before it is scored
         with stages("scores"):
-            scores = kept_scores(self.cache, model, calibration, self.criterion, groups)
+            scoring = Scoring(self.cache, model, calibration, self.criterion, groups)
+            scores = scoring.scores()
         diagnoses: dict[str, Diagnosis] = {}
         if number == 0 and recipe.criterion.diagnostics:
             with stages("diagnostics"):
-                diagnoses = kept_diagnoses(self.cache, model, calibration, self.criterion, groups, scores)
+                diagnoses = scoring.diagnoses(scores)
         # A plan that was let pass unverified is not taken up where verification is asked for.
         name = f"plan-{number}" if recipe.evaluate.verify else f"plan-{number}-unverified"
         chosen = self.kept.value(name, _Chosen, lambda: self._chosen(model, groups, scores, earlier))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,59 +26,51 @@ _FORMAT = 2  # of the files; part of the fingerprint, so that files of another f
 _IMPORTANCE, _FIDELITY = "importance/", "fidelity/"
 
 
-def kept_scores(
-    folder: Path | None,
-    model: nn.Module,
-    batches: Sequence[Tensor],
-    criterion: Criterion,
-    groups: Sequence[ChannelGroup],
-) -> Scores:
-    """`score`, read from a folder if they are there, kept in it if they are not.
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """A scoring whose results are read from a folder if they are there, and kept in it if they are not.
 
-    Args:
+    Attributes:
         folder: Of the main process; None to keep nothing.
         model: As for `score`.
         batches: This process's calibration images.
         criterion: As for `score`.
         groups: As for `score`.
     """
-    if folder is None:
-        return score(model, batches, criterion, groups=groups)
-    path, scores = from_main(lambda: _find(folder, _fingerprint(model, batches, criterion, groups), groups))
-    if scores is None:
-        scores = score(model, batches, criterion, groups=groups)
-        found = scores
-        from_main(lambda: _save(path, found))
-    return scores
 
+    folder: Path | None
+    model: nn.Module
+    batches: Sequence[Tensor]
+    criterion: Criterion
+    groups: Sequence[ChannelGroup]
 
-def kept_diagnoses(
-    folder: Path | None,
-    model: nn.Module,
-    batches: Sequence[Tensor],
-    criterion: Criterion,
-    groups: Sequence[ChannelGroup],
-    scores: Scores,
-) -> dict[str, Diagnosis]:
-    """`diagnose`, read from a folder if it is there, kept in it if it is not.
+    def scores(self) -> Scores:
+        """What `score` finds."""
+        if self.folder is None:
+            return self._scored()
+        path, groups = self.folder / f"{self._name}.safetensors", self.groups
+        scores = from_main(lambda: _load(path, groups) if path.is_file() else None)
+        if scores is None:
+            scores = found = self._scored()
+            from_main(lambda: _save(path, found))
+        return scores
 
-    Args:
-        folder: As for `kept_scores`.
-        model: As for `diagnose`.
-        batches: This process's calibration images.
-        criterion: As for `diagnose`.
-        groups: As for `diagnose`.
-        scores: As for `diagnose`.
-    """
-    name = folder and from_main(lambda: f"diagnostics-{_fingerprint(model, batches, criterion, groups)}")
-    return Kept(folder).value(
-        str(name), dict[str, Diagnosis], lambda: diagnose(model, groups, batches, criterion, scores)
-    )
+    def diagnoses(self, scores: Scores) -> dict[str, Diagnosis]:
+        """What `diagnose` says of these scores."""
+        if self.folder is None:
+            return self._diagnosed(scores)
+        return Kept(self.folder).value(self._name, dict[str, Diagnosis], lambda: self._diagnosed(scores))
 
+    def _scored(self) -> Scores:
+        return score(self.model, self.batches, self.criterion, groups=self.groups)
 
-def _find(folder: Path, fingerprint: str, groups: Sequence[ChannelGroup]) -> tuple[Path, Scores | None]:
-    path = folder / f"{fingerprint}.safetensors"
-    return path, _load(path, groups) if path.is_file() else None
+    def _diagnosed(self, scores: Scores) -> dict[str, Diagnosis]:
+        return diagnose(self.model, self.groups, self.batches, self.criterion, scores)
+
+    @functools.cached_property
+    def _name(self) -> str:
+        """A fingerprint of everything that the scores follow from; of the images, the main process's."""
+        return from_main(lambda: _fingerprint(self.model, self.batches, self.criterion, self.groups))
 
 
 def _save(path: Path, scores: Scores) -> None:
