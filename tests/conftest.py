@@ -12,7 +12,11 @@ import torch
 
 import scap_hub  # noqa: F401  # with all that it imports
 
-gc.freeze()  # what libraries hold need not be looked through at the end of each training, which collects garbage
+
+def pytest_collection_finish():
+    """What libraries hold need not be looked through at the end of each training, which collects garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
