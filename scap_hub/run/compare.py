@@ -92,11 +92,7 @@ def compare(
     if not found.dense:
         found.dense = _dense(loaded, data)
     scorers = {key: _scorer(recipe) for key, recipe in recipes.items()}
-    done = {
-        key
-        for key, cell in ((_key(cell), cell) for cell in found.cells)
-        if "error" not in cell and cell.get("scorer") in (None, scorers.get(key))  # older ones did not say
-    }
+    done = {_key(cell) for cell in found.cells if _is_done(cell, scorers)}
     fitting = (key for key in recipes if _fits(key[2], recipes[key].target.target))
     left = [key for key in fitting if key not in done and places.get(key[2], key[1]) == key[1]]
     seeded = {base.seed: data}
@@ -144,6 +140,10 @@ def _recipes(base: Recipe, seeds: Sequence[int], targets: Sequence[str], names: 
 
 def _key(cell: Cell) -> Key:
     return cell["seed"], cell["target"], cell["criterion"]
+
+
+def _is_done(cell: Cell, scorers: Mapping[Key, str]) -> bool:
+    return "error" not in cell and cell.get("scorer") in (None, scorers.get(_key(cell)))  # older ones did not say
 
 
 def _criteria(criteria: str | Sequence[str]) -> list[str]:
