@@ -14,6 +14,8 @@ from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
     ConvNextImageProcessor,
+    DetrImageProcessor,
+    GLPNImageProcessor,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
     MobileNetV2ImageProcessor,
@@ -147,6 +149,15 @@ def test_transformers_preprocessing_is_the_image_processor_s(processor, size, cr
     again = load_model(tmp_path).preprocessing
     assert again.input_size == smaller.preprocessing.input_size == (3, 64, 64)
     assert again.crop_pct == pytest.approx(crop_pct, abs=0.01)  # a whole number of pixels
+
+
+@pytest.mark.parametrize("processor", [GLPNImageProcessor(), DetrImageProcessor(do_normalize=False)])
+def test_nothing_is_normalised_where_the_image_processor_does_not(processor, tmp_path):
+    tiny_resnet().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    found = load_model(tmp_path, input_size=(3, 64, 64)).preprocessing
+    assert (found.mean, found.std) == (pytest.approx((0, 0, 0)), pytest.approx((1, 1, 1)))
+    assert "-" not in str(found.mean)
 
 
 def test_timm_modules_are_recognised():

@@ -47,10 +47,16 @@ def test_finished_cells_are_not_run_again(tmp_path, monkeypatch):
     ran = []
     whole = compare.prune_loaded
     monkeypatch.setattr(compare, "prune_loaded", lambda *a, **k: ran.append(a[2].criterion.name) or whole(*a, **k))
-    both = scap_hub.compare(criteria=["l1", "fpgm"], **arguments)
-    assert ran == ["fpgm"] and both.cells[0] == first.cells[0] and len(both.cells) == 2
-    with pytest.raises(RecipeError, match=r"is a comparison with another recipe; choose another file"):
+    both = scap_hub.compare(criteria=["l1", "random"], **arguments)
+    assert ran == ["random"] and both.cells[0] == first.cells[0] and len(both.cells) == 2
+    scap_hub.compare(criteria=["l1", "random"], criterion={"name": "random", "options": {"seed": 7}}, **arguments)
+    assert ran == ["random", "random"], "an option has changed"
+    with pytest.raises(RecipeError, match=r"is a comparison with other recipe; choose another file"):
         scap_hub.compare(criteria=["l1"], **arguments | {"round_to": 2})
+    torch.nn.init.zeros_(next(arguments["model"].parameters()))
+    other = labelled_images(channels=1, size=8, classes=10)
+    with pytest.raises(RecipeError, match=r"with other data, recipe, weights, images; choose another file"):
+        scap_hub.compare(criteria=["l1"], **arguments | {"dataset": {"train": other, "validation": other}})
     (tmp_path / "out.json").write_text("[]")
     with pytest.raises(RecipeError, match="is no comparison"):
         scap_hub.compare(criteria=["l1"], **arguments)

@@ -244,6 +244,7 @@ def text_labels():
         ),
         (lambda: rows(fine=(datasets.ClassLabel(names=["a"]), [0] * 20)), {}, "2 label columns"),
         (text_labels, {"label_column": "species"}, "column 'species' holds string, not class labels"),
+        (lambda: text_labels().rename_column("species", "label"), {}, "column 'label' holds string, not class labels"),
         (rows, {"label_column": "lable"}, "no column 'lable'; the columns of 'custom' are image (Image), label"),
         (rows, {"train_split": "fit"}, "no split 'fit' for training; the data set has train"),
         (lambda: rows().select([]), {}, "custom[train] has no images"),

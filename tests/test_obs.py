@@ -455,6 +455,14 @@ def test_bad_input():
     assert flat.isfinite().all()
 
 
+def test_layers_whose_inputs_are_next_to_nothing_cost_no_more_than_others():
+    # As after many untrained layers: squares that float32 hardly holds, so their second moment is mostly rounding.
+    x = 3e-23 * torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    weight = torch.ones(2, 16, dtype=torch.float64)
+    costs = CompensatedWeight(weight, (x.T @ x).double(), torch.arange(16), ridge=1e-2).costs(16)
+    assert (costs < 10).all()
+
+
 @pytest.mark.parametrize("ridge", [1e-15, 1e-300], ids=["rounding", "nothing"])
 def test_a_ridge_that_leaves_the_moment_singular_is_refused(ridge):
     rows = torch.randn(3, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -123,6 +123,17 @@ def test_recalibration_takes_the_batches_own_statistics():
     assert not net[1].training
 
 
+def test_a_remainder_is_no_batch_of_its_own():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(144, 4), nn.BatchNorm1d(4))
+    images = torch.cat(IMAGES)[:33, :1]
+    recalibrate(net, images.split(16))
+    one, other = (net[:2](part).var(0) for part in images.tensor_split(2))
+    assert torch.allclose(net[2].running_var, (one + other) / 2, rtol=1e-4)
+    recalibrate(net, images[:4].split(1))
+    with pytest.raises(CalibrationError, match=r"1 calibration image\(s\); at least 2"):
+        recalibrate(net, images[:1])
+
+
 class Chain(nn.Module):
     """Layer after layer, with batch norms, so that errors travel."""
 

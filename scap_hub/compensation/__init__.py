@@ -43,7 +43,7 @@ def repair(
         For each re-solved layer the relative squared output error on its patches, before and after.
 
     Raises:
-        CalibrationError: No images, or images that give NaN or Inf.
+        CalibrationError: Fewer than 2 images, or images that give NaN or Inf.
         RecipeError: The ridge is negative, or not finite.
     """
     if least_squares:

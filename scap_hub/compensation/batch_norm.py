@@ -26,12 +26,15 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         batches: Calibration batches (this process's share); images only are used.
 
     Raises:
-        CalibrationError: No images, or images that give NaN or Inf.
+        CalibrationError: Fewer than 2 images, or images that give NaN or Inf.
     """
-    images = [images_of(batch) for batch in batches]
-    total_images(sum(map(len, images)), least=1)
-    with evaluating(model), torch.no_grad(), fresh_statistics(model, len(images)):
-        for batch in track(images, "batch-norm statistics"):
+    shares = [images_of(batch) for batch in batches]
+    total_images(sum(map(len, shares)))
+    # Each batch counts the same, so none may be a remainder; and one image has no variance.
+    images = torch.cat(shares)
+    even = images.tensor_split(max(1, len(images) // max(2, *map(len, shares))))
+    with evaluating(model), torch.no_grad(), fresh_statistics(model, len(even)):
+        for batch in track(even, "batch-norm statistics"):
             model(fed(model, batch))
 
 

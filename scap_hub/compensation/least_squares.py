@@ -64,14 +64,14 @@ def compensate(
         For each repaired layer the relative squared output error on the patches, before and after.
 
     Raises:
-        CalibrationError: No images, or images that give NaN or Inf.
+        CalibrationError: Fewer than 2 images, or images that give NaN or Inf.
         RecipeError: The ridge is negative, or not finite.
     """
     if not 0 <= ridge < math.inf:
         raise RecipeError(f"ridge = {ridge}: give a number that is not negative, such as 0.01")
     paths = list(_lost_inputs(dense, plan))
     shares = [images_of(batch) for batch in batches]
-    total_images(sum(map(len, shares)), least=1)
+    total_images(sum(map(len, shares)))
     images = fed(dense, torch.cat(shares))
     images = images[: max(1, _BYTES // _largest(dense, images[:1]))]
     places = {path: _places(small.get_submodule(path), len(images)) for path in paths}

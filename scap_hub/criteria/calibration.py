@@ -63,19 +63,18 @@ def rereadable(batches: Iterable[Any]) -> Collection[Any]:
     return batches  # type: ignore[return-value]
 
 
-def total_images(here: int, least: int = 2) -> int:
+def total_images(here: int) -> int:
     """Number of images over all processes.
 
     Args:
         here: Images of this process.
-        least: How many are needed.
 
     Raises:
-        CalibrationError: Fewer than needed.
+        CalibrationError: Fewer than 2.
     """
     total = sum(gather_object([here]))
-    if total < least:
-        raise CalibrationError(f"{total} calibration image(s); at least {least} are needed, 128 or more are advised")
+    if total < 2:
+        raise CalibrationError(f"{total} calibration image(s); at least 2 are needed, 128 or more are advised")
     return total
 
 

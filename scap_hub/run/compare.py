@@ -20,9 +20,10 @@ from scap_hub.criteria.base import known_criteria
 from scap_hub.errors import DataError, RecipeError, ScapHubError
 from scap_hub.progress import track
 from scap_hub.recipe import Recipe
-from scap_hub.run import baselines, peers
+from scap_hub.run import baselines, fingerprints, peers
 from scap_hub.run.comparison import Cell, Comparison, found_in
 from scap_hub.run.inputs import data_for, example, load_dense, recipe_of, shard_calibration
+from scap_hub.run.parts import LoadedPart
 from scap_hub.run.pruning import prune_loaded
 from scap_hub.run.report import Measures, measure
 from scap_hub.run.stages import Stages
@@ -85,12 +86,13 @@ def compare(
     _check_comparable(data, names)
     smaller = baselines.smaller_models(names, loaded, base)
     places = {name: baselines.fitting_target(small, loaded, targets) for name, small in smaller.items()}
+    about = _about(loaded, data, base)
     tune_dense(loaded, data, base, tuning, stages)
-    about = {"model": loaded.name, "data": data.name, "recipe": _shared(base), "metric": asdict(data.task.metric)}
     found = from_main(lambda: found_in(output, about))
     if not found.dense:
         found.dense = _dense(loaded, data)
-    done = {_key(cell) for cell in found.cells if "error" not in cell}
+    scorers = {key: _scorer(recipe) for key, recipe in recipes.items()}
+    done = {_key(cell) for cell in found.cells if _is_done(cell, scorers)}
     fitting = (key for key in recipes if _fits(key[2], recipes[key].target.target))
     left = [key for key in fitting if key not in done and places.get(key[2], key[1]) == key[1]]
     seeded = {base.seed: data}
@@ -102,7 +104,7 @@ def compare(
             job = _Job(
                 loaded, smaller.get(name), tuning, seeded[seed], recipes[key], found.dense, name, Path(scores)
             )  # fmt: skip
-            cell = {"target": target, "criterion": name, "seed": seed, **_measured(job)}
+            cell = {"target": target, "criterion": name, "seed": seed, "scorer": scorers[key], **_measured(job)}
             found.cells = [old for old in found.cells if _key(old) != key] + [cell]
             if output is not None and accelerator().is_main_process:
                 found.save(output)
@@ -140,6 +142,10 @@ def _key(cell: Cell) -> Key:
     return cell["seed"], cell["target"], cell["criterion"]
 
 
+def _is_done(cell: Cell, scorers: Mapping[Key, str]) -> bool:
+    return "error" not in cell and cell.get("scorer") in (None, scorers.get(_key(cell)))  # older ones did not say
+
+
 def _criteria(criteria: str | Sequence[str]) -> list[str]:
     if criteria == "all":
         return [*known_criteria(), *(peers.PEERS if peers.available() else ())]
@@ -155,6 +161,27 @@ def _criteria(criteria: str | Sequence[str]) -> list[str]:
 def _fits(name: str, target: Target) -> bool:
     """Torch-Pruning knows ratios, which are matched to these budgets."""
     return name not in peers.PEERS or target.kind in peers.MATCHED
+
+
+def _about(loaded: LoadedModel, data: Data, recipe: Recipe) -> dict[str, Any]:
+    """What all cells follow from: the dense model as it was loaded, its data, and what the recipes have in common."""
+    whole = loaded.whole if isinstance(loaded, LoadedPart) else loaded
+    return {
+        "model": loaded.name,
+        "data": data.name,
+        "recipe": _shared(recipe),
+        "metric": asdict(data.task.metric),
+        "seed": recipe.seed,
+        "weights": fingerprints.of_weights(whole.module),
+        "images": fingerprints.of_images({name: getattr(data, name) for name in ("train", "validation", "test")}),
+    }
+
+
+def _scorer(recipe: Recipe) -> str:
+    """Changes when the code or an option of a recipe's criterion does."""
+    name, options = recipe.criterion.name, recipe.criterion.options
+    code = fingerprints.source_of(type(criterion_named(name, options)))
+    return fingerprints.of_tensors([], [name, dict(options), code])
 
 
 def _shared(recipe: Recipe) -> dict[str, Any]:

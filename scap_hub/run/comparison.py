@@ -23,10 +23,12 @@ class Comparison:
     """Every criterion at every target, with every seed.
 
     Attributes:
-        about: What was compared: model, data, recipe; and by which metric, top-1 if it does not say.
+        about: What was compared: model, data, recipe, and fingerprints of weights and images; and by which metric,
+            top-1 if it does not say.
         dense: The dense model's macs, params, and the metric on "validation" and "test".
-        cells: One row each: target, criterion, seed; then macs and params (shares that stay), the metric after repair
-            ("repaired", validation), at the end on "validation" and "test" (None without a test split), and seconds;
+        cells: One row each: target, criterion, seed, "scorer" (changes with its code and options); then macs
+            and params (shares that stay), the metric after repair ("repaired", validation), at the end on "validation"
+            and "test" (None without a test split), and seconds;
             or "error".
     """
 
@@ -144,14 +146,14 @@ def found_in(output: str | Path | None, about: dict[str, Any]) -> Comparison:
     if output is None or not Path(output).exists():
         return Comparison(about, {}, [])
     try:
-        document = {"metric": about.get("metric")} | json.loads(Path(output).read_text())  # an older one did not say
+        document = {**about, **json.loads(Path(output).read_text())}  # older ones did not say all of it
         theirs, version = json.loads(json.dumps({key: document[key] for key in about})), document["version"]
         if version == VERSION and theirs == json.loads(json.dumps(about)):
             return Comparison(about, document["dense"], document["cells"])
         differ = [key for key in about if theirs[key] != json.loads(json.dumps(about[key]))] or ["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{str(output)!r} is no comparison ({error!r}); choose another file") from None
-    raise RecipeError(f"{str(output)!r} is a comparison with another {', '.join(differ)}; choose another file")
+    raise RecipeError(f"{str(output)!r} is a comparison with other {', '.join(differ)}; choose another file")
 
 
 def _percent(column: Mapping[str, float] | None) -> str:

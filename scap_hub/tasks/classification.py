@@ -17,7 +17,7 @@ from scap_hub.tasks.base import Meter, Metric, Task
 from scap_hub.zoo.base import logits
 
 _NAMES = ("label", "labels")
-"""Integer columns with one of these names hold classes."""
+"""Columns with one of these names hold classes."""
 _HIDDEN = -1
 """Public test sets hide their labels so."""
 
@@ -30,16 +30,17 @@ class ImageClassification(Task):
     metric: ClassVar[Metric] = Metric("top1", "top-1", "Top-1 accuracy", "accuracy")
 
     def target_column(self, kinds: Mapping[str, str], asked: str | None, listing: str) -> str | None:
-        """The only column of class labels, or an integer column called "label" or "labels"."""
+        """The only column of class labels, or a column called "label" or "labels", which must hold integers."""
         labels = [column for column, kind in kinds.items() if kind == "ClassLabel"]
         if not labels:
-            labels = [column for column in _NAMES if kinds.get(column, "").startswith(("int", "uint"))]
+            labels = [column for column in _NAMES if column in kinds]
         if asked is None and len(labels) > 1:
             raise DataError(f"{len(labels)} label columns; {listing}; set data.label_column")
         label = asked or (labels[0] if labels else None)
         if label is not None and not kinds[label].startswith(("ClassLabel", "int", "uint")):
             raise DataError(
-                f"column {label!r} holds {kinds[label]}, not class labels; {listing}; see Dataset.class_encode_column"
+                f"column {label!r} holds {kinds[label]}, not class labels; {listing}; see Dataset.class_encode_column, "
+                "or set data.labels=false to use the images alone"
             )
         return label
 

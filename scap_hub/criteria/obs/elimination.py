@@ -26,6 +26,8 @@ _COLUMNS, _FEWEST = 96, 8
 _MARGIN = 4
 """A round ends when the next channel costs more than this part of them did: the others are still dearer then."""
 _STAYS, _LEFT = -1, -2
+_NOTHING = torch.finfo(torch.float32).tiny
+"""Moments are sums of products in float32; what is smaller is mostly rounding, and the layer reads nothing."""
 Array = NDArray[Any]
 
 
@@ -60,7 +62,7 @@ class CompensatedWeight:
         self._channel = channel_of_column.cpu().numpy().copy()
         self._inverse = _regular_inverse(moment, ridge)
         self._transposed = weight.T.clone(memory_format=torch.contiguous_format)
-        self._energy = ((weight @ moment) * weight).sum().clamp(min=torch.finfo(moment.dtype).tiny)
+        self._energy = ((weight @ moment) * weight).sum().clamp(min=_NOTHING)
 
     @property
     def weight(self) -> Tensor:
@@ -188,7 +190,7 @@ def _regular_inverse(moment: Tensor, ridge: float) -> Tensor:
     """(H + λ)⁻¹, with λ the ridge times the mean of the diagonal."""
     if not moment.isfinite().all():
         raise CalibrationError("NaN or Inf in the second moment of a layer's input patches; check the images")
-    scale = (ridge * moment.diagonal().mean()).clamp(min=torch.finfo(moment.dtype).tiny)
+    scale = (ridge * moment.diagonal().mean()).clamp(min=_NOTHING)
     regular = moment + scale * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     factor, failed = torch.linalg.cholesky_ex(regular)
     rounding = len(regular) * torch.finfo(regular.dtype).eps * regular.diagonal().max()

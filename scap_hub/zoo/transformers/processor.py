@@ -22,7 +22,8 @@ def observed_preprocessing(document: dict[str, Any], written: Preprocessing) -> 
 
     Args:
         document: The image processor's.
-        written: What its usual entries say; stays where the processor does something else than resize and normalise.
+        written: What its usual entries say; stays where the processor does something else than resize and normalise. So
+            does its input size, where the processor makes images of several sizes.
     """
     seen = _observed(document, written.input_size[0])
     if seen is None:
@@ -31,7 +32,8 @@ def observed_preprocessing(document: dict[str, Any], written: Preprocessing) -> 
     known = (
         np.allclose([mean, std], [written.mean, written.std], atol=1e-4) if len(mean) == len(written.mean) else False
     )
-    return replace(written, input_size=size) if known else replace(written, input_size=size, mean=mean, std=std)
+    sized = replace(written, input_size=size or written.input_size)
+    return sized if known else replace(sized, mean=mean, std=std)
 
 
 def processor_pixels(document: dict[str, Any], preprocessing: Preprocessing) -> Pixels | None:
@@ -57,25 +59,26 @@ class _ProcessorPixels:
 
 def _observed(
     document: dict[str, Any], channels: int
-) -> tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...]] | None:
-    """Input size, mean and standard deviation, the latter on a 0..1 scale; None where they are not all there is."""
+) -> tuple[tuple[int, int, int] | None, tuple[float, ...], tuple[float, ...]] | None:
+    """Input size (None for several), mean and standard deviation, on a 0..1 scale; None where they are not all."""
     mode, white = ("L", 255) if channels == 1 else ("RGB", (255,) * 3)
     try:
         processor = _processor(document)
         sizes = {tuple(_run(processor, Image.new(mode, size)).shape) for size in _SIZES}
-        # In the middle, because some processors pad.
-        black, bright = (
-            _run(processor, Image.new(mode, (256, 256), colour)).double()[:, size[1] // 2, size[2] // 2]
-            for colour in (0, white)
-            for size in sizes
-        )
+        black, bright = (_middle(_run(processor, Image.new(mode, (256, 256), colour))) for colour in (0, white))
     except Exception:
-        return None  # it wants more than an image, makes images of several sizes, or no tensor of them
+        return None  # it wants more than an image, or makes no tensor of it
     if len(black) != channels or not (bright > black).all():
         return None
     std = 1 / (bright - black)
-    mean = -black * std
-    return sizes.pop(), tuple(mean.tolist()), tuple(std.tolist())  # type: ignore[return-value]
+    mean = (0 - black) * std  # 0, not -0, where nothing is subtracted
+    size = sizes.pop() if len(sizes) == 1 else None
+    return size, tuple(mean.tolist()), tuple(std.tolist())  # type: ignore[return-value]
+
+
+def _middle(pixels: Tensor) -> Tensor:
+    """The pixel in the middle, because some processors pad."""
+    return pixels.double()[:, pixels.shape[1] // 2, pixels.shape[2] // 2]
 
 
 def _processor(document: dict[str, Any]) -> Any:
