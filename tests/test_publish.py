@@ -338,6 +338,13 @@ def test_incomplete_folders(tmp_path, present):
         push_to_hub(tmp_path, "me/x", token="hf_write")
 
 
+def test_weights_that_were_cut_off_are_not_published(new_weights):
+    file = new_weights / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"cannot read .*model.safetensors"):
+        push_to_hub(new_weights, "me/cut-off", token="hf_write")
+
+
 def test_code_references_to_another_repository_are_made_our_own(api, folder, repo, tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())

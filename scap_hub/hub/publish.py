@@ -31,6 +31,7 @@ from scap_hub.text import one_line
 from scap_hub.zoo import modeling_scap
 from scap_hub.zoo.base import CODE, LOCAL, ON_HUB
 from scap_hub.zoo.remote import network_errors
+from scap_hub.zoo.weights import stored_in
 
 CARD = "README.md"
 DEPLOYED = (
@@ -77,7 +78,7 @@ def push_to_hub(
         The address of the repository, branch or pull request.
 
     Raises:
-        CheckpointError: The folder holds no complete pruned model.
+        CheckpointError: The folder holds no complete pruned model, or a file of weights that cannot be read.
         PublishError: No token, no write access, an invalid name, or a network that fails; nothing is published then.
     """
     folder = path_of(folder)
@@ -147,6 +148,7 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
     files: dict[str, Path | bytes] = {name: folder / name for name in names if (folder / name).is_file()}
     if absent := [name for name in (CONFIG, *weights) if name not in files]:
         raise CheckpointError(f"{folder} holds no saved model: it lacks {', '.join(absent)}; save it again")
+    stored_in([folder / name for name in weights])
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
