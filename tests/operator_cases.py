@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
 
 aten = torch.ops.aten
 
@@ -117,6 +118,7 @@ UNARY = {
     **{"addcdiv": lambda x: torch.addcdiv(x, x, x * x + 1, value=0.3), "eq": lambda x: x * (x.relu() == 0)},
     **{"ne": lambda x: x * (x.relu() != 0), "lt": lambda x: x * (x < 0.1), "gt": lambda x: x * (x > 0.1)},
     **{"le": lambda x: x * (x <= x.square()), "ge": lambda x: x * (x >= x.square())},
+    "index_put": lambda x: (y := x.clone(), y.__setitem__(y < 0, 0.1), y.relu())[-1],
     "logical_not": lambda x: x * (x > 0).logical_not(),
     "logical_and": lambda x: x * ((x > -0.1).logical_and(x < 0.3)),
     "logical_or": lambda x: x * ((x < -0.1).logical_or(x > 0.3)),
@@ -308,6 +310,7 @@ CHANNEL_VIEWS = {
     "im2col_channels": Case(lambda net, x: F.unfold(x, 2, stride=2).unflatten(2, (3, 3)), out=lambda width: 4 * width),
     "glu_channels": unary(lambda x: F.glu(x, 1), out=half, free=None),
     "glu": unary(lambda x: F.glu(x, 3), free=None),
+    "index_put_channels": unary(lambda x: (y := x.clone(), y.__setitem__((0, [3, 1]), 0.1), y)[-1], free=False),
     "numpy_T_of_four": unary(lambda x: aten.numpy_T(x).permute(3, 2, 1, 0), free=None),
 }  # fmt: skip
 OVER_SPACE = {
@@ -443,6 +446,15 @@ CONVS = {
     "depthwise_twice": Case(lambda net, x: net.n(x), twice,
                             {"n": lambda width: nn.Conv2d(width, 2 * width, 3, groups=width)}),
     "grouped": Case(lambda net, x: net.n(x), fixed(10), {"n": lambda width: nn.Conv2d(width, 10, 3, groups=2)}),
+    "deform_conv2d": Case(
+        lambda net, x: deform_conv2d(x, net.o(x), net.n.weight, net.n.bias, padding=1, mask=net.m(x).sigmoid()),
+        fixed(10),
+        {"n": lambda width: nn.Conv2d(width, 10, 3), "o": lambda width: nn.Conv2d(width, 36, 3, padding=1),
+         "m": lambda width: nn.Conv2d(width, 18, 3, padding=1)}),
+    "deform_conv2d_grouped": Case(
+        lambda net, x: deform_conv2d(x, net.o(x), net.n.weight, padding=1), fixed(10), free=False,
+        layers={"n": lambda width: nn.Conv2d(width, 10, 3, groups=2),
+                "o": lambda width: nn.Conv2d(width, 18, 3, padding=1)}),
     "conv_transpose1d": Case(lambda net, x: net.n(x), fixed(10),
                              {"n": lambda width: nn.ConvTranspose1d(width, 10, 2, stride=2)}, dims=1),
     "conv_transpose2d": Case(lambda net, x: net.n(x), fixed(10),

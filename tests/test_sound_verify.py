@@ -140,6 +140,22 @@ def test_a_package_that_is_missing_beside_the_models_code_does_no_harm():
     pruned_exactly(Own(), image())
 
 
+class Frozen(dict[str, int]):
+    """A config that nobody may write to, as diffusers has it."""
+
+    def _refused(self, *_: Any) -> None:
+        raise TypeError("frozen")
+
+    update = clear = _refused
+
+
+def test_a_config_that_nobody_may_write_to_is_left_alone():
+    net = Body()
+    net.settings = Frozen(width=16)
+    pruned_exactly(net, image())
+    assert net.settings == {"width": 16}
+
+
 @pytest.mark.parametrize(
     "backbone, heads", [([16, 24, 32, 40], 2), pytest.param([16, 16, 32, 32], 4, marks=pytest.mark.slow)]
 )

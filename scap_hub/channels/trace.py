@@ -124,7 +124,7 @@ def _windows(captured: Capture) -> dict[Node, int]:
     """
     windows: dict[Node, int] = {}
     for node in captured.called:
-        if node.op.startswith("conv") and "weight" in node.arguments:
+        if "conv" in node.op and "weight" in node.arguments:
             weight = node.arguments["weight"]
             while weight is not None:
                 if weight.target is None:

@@ -93,7 +93,7 @@ class Call:
     @property
     def place(self) -> str:
         """The operator and the module that calls it, for reasons that a person reads."""
-        return f"{self.op.split('.')[0]} in {self.node.owner or 'the model'!r}"
+        return f"{self.op.split('.')[-2]} in {self.node.owner or 'the model'!r}"
 
     def __getitem__(self, name: str) -> Any:
         return self.args[name]
