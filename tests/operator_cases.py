@@ -118,6 +118,7 @@ UNARY = {
     **{"addcdiv": lambda x: torch.addcdiv(x, x, x * x + 1, value=0.3), "eq": lambda x: x * (x.relu() == 0)},
     **{"ne": lambda x: x * (x.relu() != 0), "lt": lambda x: x * (x < 0.1), "gt": lambda x: x * (x > 0.1)},
     **{"le": lambda x: x * (x <= x.square()), "ge": lambda x: x * (x >= x.square())},
+    "set_": lambda x: (y := x * 1.0, z := y.relu(), y.set_(), z)[-1],
     "index_put": lambda x: (y := x.clone(), y.__setitem__(y < 0, 0.1), y.relu())[-1],
     "logical_not": lambda x: x * (x > 0).logical_not(),
     "logical_and": lambda x: x * ((x > -0.1).logical_and(x < 0.3)),

@@ -219,6 +219,9 @@ FLOAT32: dict[str, Forward] = {
         )[-1],
     "a weight that forward computes": lambda net, x: (
         setattr(net.b.weight, "data", net.b.weight.data.sign() * 0.1), net.head(net.b(net.a(x))))[-1],
+    "shapes changed in place": lambda net, x: (
+        y := net.a(x), y.unsqueeze_(1), z := y * 2, z.squeeze_(1), w := z.relu(), w.transpose_(1, 3), v := w + 1,
+        net.head(net.b(v.transpose_(1, 3))))[-1],
     "the input written to": lambda net, x: (x.mul_(2.0), x[:, 0].sub_(1.0), net.head(net.b(net.a(x))))[-1],
 }  # fmt: skip
 

@@ -234,6 +234,8 @@ class Recorder(PreDispatchMode):
             raise RuntimeError("it looks at the value of a tensor that depends on the input")
         if varies and _sized_by_values(func, leaves, nodes):
             raise RuntimeError("it makes a tensor whose size depends on the values of the input")
+        if torch.Tag.inplace_view in func.tags and is_tensor(leaves[0]):
+            _remember(nodes[0])
         self.called(func, form, nodes)
         result = run(func, form, leaves)
         if func is _ATEN.set_.source_Storage_storage_offset and (shown := self._shown_by(result)) is not None:
@@ -323,6 +325,14 @@ class _Functions(TorchFunctionMode):
             with self:
                 return opened(func)(*args, **kwargs or {})
         return self.recorder.function(func, args, kwargs or {})
+
+
+def _remember(node: Node) -> None:
+    """Keeps the shape of a tensor that is about to get another one, as by `unsqueeze_`."""
+    node.value = torch.empty_strided(node.value.shape, node.value.stride(), dtype=node.value.dtype, device="meta")
+    if node.target is operator.getitem:
+        whole, index = node.args
+        whole.value[index] = node.value
 
 
 def _unknown_composite(func: Any) -> bool:
