@@ -37,8 +37,8 @@ def placement(model: nn.Module) -> Placement:
 
 
 def fed(model: nn.Module, images: Tensor) -> Tensor:
-    """Images on the device of a model, in its floating-point type."""
-    return images.to(*placement(model))
+    """A copy of images for a model that may write to them, on its device and in its floating-point type."""
+    return images.to(*placement(model), copy=True)
 
 
 _HALF = (torch.float16, torch.bfloat16)

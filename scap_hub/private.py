@@ -62,6 +62,7 @@ __all__ = [
     "column_types",
     "enable_python_dispatcher",
     "is_alias_of",
+    "is_composite",
     "memory_of",
     "models_of",
     "no_autocast",
@@ -141,6 +142,16 @@ def versioned(module: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, 
 def schema(operator: Any) -> Any:
     """The declaration of an ATen operator: names, defaults and aliases of its arguments and returns."""
     return operator._schema
+
+
+@functools.cache
+def is_composite(operator: Any) -> bool:
+    """Whether torch computes an ATen operator from others, so that `operator.decompose` runs those in its place.
+
+    Each operator's table of kernels says so, and there is no public way to read it.
+    """
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), composite)
 
 
 def tree_json(value: Any) -> str:

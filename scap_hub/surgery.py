@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from numbers import Integral
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,11 @@ def changeable(module: nn.Module, name: str) -> bool:
     kinds = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn") and kind is not nn.Module]
     fixed = {*nn.Conv2d.__constants__, *(own for kind in kinds for own in getattr(kind, "__constants__", ()))}
     return name in _WIDTHS or not (name in fixed or name.startswith("_") or type(module) in kinds)
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether it is an integer, also one of numpy's, which widths often are that somebody has computed."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def narrower(model: nn.Module, cut: Any) -> Any:
@@ -278,7 +284,7 @@ def _fits(old: object, new: int | list[int]) -> bool:
             return False
         pairs = zip(old, new, strict=True)
         return all(_fits(item.get("num_chs") if isinstance(item, dict) else item, own) for item, own in pairs)
-    return type(old) is int and type(new) is int and 0 < new <= old
+    return is_integer(old) and type(new) is int and 0 < new <= old
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

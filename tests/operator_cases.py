@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
 
 aten = torch.ops.aten
 
@@ -117,6 +118,8 @@ UNARY = {
     **{"addcdiv": lambda x: torch.addcdiv(x, x, x * x + 1, value=0.3), "eq": lambda x: x * (x.relu() == 0)},
     **{"ne": lambda x: x * (x.relu() != 0), "lt": lambda x: x * (x < 0.1), "gt": lambda x: x * (x > 0.1)},
     **{"le": lambda x: x * (x <= x.square()), "ge": lambda x: x * (x >= x.square())},
+    "set_": lambda x: (y := x * 1.0, z := y.relu(), y.set_(), z)[-1],
+    "index_put": lambda x: (y := x.clone(), y.__setitem__(y < 0, 0.1), y.relu())[-1],
     "logical_not": lambda x: x * (x > 0).logical_not(),
     "logical_and": lambda x: x * ((x > -0.1).logical_and(x < 0.3)),
     "logical_or": lambda x: x * ((x < -0.1).logical_or(x > 0.3)),
@@ -171,6 +174,22 @@ UNARY = {
         + aten.rrelu(x, 0.1, 0.3, False)
         + aten.feature_alpha_dropout(x, 0.5, False)
     ),
+    "inverse_functions": lambda x: (
+        torch.atan2(x, x + 1)
+        + torch.asin(x.tanh())
+        + torch.acos(x.tanh())
+        + torch.asinh(x)
+        + torch.acosh(1 + x * x)
+        + torch.atanh(0.9 * x.tanh())
+        + torch.erfc(x)
+        + torch.sinc(x)
+    ),
+    "complex": lambda x: (
+        torch.complex(x, x.sin()).conj().abs()
+        + torch.polar(x.exp(), x).conj().imag
+        + torch.view_as_complex(torch.stack([x, -x], 4)).angle()
+    ),
+    "filled": lambda x: x.clone().fill_(0.3) + x.clone().zero_() + x,
     "layouts": lambda x: torch.moveaxis(x.swapdims(2, 3), 3, 2).ravel().view(x.shape),
     **{"tril": lambda x: x * torch.ones(6, 6).tril().to(x), "triu": lambda x: x * torch.ones(6, 6).triu().to(x)},
 }
@@ -201,6 +220,8 @@ SPATIAL = {
     "index_by_what_the_input_says": lambda x: x[:, :, (x[0, :, 0, 0].detach().sum() * 0 + torch.arange(6)).long()],
     "where_default": lambda x: x.index_select(2, torch.where(torch.ones(6) > 0)[0]),
     "tensor_split": lambda x: x.tensor_split(2, 2)[1],
+    "fft": lambda x: torch.fft.irfft2(torch.fft.rfft2(x) * (0.5 + 1j), s=x.shape[2:]),
+    "fft_of_complex_numbers": lambda x: torch.fft.ifft(torch.fft.fftshift(torch.fft.fft(x, dim=2), 2), dim=2).real,
     "im2col": lambda x: F.fold(F.unfold(x, 2, stride=2), (6, 6), 2, stride=2),
 }  # fmt: skip
 LINES = {
@@ -290,6 +311,7 @@ CHANNEL_VIEWS = {
     "im2col_channels": Case(lambda net, x: F.unfold(x, 2, stride=2).unflatten(2, (3, 3)), out=lambda width: 4 * width),
     "glu_channels": unary(lambda x: F.glu(x, 1), out=half, free=None),
     "glu": unary(lambda x: F.glu(x, 3), free=None),
+    "index_put_channels": unary(lambda x: (y := x.clone(), y.__setitem__((0, [3, 1]), 0.1), y)[-1], free=False),
     "numpy_T_of_four": unary(lambda x: aten.numpy_T(x).permute(3, 2, 1, 0), free=None),
 }  # fmt: skip
 OVER_SPACE = {
@@ -323,6 +345,13 @@ HELD_OVER_CHANNELS = {
     "max_with_place": lambda x: x + x.max(1, keepdim=True)[1],
     "softmax": lambda x: x * x.softmax(1),
     "cumsum": lambda x: x.cumsum(1),
+    "fft": lambda x: torch.fft.fft(x, dim=1).abs(),
+    "as_complex": lambda x: (
+        torch.view_as_complex(x.movedim(1, -1).unflatten(-1, (-1, 2)).contiguous())
+        .abs()
+        .movedim(-1, 1)
+        .repeat_interleave(2, 1)
+    ),
     "sort": lambda x: x.sort(1)[0],
     "topk": lambda x: torch.cat([x.topk(4, 1)[0], x[:, 4:]], 1),
     "argmax": lambda x: x + x.argmax(1, keepdim=True).to(x.dtype),
@@ -385,6 +414,14 @@ PRODUCTS = {
         lambda net, x: grid(F.scaled_dot_product_attention(tokens(net.q(x)), tokens(net.q(x)), tokens(x),
                                                            attn_mask=torch.eye(36, dtype=x.dtype), scale=0.4)),
         layers={"q": lambda width: nn.Conv2d(width, 6, 1)}, checks=("all",)),
+    "lstm": Case(lambda net, x: grid(net.n(tokens(x))[0]), free=False,
+                 layers={"n": lambda width: nn.LSTM(width, width)}),
+    "gru": Case(lambda net, x: grid(net.n(tokens(x))[0]), free=False, layers={"n": lambda width: nn.GRU(width, width)}),
+    "rnn": Case(lambda net, x: grid(net.r(net.n(tokens(x))[0])[0]), free=False,
+                layers={"n": lambda width: nn.RNN(width, width),
+                        "r": lambda width: nn.RNN(width, width, nonlinearity="relu")}),
+    "cosine_similarity": Case(lambda net, x: x * F.cosine_similarity(x, net.v(x), dim=1)[:, None], checks=("all",),
+                              layers={"v": lambda width: nn.Conv2d(width, width, 1)}),
     "cdist": Case(lambda net, x: grid(torch.cdist(tokens(x), net.w)), fixed(10), matrix("w", fixed(10), same),
                   free=None),
     "norm": Case(lambda net, x: x / (aten.norm(x, 2, [1], True) + 1), free=None, checks=("all", "survivors")),
@@ -410,6 +447,15 @@ CONVS = {
     "depthwise_twice": Case(lambda net, x: net.n(x), twice,
                             {"n": lambda width: nn.Conv2d(width, 2 * width, 3, groups=width)}),
     "grouped": Case(lambda net, x: net.n(x), fixed(10), {"n": lambda width: nn.Conv2d(width, 10, 3, groups=2)}),
+    "deform_conv2d": Case(
+        lambda net, x: deform_conv2d(x, net.o(x), net.n.weight, net.n.bias, padding=1, mask=net.m(x).sigmoid()),
+        fixed(10),
+        {"n": lambda width: nn.Conv2d(width, 10, 3), "o": lambda width: nn.Conv2d(width, 36, 3, padding=1),
+         "m": lambda width: nn.Conv2d(width, 18, 3, padding=1)}),
+    "deform_conv2d_grouped": Case(
+        lambda net, x: deform_conv2d(x, net.o(x), net.n.weight, padding=1), fixed(10), free=False,
+        layers={"n": lambda width: nn.Conv2d(width, 10, 3, groups=2),
+                "o": lambda width: nn.Conv2d(width, 18, 3, padding=1)}),
     "conv_transpose1d": Case(lambda net, x: net.n(x), fixed(10),
                              {"n": lambda width: nn.ConvTranspose1d(width, 10, 2, stride=2)}, dims=1),
     "conv_transpose2d": Case(lambda net, x: net.n(x), fixed(10),

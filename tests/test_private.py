@@ -54,6 +54,14 @@ def test_pre_dispatch_mode_sees_operators_whole():
         assert names == ["conv2d", "batch_norm", "flatten", "linear"]
 
 
+def test_composite_operators_are_told_from_others():
+    aten = torch.ops.aten
+    with relying_on("torch", "is_composite"):
+        assert private.is_composite(aten.fft_rfft2.default)
+        assert not private.is_composite(aten._fft_r2c.default)
+        assert torch.equal(aten.fliplr.default.decompose(torch.arange(4).view(2, 2)), torch.tensor([[1, 0], [3, 2]]))
+
+
 def test_fake_tensors_run_a_model_without_computing():
     with relying_on("torch", "FakeTensorMode"), private.FakeTensorMode(allow_non_fake_inputs=True):
         made = nn.Conv2d(3, 4, 3)(torch.empty(1, 3, 100_000, 100_000))  # 120 GB if it were real

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+import scap_hub
+from scap_hub import score, tune
 from scap_hub.channels import channel_groups
 from scap_hub.channels.oracle import randomize
 from scap_hub.compensation import compensate, least_squares, recalibrate, repair
@@ -350,3 +352,31 @@ def test_the_largest_map_bounds_how_many_images_pass_together(monkeypatch):
     small.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     compensate(net, small, plan, images)
     assert sizes == [5]
+
+
+class Doubled(nn.Module):
+    """A network for images twice as bright, which it may make in place."""
+
+    def __init__(self, body: nn.Module, in_place: bool) -> None:
+        super().__init__()
+        self.body, self.in_place = body, in_place
+
+    def forward(self, x):
+        return self.body(x.mul_(2) if self.in_place else x * 2)
+
+
+def test_a_model_that_writes_to_its_images_changes_nothing():
+    def done(in_place: bool) -> list[torch.Tensor]:
+        net = Doubled(randomize(Residual(width=16)), in_place).eval()
+        images = [batch[:8].clone() for batch in IMAGES[:2]]
+        groups = channel_groups(net, images[0])
+        scores = [score(net, images, criterion, groups=groups) for criterion in ("scap-set", "taylor")]
+        plan = random_plan(groups, seed=0)
+        small = scap_hub.apply_plan(net, plan, inputs=images[0])
+        repair(net, small, plan, images)
+        tune(net, small, images, steps=2)
+        assert all(torch.equal(batch, IMAGES[i][:8]) for i, batch in enumerate(images))
+        return [*small.state_dict().values(), *(own[name] for own in scores for name in sorted(own))]
+
+    for one, other in zip(done(True), done(False), strict=True):
+        torch.testing.assert_close(one, other)

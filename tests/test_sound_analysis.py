@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -267,3 +268,11 @@ def test_googlenet_trains_with_its_auxiliary_heads():
     small = scap_hub.apply_plan(net, some_plan(groups))
     small.eval()(torch.randn(1, 3, 64, 64))
     small.train()(torch.randn(2, 3, 224, 224)).aux_logits1.sum().backward()
+
+
+def test_widths_may_be_integers_of_numpy():
+    width = np.int64(16)
+    net = Body(lambda net, x: (y := net.q(net.p(x)), net.head(net.b(y.reshape(len(y), net.width, 8, 8))))[-1],
+               p=nn.Conv2d(3, width, 1), q=nn.Conv2d(width, width, 1))  # fmt: skip
+    net.width = width
+    assert {"p", "q"} <= free(pruned_exactly(net, image()))

@@ -35,6 +35,8 @@ BLAMELESS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     ),
     "float32 inside": (lambda: Body(lambda net, x: net.head(net.b(net.a(x.float())))), image),
     "float32 in the middle": (lambda: Body(lambda net, x: net.head(net.b(net.a(x).float()))), image),
+    "float32 inside, and back": (
+        lambda: Body(lambda net, x: net.head(F.conv2d(net.a(x).float(), net.b.weight.float()).to(x.dtype))), image),
     "data": (lambda: Body(lambda net, x: net.head(net.b(net.a(x)).data.relu())), image),
     "a shallow copy": (lambda: Body(lambda net, x: (y := net.b(net.a(x)), net.head(y + copy.copy(y)))[1]), image),
 }  # fmt: skip
@@ -138,6 +140,22 @@ def test_a_package_that_is_missing_beside_the_models_code_does_no_harm():
     pruned_exactly(Own(), image())
 
 
+class Frozen(dict[str, int]):
+    """A config that nobody may write to, as diffusers has it."""
+
+    def _refused(self, *_: Any) -> None:
+        raise TypeError("frozen")
+
+    update = clear = _refused
+
+
+def test_a_config_that_nobody_may_write_to_is_left_alone():
+    net = Body()
+    net.settings = Frozen(width=16)
+    pruned_exactly(net, image())
+    assert net.settings == {"width": 16}
+
+
 @pytest.mark.parametrize(
     "backbone, heads", [([16, 24, 32, 40], 2), pytest.param([16, 16, 32, 32], 4, marks=pytest.mark.slow)]
 )
@@ -196,6 +214,15 @@ FLOAT32: dict[str, Forward] = {
     "channels written to": lambda net, x: (y := net.a(x) * 1.0, y[:, :4].mul_(2.0), net.head(net.b(y)))[-1],
     "assembled by channels": lambda net, x: (
         y := x.new_zeros(2, 16, 8, 8), y[:, :6].copy_(net.p(x)), y[:, 6:].copy_(net.q(x)), net.head(net.b(y)))[-1],
+    "views held and written to in turn": lambda net, x: (
+        y := net.a(x) * 1.0, front := y[:, :4], back := y[:, 4:], front.fill_(0.5), back.mul_(2.0), net.head(net.b(y))
+        )[-1],
+    "a weight that forward computes": lambda net, x: (
+        setattr(net.b.weight, "data", net.b.weight.data.sign() * 0.1), net.head(net.b(net.a(x))))[-1],
+    "shapes changed in place": lambda net, x: (
+        y := net.a(x), y.unsqueeze_(1), z := y * 2, z.squeeze_(1), w := z.relu(), w.transpose_(1, 3), v := w + 1,
+        net.head(net.b(v.transpose_(1, 3))))[-1],
+    "the input written to": lambda net, x: (x.mul_(2.0), x[:, 0].sub_(1.0), net.head(net.b(net.a(x))))[-1],
 }  # fmt: skip
 
 
@@ -211,4 +238,5 @@ def test_a_tensor_that_forward_fills_in_place(kind):
 
 @each(FLOAT32)
 def test_tensors_that_forward_makes_and_writes(name):
-    pruned_exactly(Body(FLOAT32[name], p=nn.Conv2d(3, 6, 1), q=nn.Conv2d(3, 10, 1)), image(), trains=False)
+    net = Body(FLOAT32[name], p=nn.Conv2d(3, 6, 1), q=nn.Conv2d(3, 10, 1))
+    assert {"a", "p"} & free(pruned_exactly(net, image(), trains=False))

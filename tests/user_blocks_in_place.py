@@ -86,6 +86,16 @@ def written_view(w: Writer) -> None:
 
 
 @block
+def partial_conv(w: Writer) -> None:
+    part = w.rng.randrange(2, w.c)
+    conv = w.conv(part, part)
+    w.do("x = F.relu(x) * 0.5")
+    w.do(w.rng.choice([f"x[:, :{part}] = {conv}(x[:, :{part}].clone())",
+                       f"x[:, -{part}:] += {conv}(x[:, -{part}:].clone())",
+                       f"x.narrow(1, 0, {part}).copy_({conv}(x[:, :{part}].clone()))"]))  # fmt: skip
+
+
+@block
 def relu_in_place(w: Writer) -> None:
     conv = w.conv(w.c)
     w.do(f"y = {conv}(x)", "y += x", "y *= 0.5", "x = F.relu_(y)")

@@ -16,7 +16,7 @@ from scap_hub.channels.partition import Partition
 from scap_hub.channels.proof import Run
 from scap_hub.graph.node import Node
 from scap_hub.plan import PruningPlan
-from scap_hub.surgery import changeable, narrower
+from scap_hub.surgery import changeable, is_integer, narrower
 from scap_hub.zoo.described import Features
 from scap_hub.zoo.registry import zoo_of
 
@@ -212,7 +212,7 @@ def _integers(module: nn.Module) -> Iterator[tuple[int, str, int | None]]:
     """The integers in attributes of a module, with name and, in a list, index."""
     for name, held in vars(module).items():
         items = held if isinstance(held, list | tuple) else [held]
-        if items and all(type(item) is int for item in items) and changeable(module, name):
+        if items and all(map(is_integer, items)) and changeable(module, name):
             yield from ((item, name, index if items is held else None) for index, item in enumerate(items))
 
 

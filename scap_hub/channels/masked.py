@@ -37,8 +37,8 @@ def masked_output(
         dense: The dense model.
         plan: What is removed.
         inputs: Positional arguments of its forward pass.
-        rounding: Relative error that every operator makes on top of its own, the same ones each time; how much the
-            output changes tells how far rounding in the model's precision can take it.
+        rounding: Every operator whose results have at least this relative rounding error makes another one on top of
+            its own, the same ones each time; how much the output changes tells how far rounding can take it.
     """
     captured = capture(dense, inputs, numbers=index_buffers(dense))
     found = trace(captured)
@@ -128,10 +128,13 @@ class _Masked:
 
     def _rounded(self, value: Any) -> Any:
         """A result with further rounding errors, relative to its elements or to their root mean square."""
-        if self.rounding is None or not isinstance(value, Tensor) or not value.is_floating_point():
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+            return value
+        eps, sizes = torch.finfo(value.dtype).eps, value.abs()
+        if self.rounding is None or eps < self.rounding:
             return value
         errors = torch.randn(value.shape, generator=self.generator).to(value)
-        return value + self.rounding * errors * value.abs().maximum(value.square().mean().sqrt())
+        return value + eps * errors * sizes.maximum(sizes.square().mean().sqrt())
 
     def _result(self, n: Node) -> Any:
         known = operator_of(n) if n.is_operator else None

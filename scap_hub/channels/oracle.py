@@ -19,7 +19,7 @@ from scap_hub.channels.part import Part, part_of
 from scap_hub.errors import ScapHubError, UnverifiableError, VerificationError
 from scap_hub.graph.copies import copied
 from scap_hub.graph.modes import evaluating
-from scap_hub.graph.values import is_tensor, tensors_of
+from scap_hub.graph.values import is_tensor, separate, tensors_of
 from scap_hub.placement import placement
 from scap_hub.plan import PruningPlan
 from scap_hub.private import tree_map
@@ -154,17 +154,23 @@ def _through(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Runs a model, with what one part returns changed on the way: its own outputs, and the part's."""
     found: list[Tensor] = []
+    given: list[tuple[Any, ...]] = []
+
+    def before(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        given.append(separate(arguments))
 
     def after(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        changed = change(arguments, output)
+        changed = change(given.pop(), output)
         found.extend(_floats(changed))
         return changed
 
-    handle = model.get_submodule(path).register_forward_hook(after)
+    part = model.get_submodule(path)
+    handles = part.register_forward_pre_hook(before), part.register_forward_hook(after)
     try:
-        return _floats(model(*inputs)), found
+        return _outputs(model, inputs), found
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _distance(ours: list[Tensor], expected: list[Tensor]) -> float:
@@ -207,21 +213,20 @@ def _compared(dense: nn.Module, plan: PruningPlan, arguments: tuple[Any, ...], d
     small = apply_plan(dense, plan)
     with torch.no_grad(), evaluating(small):
         try:
-            pruned = _floats(small(*arguments))
+            pruned = _outputs(small, arguments)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise VerificationError(f"the pruned model does not run: {type(error).__name__}: {error}") from error
         masked = _replayed(dense, plan, arguments)
         difference = _difference(pruned, masked)
-        if dtype == torch.float64:
-            allowed = TOLERANCE
-            if difference > allowed:
-                nudged = _floats(small(*_nudged(arguments)))
-                allowed = min(max(allowed, _CONDITIONING * _difference(nudged, pruned)), _WORST_CONDITIONED)
-        else:
-            errors = _replayed(dense, plan, arguments, torch.finfo(dtype).eps)
-            allowed = _ROUNDING * _difference(errors, masked)
+        allowed = TOLERANCE if dtype == torch.float64 else 0.0
+        if difference > TOLERANCE and dtype == torch.float64:
+            nudged = _outputs(small, _nudged(arguments))
+            allowed = min(max(allowed, _CONDITIONING * _difference(nudged, pruned)), _WORST_CONDITIONED)
+        if difference > allowed or dtype != torch.float64:  # a model in float64 may compute a part of it in float32
+            errors = _replayed(dense, plan, arguments, max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps))
+            allowed = max(allowed, _ROUNDING * _difference(errors, masked))
         if not difference <= min(allowed, _WORST_ROUNDING):
             _check_dense(dense, arguments, allowed)
     if not difference <= allowed:
@@ -233,8 +238,8 @@ def _compared(dense: nn.Module, plan: PruningPlan, arguments: tuple[Any, ...], d
         raise wrong
     if difference > _WORST_ROUNDING:
         raise UnverifiableError(
-            f"rounding in {str(dtype).removeprefix('torch.')} alone changes the outputs of the dense model by "
-            f"{allowed / _ROUNDING:.0e}, behind which a wrong plan could hide"
+            f"rounding alone, with the model in {str(dtype).removeprefix('torch.')}, changes the outputs of the dense "
+            f"model by {allowed / _ROUNDING:.0e}, behind which a wrong plan could hide"
         )
     return Comparison(difference, allowed, dtype)
 
@@ -260,7 +265,7 @@ def _comparable(model: nn.Module, arguments: tuple[Any, ...], dtype: torch.dtype
             for seed in (None, *range(_SEEDS)):
                 if seed is not None:
                     randomize(dense, seed)
-                returned = _floats(dense(*given))
+                returned = _outputs(dense, given)
                 if says_something := _says_something(dense, given, returned):
                     break
     except Exception as error:
@@ -289,7 +294,7 @@ def _says_something(dense: nn.Module, given: tuple[Any, ...], returned: Sequence
         return x.flatten()[torch.randperm(x.numel(), generator=noise).to(x.device)].reshape(x.shape)
 
     try:
-        changed = _floats(dense(*tree_map(disturbed, given)))
+        changed = _outputs(dense, tree_map(disturbed, given))
     except Exception:
         return True  # it takes these images alone
     return len(returned) != len(changed) or not all(map(torch.equal, returned, changed))
@@ -302,7 +307,7 @@ def _finite(outputs: Sequence[Tensor]) -> bool:
 def _check_dense(dense: nn.Module, arguments: tuple[Any, ...], allowed: float) -> None:
     """Tells whether it is the dense model that cannot be compared, once a comparison has failed."""
     with evaluating(dense):
-        once, again = _floats(dense(*arguments)), _floats(dense(*arguments))
+        once, again = _outputs(dense, arguments), _outputs(dense, arguments)
     if not _difference(once, again) <= allowed:
         raise UnverifiableError(
             "the dense model differs from itself between two runs, so nothing can be compared with it: something in it "
@@ -329,6 +334,11 @@ def _replayed(
         raise VerificationError(
             f"the dense model with the pruned channels masked does not run: {type(error).__name__}: {error}"
         ) from error
+
+
+def _outputs(model: nn.Module, arguments: tuple[Any, ...]) -> list[Tensor]:
+    """What a model returns, which may write to what it is given."""
+    return _floats(model(*separate(arguments)))
 
 
 def _floats(output: Any) -> list[Tensor]:

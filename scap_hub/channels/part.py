@@ -13,8 +13,7 @@ from scap_hub.errors import ModelError
 from scap_hub.graph.copies import copied, index_buffers, without_weights
 from scap_hub.graph.modes import evaluating, untouched
 from scap_hub.graph.record import capture
-from scap_hub.graph.values import on_meta, tensors_of
-from scap_hub.private import tree_map
+from scap_hub.graph.values import on_meta, separate, tensors_of
 from scap_hub.text import one_line
 
 _DEPTH = 2
@@ -70,13 +69,13 @@ def reaching(model: nn.Module, path: str, inputs: tuple[Any, ...]) -> tuple[Any,
         if options:
             raise ModelError(f"the part {path!r} is called with keyword arguments ({', '.join(options)}), so that it "
                              "cannot be recorded by itself: choose one around it or inside it")  # fmt: skip
-        reached.append(tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, arguments))
+        reached.append(separate(arguments))
         raise _ReachedError
 
     with untouched(model), evaluating(model), torch.no_grad():
         hook = module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            model(*inputs)
+            model(*separate(inputs))
         except _ReachedError:
             pass
         except ModelError:

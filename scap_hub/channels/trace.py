@@ -72,8 +72,7 @@ def label(found: Trace, node: Node) -> Any:
         source, index = node.args
         return found.labels[source][index]
     if node.target is overwritten:
-        found.ledger.pin_all(Call(node, found).tensors, "is written to through another view of its memory")
-        return Labels(tuple(node.value.shape))
+        return _overwritten(found, *node.args)
     if not node.is_operator:
         return None
     call = Call(node, found)
@@ -83,6 +82,19 @@ def label(found: Trace, node: Node) -> Any:
     if isinstance(node.value, list):
         return [Labels(tuple(item.shape)) if isinstance(item, Tensor) else None for item in node.value]
     return Labels(tuple(node.value.shape)) if isinstance(node.value, Tensor) else None
+
+
+def _overwritten(found: Trace, tensor: Node, *written: Node) -> Labels:
+    """Labels belong to places in memory: they are the ones from before, if each write left its places theirs."""
+    reason = "is written to through another view of its memory"
+    for node in written:
+        after = {support(array): array for labels in flat(found.labels[node]) for array in labels.arrays}
+        for array in found.labels[node.args[0]].arrays:
+            if support(array) in after:
+                found.ledger.equate(array, after[support(array)], reason)
+            else:
+                found.ledger.pin(array, reason)
+    return found.labels[tensor]
 
 
 def _given(found: Trace, node: Node, windows: dict[Node, int]) -> Labels:
@@ -112,7 +124,7 @@ def _windows(captured: Capture) -> dict[Node, int]:
     """
     windows: dict[Node, int] = {}
     for node in captured.called:
-        if node.op.startswith("conv") and "weight" in node.arguments:
+        if "conv" in node.op and "weight" in node.arguments:
             weight = node.arguments["weight"]
             while weight is not None:
                 if weight.target is None:

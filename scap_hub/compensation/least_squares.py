@@ -91,7 +91,7 @@ def compensate(
         for path in paths:
             layer = small.get_submodule(path)
             stack.callback(layer.register_forward_pre_hook(partial(solve, path), with_kwargs=True).remove)
-        small(images)
+        small(fed(small, images))
     return errors
 
 
@@ -120,7 +120,7 @@ def _largest(dense: nn.Module, image: Tensor) -> int:
                 found.extend(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
 
             stack.callback(module.register_forward_hook(after).remove)
-        dense(image)
+        dense(fed(dense, image))
     return max(found)
 
 
@@ -141,7 +141,7 @@ def _outputs(dense: nn.Module, plan: PruningPlan, places: dict[str, int], images
             found[path] = rows.unflatten(1, (getattr(layer, "groups", 1), -1)).transpose(0, 1)
 
     with _watched(dense, places, read):
-        dense(images)
+        dense(fed(dense, images))
     return found
 
 

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from scap_hub.placement import fed
 from scap_hub.private import tree_leaves
 
 _ROUNDING = 1e-9  # of the mean square; less is not told from an output that never changes
@@ -17,7 +18,7 @@ _TINY = torch.finfo(torch.float32).tiny  # the inverse of less is infinite in si
 
 def outputs_of(model: nn.Module, images: Tensor) -> list[Tensor]:
     """Every floating-point output of a model that has a row for each image."""
-    return floating_outputs(model(images), len(images))
+    return floating_outputs(model(fed(model, images)), len(images))
 
 
 def floating_outputs(result: Any, images: int) -> list[Tensor]:

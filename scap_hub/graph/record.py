@@ -20,10 +20,11 @@ from scap_hub.errors import ModelError
 from scap_hub.graph.modes import emptied_caches, evaluating, running, uncompiled, untouched
 from scap_hub.graph.node import Form, Node, Site, flattened, mapped, numbers_in, rebuilt
 from scap_hub.graph.shapes import in_place, run
-from scap_hub.graph.values import is_tensor, tensors_of, without_values
+from scap_hub.graph.values import is_tensor, separate, tensors_of, without_values
 from scap_hub.private import (
     PreDispatchMode,
     enable_python_dispatcher,
+    is_composite,
     memory_of,
     no_autocast,
     register_module_forward_hook,
@@ -39,6 +40,8 @@ _LOOKS = ("tolist", "numpy", "__array__", "__dlpack__", "data_ptr")
 """Functions of a tensor that look at its values without an operator."""
 _SAME = ("__deepcopy__", "__copy__", "__reduce_ex__")
 """Functions that copy a tensor without an operator."""
+WHOLE: set[str] = set()
+"""Names of the operators that have a rule. Any other is recorded as those that torch computes it from, if any."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +103,8 @@ def capture(
     return captured
 
 
-def overwritten(tensor: Tensor, written: Tensor) -> Tensor:
-    """What a tensor is after a part of its memory was written to through another view of it."""
+def overwritten(tensor: Tensor, *written: Tensor) -> Tensor:
+    """What a tensor is after parts of its memory were written to through other views of it."""
     return tensor
 
 
@@ -115,14 +118,14 @@ class _Running:
 
 
 class Recorder(PreDispatchMode):
-    """Writes every ATen operator into a graph before composite ones are taken apart.
+    """Writes every ATen operator into a graph, composite ones whole where they are known.
 
     Torch lets few classes of dispatch mode see operators that early; deriving from one of them is the way in.
     """
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], training: bool = False) -> None:
         super().__init__()
-        self.model, self.inputs, self.training = model, inputs, training
+        self.model, self.inputs, self.training = model, separate(inputs), training
         self.running: Any = None
         self.site: Site | None = None
         self._paths = {id(module): name for name, module in model.named_modules()}
@@ -132,7 +135,7 @@ class Recorder(PreDispatchMode):
         self._nodes: dict[int, Node] = {}
         self._alive: list[Tensor] = []  # an id is a tensor's for as long as it lives
         self._sharing: dict[int, list[Tensor]] = {}  # tensors by the memory that they show
-        self._stale: dict[int, tuple[Node, Node]] = {}  # tensors that were written to through another view
+        self._stale: dict[int, tuple[Node, ...]] = {}  # tensors that were written to through other views
         self._given: list[Node] = []
         self._called: list[Node] = []
         self._outputs: list[Node] = []
@@ -142,7 +145,7 @@ class Recorder(PreDispatchMode):
         }
         for name, tensor in self._owned.items():
             self._give(tensor, state=name)
-        for leaf in tensors_of(inputs):
+        for leaf in tensors_of(self.inputs):
             self._give(leaf, varies=True)
 
     def run(self) -> Any:
@@ -198,6 +201,8 @@ class Recorder(PreDispatchMode):
         subject = args[0] if args and is_tensor(args[0]) else None
         if name in _LOOKS and subject is not None and self.node(subject).varies:
             raise RuntimeError(f"it looks at the values of a tensor that depends on the input ({name})")
+        if func == Tensor.data.__set__ and args[0].shape == args[1].shape:  # type: ignore[attr-defined]
+            return args[0].copy_(args[1])  # the same values, and an operator says so
         outer, self.site = self.site, self.place(name, args, kwargs)
         try:
             result = func(*args, **kwargs)
@@ -218,6 +223,9 @@ class Recorder(PreDispatchMode):
         return Site(name, number, tuple(numbers_in(args, kwargs)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _unknown_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs or {})
         self.running = func
         form, leaves = flattened(args, kwargs or {})
         nodes = [self.node(leaf) if is_tensor(leaf) else leaf for leaf in leaves]
@@ -226,6 +234,8 @@ class Recorder(PreDispatchMode):
             raise RuntimeError("it looks at the value of a tensor that depends on the input")
         if varies and _sized_by_values(func, leaves, nodes):
             raise RuntimeError("it makes a tensor whose size depends on the values of the input")
+        if torch.Tag.inplace_view in func.tags and is_tensor(leaves[0]):
+            _remember(nodes[0])
         self.called(func, form, nodes)
         result = run(func, form, leaves)
         if func is _ATEN.set_.source_Storage_storage_offset and (shown := self._shown_by(result)) is not None:
@@ -247,8 +257,8 @@ class Recorder(PreDispatchMode):
         return self._known_as(made, value)
 
     def _give(self, tensor: Tensor, state: str | None = None, varies: bool = False) -> Node:
-        # A copy of a constant, because the forward pass may write to it.
-        kept = tensor if state or varies or tensor.is_meta else tensor.detach().clone()
+        # A copy of an input or of a constant, because the forward pass may write to it.
+        kept = tensor if state or tensor.is_meta else tensor.detach().clone()
         made = Node(value=without_values(tensor), calls=self._calls, tensor=kept, state=state, varies=varies)
         self._given.append(made)
         return self._known_as(made, tensor)
@@ -272,15 +282,16 @@ class Recorder(PreDispatchMode):
     def _written(self, view: Tensor, made: Node) -> None:
         """What else shows the memory that an operator has just written to has new values too.
 
-        A tensor that is the whole of what was written is that result; of any other, no rule says what is where.
+        A tensor that is the whole of what was written is that result; any other is looked at when it is read again.
         """
         for other in self._sharing.get(memory_of(view), ()):
             if other is view:
                 continue
             if _same_place(other, view):
                 self._nodes[id(other)] = made
+                self._stale.pop(id(other), None)
             else:
-                self._stale[id(other)] = self._nodes[id(other)], made
+                self._stale[id(other)] = (*self._stale.get(id(other), (self._nodes[id(other)],)), made)
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
         if (path := self._paths.get(id(module))) is not None:
@@ -314,6 +325,21 @@ class _Functions(TorchFunctionMode):
             with self:
                 return opened(func)(*args, **kwargs or {})
         return self.recorder.function(func, args, kwargs or {})
+
+
+def _remember(node: Node) -> None:
+    """Keeps the shape of a tensor that is about to get another one, as by `unsqueeze_`."""
+    node.value = torch.empty_strided(node.value.shape, node.value.stride(), dtype=node.value.dtype, device="meta")
+    if node.target is operator.getitem:
+        whole, index = node.args
+        whole.value[index] = node.value
+
+
+def _unknown_composite(func: Any) -> bool:
+    """Whether torch computes an operator from others and no rule is for it. Sizes that follow from values stay told."""
+    name = func.name().partition("::")[2]
+    known = {name, name.partition(".")[0], name.partition(".")[0].removesuffix("_")} & WHOLE
+    return not known and func not in VALUES and is_composite(func) and torch.Tag.dynamic_output_shape not in func.tags
 
 
 def _same_place(one: Tensor, other: Tensor) -> bool:

@@ -30,6 +30,11 @@ def on_meta(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tree_map(without_values, inputs)
 
 
+def separate(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same inputs in memory of their own, for a forward pass that may write to them."""
+    return tree_map(lambda leaf: leaf.detach().clone() if is_tensor(leaf) else leaf, inputs)
+
+
 def tensors_of(value: Any) -> list[Tensor]:
     """Every tensor in a structure, in a fixed order: mappings, sequences, dataclasses and plain objects are walked.
 

@@ -14,7 +14,7 @@ from scap_hub.channels.part import offered
 from scap_hub.criteria.variance import Spread, outputs_of
 from scap_hub.errors import DataError, ModelError
 from scap_hub.graph.modes import evaluating
-from scap_hub.placement import fed, placement
+from scap_hub.placement import placement
 from scap_hub.private import tree_leaves
 from scap_hub.tasks.base import Meter, Metric, Task
 from scap_hub.tasks.placed import PlacedTask
@@ -85,7 +85,7 @@ class Outputs(Task):
 
     def output(self, model: nn.Module, images: Tensor) -> Any:
         """float32 tensors (N, ...)."""
-        return [output.float() for output in outputs_of(model, fed(model, self.inputs(images)))]
+        return [output.float() for output in outputs_of(model, self.inputs(images))]
 
     def loss(self, output: Any, targets: Any, label_smoothing: float = 0.0) -> Tensor:
         """There is none without a teacher."""

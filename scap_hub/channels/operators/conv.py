@@ -160,6 +160,23 @@ def conv_transpose(call: Call) -> Labels:
     return _finish(call, w, rows, channels, name, depthwise=False, positions_of=x.shape)
 
 
+@operator("torchvision.deform_conv2d.default")
+def deformable(call: Call) -> Labels:
+    """A convolution that reads its places from an offset for each place of its window, and weighs them by a mask."""
+    x, w, name = call.labels("input"), call.labels("weight"), call.state("weight")
+    call.ledger.pin_all([call.labels("offset"), call.labels("mask")], f"says where {call.place} reads")
+    _pin_all_but(call, x, (1,))
+    _pin_all_but(call, w, (0,), (1,))
+    channels = x.along(1)
+    if call["groups"] > 1:
+        call.ledger.pin_all([x, w], f"passes a grouped deformable convolution ({call.place})")
+        return Labels(call.shape)
+    if channels is not None:  # each block of channels has offsets of its own
+        blocks = call.labels("offset").shape[1] // (2 * w.shape[2] * w.shape[3])
+        call.ledger.balance(np.split(channels, blocks), f"{blocks} blocks of offsets of {call.place}")
+    return _finish(call, w, _plain(call, x, w, channels), channels, name, depthwise=False)
+
+
 def _depthwise_transposed(call: Call, x: Labels, w: Labels, name: str | None) -> Labels:
     """Each channel is spread to outputs of its own, which leave with it."""
     _pin_all_but(call, x, (1,))

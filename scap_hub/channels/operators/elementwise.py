@@ -30,7 +30,9 @@ def activation(call: Call) -> Labels:
     "absolute", "negative", "clip", "greater", "greater_equal", "less", "less_equal", "not_equal", "logical_xor",
     "bitwise_and", "bitwise_or", "bitwise_not", "__and__", "__or__", "isnan", "isinf", "isfinite", "max.other",
     "min.other", "tan", "sinh", "cosh", "atan", "exp2", "log2", "log10", "logaddexp", "logit", "hypot", "trunc", "frac",
-    "sgn", "hardshrink", "softshrink", "special_expit", "rrelu", "feature_alpha_dropout",
+    "sgn", "hardshrink", "softshrink", "special_expit", "rrelu", "feature_alpha_dropout", "atan2", "asin", "acos",
+    "asinh", "acosh", "atanh", "erfc", "sinc", "complex", "polar", "angle", "_conj", "_neg_view",
+    "fill", "zero",
 )  # fmt: skip
 def elementwise(call: Call) -> Labels:
     """Any number of operands, broadcast as usual."""
@@ -80,6 +82,12 @@ def alike_as(call: Call) -> Labels:
 def constant(call: Call) -> Labels | list[Labels]:
     """Every element is another one: carries no labels, and pins what it meets."""
     return call.unlabelled()
+
+
+@operator("set_.default")
+def emptied(call: Call) -> Labels:
+    """Gives memory back, as reversible networks do; nothing is left."""
+    return Labels(call.shape)
 
 
 @operator("_assert_tensor_metadata", "_assert_async", "sym_constrain_range_for_size")

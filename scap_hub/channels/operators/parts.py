@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
-from scap_hub.channels.labels import Labels, line, support
+from scap_hub.channels.labels import Labels, broadcast, line, support
 from scap_hub.channels.operators.table import Call, Integers, Size, flat, module_integers, operator
 from scap_hub.channels.operators.view import moved
 from scap_hub.graph.node import Node
@@ -131,6 +133,18 @@ def index(call: Call) -> Labels:
     call.ledger.pin_all(flat(call.trace.labels[numbers]), f"takes another tensor apart by index ({call.place})")
     free = call.free_along(x, dim, "is taken apart by index")
     return Labels(call.shape, tuple(own.reshape(*own.shape[:dim], *(1,) * rank, *own.shape[dim + 1 :]) for own in free))
+
+
+@operator("index_put")
+def index_put(call: Call) -> Labels:
+    """One number at the places of a mask, as in `x[x < 0] = 0`, is written element by element."""
+    x, places, values = call.labels("self"), call["indices"], call.labels("values")
+    masked = len(places) == 1 and places[0] is not None and places[0].value.dtype == torch.bool
+    if masked and tuple(places[0].value.shape) == x.shape and math.prod(values.shape) == 1:
+        operands = [x, *flat(call.trace.labels[places[0]])]
+        return broadcast(call.ledger, operands, call.shape, f"meets a mask that cannot shrink ({call.place})")
+    call.ledger.pin_all(call.tensors, f"is written to by index ({call.place})")
+    return Labels(call.shape)
 
 
 @operator("index_select")

@@ -54,6 +54,24 @@ def fixed_along(call: Call) -> Labels:
     return Labels(call.shape, tuple(call.free_along(call.labels("self"), call.dim(), "is normalised or sorted over")))
 
 
+@operator("_fft_r2c", "_fft_c2c", "_fft_c2r")
+def transformed(call: Call) -> Labels:
+    """Fourier transforms; those that code calls by name are computed from these three."""
+    x = call.labels("self")
+    kept = [array for array in x.arrays if not any(array.shape[dim] > 1 for dim in call["dim"])]
+    for array in x.arrays:
+        if not any(array is own for own in kept):
+            call.ledger.pin(array, f"is transformed ({call.place})")
+    return Labels(call.shape, tuple(kept))
+
+
+@operator("lstm", "gru", "rnn_tanh", "rnn_relu")
+def recurrent(call: Call) -> list[Labels]:
+    """Left to a rule of its own when a model needs it; torch would take it apart step by step."""
+    call.ledger.pin_all(call.tensors, f"enters {call.place}, which has no rule")
+    return call.unlabelled()
+
+
 @operator("argmax", "argmin", "sort", "topk", "where.default")
 def values_matter(call: Call) -> Labels | list[Labels]:
     """What is where depends on values: nothing that enters can shrink."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from scap_hub.channels.labels import Labels, Ledger
 from scap_hub.graph.node import Node
+from scap_hub.graph.record import WHOLE
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +93,7 @@ class Call:
     @property
     def place(self) -> str:
         """The operator and the module that calls it, for reasons that a person reads."""
-        return f"{self.op.split('.')[0]} in {self.node.owner or 'the model'!r}"
+        return f"{self.op.split('.')[-2]} in {self.node.owner or 'the model'!r}"
 
     def __getitem__(self, name: str) -> Any:
         return self.args[name]
@@ -254,6 +255,7 @@ def operator(
                 known = _OPERATORS[name].rule
                 raise ValueError(f"operator {name!r} has a rule already, {known.__module__}.{known.__qualname__}")
             _OPERATORS[name] = Operator(rule, role, counts, sizes, idle)
+            WHOLE.add(name)
         return rule
 
     return register

@@ -48,6 +48,19 @@ def flip(call: Call) -> Labels:
     return moved(call, lambda array: np.flip(array, tuple(call["dims"])))
 
 
+@operator("view_as_real")
+def as_real(call: Call) -> Labels:
+    """Real and imaginary parts along a new last dimension."""
+    return moved(call, lambda array: array[..., None])
+
+
+@operator("view_as_complex")
+def as_complex(call: Call) -> Labels:
+    """The last dimension holds real and imaginary parts, so it stays."""
+    free = call.free_along(call.labels("self"), -1, "is one of two parts of a complex number")
+    return Labels(call.shape, tuple(array[..., 0] for array in free))
+
+
 def _unflattened(call: Call) -> Iterator[Size]:
     """Sizes that a dimension is split into."""
     return out_sizes("sizes", call.dim())(call)  # type: ignore[return-value]

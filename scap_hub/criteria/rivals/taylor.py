@@ -70,7 +70,7 @@ class Taylor(RowCriterion):
                     images = fed(model, images_of(batch)).detach().requires_grad_()
                     count = len(images)
                     images_seen += count
-                    loss = _loss(model, model(images), batch, count)
+                    loss = _loss(model, model(fed(model, images)), batch, count)
                     if not loss.isfinite():
                         raise CalibrationError(
                             f"the loss of batch {number} is {loss.item()}; check the images and labels"

@@ -191,12 +191,12 @@ class Outputs:
                 layer = self._model.get_submodule(path)
                 stack.callback(layer.register_forward_hook(partial(after, path)).remove)
             for images in track(list(self._batches()), "gradient spectra"):
-                pixels = fed(self._model, images).clone()
+                pixels = fed(self._model, images)
                 if not pixels.is_floating_point():
                     continue
                 pixels.requires_grad_()
                 # Images do not see each other, so the gradients of a sum over them are each one's own.
-                for projections in self._projections(images, self._run(pixels.clone()), 1):
+                for projections in self._projections(images, self._run(pixels), 1):
                     torch.autograd.grad(projections, pixels, allow_unused=True)
                 found, seen = summed([found, *seen]), []
         return summed(gather_object([found]))
@@ -230,7 +230,7 @@ class Outputs:
         """Every output for some images, (N, numbers)."""
         return [
             (spectrum(z, z.shape[2:], self._bins) if z.ndim > 2 else z.float()).flatten(1)
-            for z in outputs_of(self._model, fed(self._model, images))
+            for z in outputs_of(self._model, images)
         ]
 
     def _batches(self) -> Iterator[Tensor]:
