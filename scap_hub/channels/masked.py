@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scap_hub.channels.labels import Labels, restricted, support
-from scap_hub.channels.operators import Call, Trace, flat, operator_of
+from scap_hub.channels.operators import Call, Trace, flat, has_rule, operator_of
 from scap_hub.channels.partition import Partition, solve
 from scap_hub.channels.proof import expected_numbers
 from scap_hub.channels.trace import trace
@@ -40,7 +40,7 @@ def masked_output(
         rounding: Every operator whose results have at least this relative rounding error makes another one on top of
             its own, the same ones each time; how much the output changes tells how far rounding can take it.
     """
-    captured = capture(dense, inputs, numbers=index_buffers(dense))
+    captured = capture(dense, inputs, numbers=index_buffers(dense), known=has_rule)
     found = trace(captured)
     partition = solve(captured, found, dense)
     masked = _Masked(found, _staying(plan, partition)[partition.channel_of], rounding)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from scap_hub.channels.operators import has_rule
 from scap_hub.errors import ModelError
 from scap_hub.graph.copies import copied, index_buffers, without_weights
 from scap_hub.graph.modes import evaluating, untouched
@@ -148,6 +149,6 @@ def _record(part: Part, arguments: tuple[Any, ...]) -> None:
     """
     numbers = index_buffers(part)
     try:
-        capture(without_weights(part), on_meta(arguments), numbers=numbers)
+        capture(without_weights(part), on_meta(arguments), numbers=numbers, known=has_rule)
     except ModelError:
-        capture(copied(part), arguments, numbers=numbers)
+        capture(copied(part), arguments, numbers=numbers, known=has_rule)

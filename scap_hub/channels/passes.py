@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scap_hub.channels.operators import Trace
+from scap_hub.channels.operators import Trace, has_rule
 from scap_hub.channels.proof import Run
 from scap_hub.channels.repeats import matched
 from scap_hub.channels.trace import retrace, trace
@@ -72,14 +72,14 @@ class Passes:
             return False
         twice = _twice(self.inputs)
         try:
-            captured = capture(self.model, twice, numbers=self.numbers)
+            captured = capture(self.model, twice, numbers=self.numbers, known=has_rule)
         except ModelError:
             return False
         self._add(captured, twice, training=False)
         return True
 
     def _evaluated(self) -> Passes:
-        captured = capture(self.model, self.inputs, numbers=self.numbers)
+        captured = capture(self.model, self.inputs, numbers=self.numbers, known=has_rule)
         self.runs.append(Run(captured, trace(captured, self.found), self.inputs))
         self._hold_together()
         return self
@@ -105,7 +105,7 @@ class Passes:
             return True
         for inputs in (self.inputs, _twice(self.inputs)):
             try:
-                captured = capture(self.model, inputs, training=True, numbers=self.numbers)
+                captured = capture(self.model, inputs, training=True, numbers=self.numbers, known=has_rule)
             except ModelError:
                 continue
             self._add(captured, inputs, training=True)

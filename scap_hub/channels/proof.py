@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from scap_hub.channels.labels import STAYS, Labels, Ledger, restricted, support
-from scap_hub.channels.operators import Call, Trace, flat, operator_of, sizes_of
+from scap_hub.channels.operators import Call, Trace, flat, has_rule, operator_of, sizes_of
 from scap_hub.channels.trace import label
 from scap_hub.graph.modes import emptied_caches, running, untouched
 from scap_hub.graph.node import Form, Node, mapped, rebuilt
@@ -174,7 +174,7 @@ class _Proof(Recorder):
         self.states = {node.state: node for node in dense.captured.given if node.state}
         self.others = iter([node for node in dense.captured.given if not node.state])
         self.same: dict[Node, Node] = {}
-        super().__init__(model, dense.inputs, dense.training)
+        super().__init__(model, dense.inputs, dense.training, has_rule)
         for node in self._given:  # parameters, buffers and inputs
             self._same(node)
 

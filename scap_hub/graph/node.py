@@ -73,7 +73,7 @@ class Node:
     @property
     def op(self) -> str:
         """The ATen operator with its overload: "conv2d.default"."""
-        return _op(self.target)
+        return op_of(self.target)
 
     @property
     def name(self) -> str:
@@ -98,7 +98,8 @@ class Node:
 
 
 @functools.cache
-def _op(target: Any) -> str:
+def op_of(target: Any) -> str:
+    """The name of an ATen operator with its overload: "conv2d.default"."""
     return str(target).removeprefix("aten.")
 
 

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from scap_hub.errors import ModelError
 from scap_hub.graph.modes import emptied_caches, evaluating, running, uncompiled, untouched
-from scap_hub.graph.node import Form, Node, Site, flattened, mapped, numbers_in, rebuilt
+from scap_hub.graph.node import Form, Node, Site, flattened, mapped, numbers_in, op_of, rebuilt
 from scap_hub.graph.shapes import in_place, run
 from scap_hub.graph.values import is_tensor, separate, tensors_of, without_values
 from scap_hub.private import (
@@ -40,8 +40,8 @@ _LOOKS = ("tolist", "numpy", "__array__", "__dlpack__", "data_ptr")
 """Functions of a tensor that look at its values without an operator."""
 _SAME = ("__deepcopy__", "__copy__", "__reduce_ex__")
 """Functions that copy a tensor without an operator."""
-WHOLE: set[str] = set()
-"""Names of the operators that have a rule. Any other is recorded as those that torch computes it from, if any."""
+Known = Callable[[str], bool]
+"""Whether an operator ("conv2d.default") is recorded whole if torch computes it from others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +68,7 @@ def capture(
     inputs: tuple[Any, ...],
     training: bool = False,
     numbers: Mapping[str, Tensor] | None = None,
+    known: Known | None = None,
 ) -> Capture:
     """Records one forward pass of `model`; the model is left as it was.
 
@@ -79,11 +80,13 @@ def capture(
         inputs: Example positional arguments, on the model's device.
         training: Whether to record what it does in training mode; by default eval mode.
         numbers: Values of one-dimensional integer buffers, which a model without weights has lost.
+        known: Which composite operators are recorded whole; the others are as those that torch computes them from. Left
+            out, all are.
 
     Raises:
         ModelError: The forward pass fails, looks at values, or returns no tensor; names the module and the operator.
     """
-    recorder = Recorder(model, inputs, training)
+    recorder = Recorder(model, inputs, training, known)
     try:
         with untouched(model), emptied_caches(model):
             recorder.run()
@@ -123,8 +126,11 @@ class Recorder(PreDispatchMode):
     Torch lets few classes of dispatch mode see operators that early; deriving from one of them is the way in.
     """
 
-    def __init__(self, model: nn.Module, inputs: tuple[Any, ...], training: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: tuple[Any, ...], training: bool = False, known: Known | None = None
+    ) -> None:
         super().__init__()
+        self.known = known
         self.model, self.inputs, self.training = model, separate(inputs), training
         self.running: Any = None
         self.site: Site | None = None
@@ -223,7 +229,7 @@ class Recorder(PreDispatchMode):
         return Site(name, number, tuple(numbers_in(args, kwargs)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _unknown_composite(func):
+        if self._taken_apart(func):
             with self:
                 return func.decompose(*args, **kwargs or {})
         self.running = func
@@ -255,6 +261,12 @@ class Recorder(PreDispatchMode):
         self.made(made, value)
         self._called.append(made)
         return self._known_as(made, value)
+
+    def _taken_apart(self, func: Any) -> bool:
+        """Whether an operator is recorded as others. One whose result's size follows from values says so by itself."""
+        if self.known is None or func in VALUES or torch.Tag.dynamic_output_shape in func.tags:
+            return False
+        return is_composite(func) and not self.known(op_of(func))
 
     def _give(self, tensor: Tensor, state: str | None = None, varies: bool = False) -> Node:
         # A copy of an input or of a constant, because the forward pass may write to it.
@@ -333,13 +345,6 @@ def _remember(node: Node) -> None:
     if node.target is operator.getitem:
         whole, index = node.args
         whole.value[index] = node.value
-
-
-def _unknown_composite(func: Any) -> bool:
-    """Whether torch computes an operator from others and no rule is for it. Sizes that follow from values stay told."""
-    name = func.name().partition("::")[2]
-    known = {name, name.partition(".")[0], name.partition(".")[0].removesuffix("_")} & WHOLE
-    return not known and func not in VALUES and is_composite(func) and torch.Tag.dynamic_output_shape not in func.tags
 
 
 def _same_place(one: Tensor, other: Tensor) -> bool:

@@ -15,7 +15,6 @@ from torch import nn
 
 from scap_hub.channels.labels import Labels, Ledger
 from scap_hub.graph.node import Node
-from scap_hub.graph.record import WHOLE
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,7 +254,6 @@ def operator(
                 known = _OPERATORS[name].rule
                 raise ValueError(f"operator {name!r} has a rule already, {known.__module__}.{known.__qualname__}")
             _OPERATORS[name] = Operator(rule, role, counts, sizes, idle)
-            WHOLE.add(name)
         return rule
 
     return register
@@ -263,8 +261,17 @@ def operator(
 
 def operator_of(node: Node) -> Operator | None:
     """What is known of the operator that made a node; None for one without a rule, or none."""
-    name = node.op.split(".")[0]
-    return _OPERATORS.get(node.op) or _OPERATORS.get(name) or _OPERATORS.get(name.removesuffix("_"))
+    return _described(node.op)
+
+
+def has_rule(op: str) -> bool:
+    """Whether an operator, named with its overload, has a rule."""
+    return _described(op) is not None
+
+
+def _described(op: str) -> Operator | None:
+    name = op.split(".")[0]
+    return _OPERATORS.get(op) or _OPERATORS.get(name) or _OPERATORS.get(name.removesuffix("_"))
 
 
 def role_of(node: Node) -> Role:
