@@ -20,7 +20,7 @@ from scap_hub.private import ConvNd, NormBase
 _SIZED = (
     "view", "reshape", "unflatten", "expand", "repeat", "tile", "narrow", "split", "split_with_sizes", "__getitem__",
     "__setitem__", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "layer_norm", "rms_norm", "group_norm",
-    "conv1d", "conv2d", "conv3d",
+    "conv1d", "conv2d", "conv3d", "pad",
 )  # fmt: skip
 SCALED, SCALES = "scaled_dot_product_attention", ("mul", "mul_", "div", "div_")
 _WIDTHS = frozenset((

@@ -67,6 +67,49 @@ def test_channels_pass_the_operator(name):
     assert wanted <= free(groups) or name in MAY_BE_HELD, [(g.name, g.pinned_because) for g in groups]
 
 
+class Around(nn.Module):
+    """Zero channels on both sides, as many as an attribute says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.amount = 4
+
+    def forward(self, x):
+        return F.pad(x, (0, 0, 0, 0, self.amount, self.amount))
+
+
+SHORTCUTS: dict[str, Forward] = {
+    "on both sides": lambda net, x: F.pad(x, (0, 0, 0, 0, 4, 4), "constant", 0),
+    "behind": lambda net, x: F.pad(x, (0, 0, 0, 0, 0, 8)),
+    "what is missing": lambda net, x: F.pad(x, (0, 0, 0, 0, 8, net.wide(x).shape[1] - x.shape[1] - 8)),
+    "an attribute": lambda net, x: net.around(x),
+}
+
+
+@each(SHORTCUTS)
+def test_channels_of_zeros_leave_with_what_they_are_added_to(name):
+    """As in the shortcuts of CIFAR's ResNets, which have no parameters."""
+    net = Body(
+        lambda net, x: (y := net.a(x).relu(), net.last(net.wide(y) + SHORTCUTS[name](net, y)))[1].mean((2, 3)),
+        wide=nn.Conv2d(16, 24, 3, padding=1), last=nn.Conv2d(24, 5, 1), around=Around(),
+    )  # fmt: skip
+    groups = pruned_exactly(net, image())
+    assert sorted(group.size for group in groups.prunable if "wide" in group.producers) == [8, 16]
+    plan = some_plan(groups)
+    small = scap_hub.apply_plan(net, plan)
+    again = some_plan(scap_hub.channel_groups(small, image()), seed=1)
+    assert scap_hub.verify(small, again, (image(),)) < TOLERANCE
+
+
+def test_channels_of_another_constant_stay():
+    net = Body(
+        lambda net, x: net.last(net.wide(y := net.a(x).relu()) + F.pad(y, (0, 0, 0, 0, 0, 8), value=1.0)).mean((2, 3)),
+        wide=nn.Conv2d(16, 24, 1), last=nn.Conv2d(24, 5, 1),
+    )  # fmt: skip
+    groups = pruned_exactly(net, image())
+    assert [group.size for group in groups.prunable if "wide" in group.producers] == [16]
+
+
 @pytest.mark.parametrize("norm", [nn.InstanceNorm2d(16), nn.BatchNorm2d(16, affine=False, track_running_stats=False)])
 def test_a_norm_without_parameters_is_told_its_width(norm):
     net, x = Body(lambda net, x: net.head(net.b(net.norm(net.a(x)).relu())), norm=norm).eval(), image()

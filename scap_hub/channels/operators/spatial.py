@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from scap_hub.channels.labels import STAYS, Labels, broadcast, line, support
-from scap_hub.channels.operators.table import Call, operator
+from scap_hub.channels.operators.table import Call, Size, operator
 
 
 def _channels_only(call: Call, spatial: int) -> tuple[np.ndarray, ...]:
@@ -195,21 +197,44 @@ def col2im(call: Call) -> Labels:
     return Labels(call.shape, (line(places[:, 0], dim, len(call.shape)),))
 
 
-@operator("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d")
+def _amounts(call: Call) -> tuple[str, Sequence[int]]:
+    """What is added before and after each dimension, the last one first; with the name of the argument."""
+    name = "pad" if "pad" in call.args else "padding"
+    return name, call[name]
+
+
+def _channels_added(call: Call) -> Iterator[Size]:
+    """The amounts that count channels."""
+    name, amounts = _amounts(call)
+    for labels in call.results[:1]:
+        for dim, own in labels.lines():
+            place = 2 * (len(call.shape) - 1 - dim)
+            if place < len(amounts):
+                before, after = amounts[place : place + 2]
+                yield Size(name, place, own[:before])
+                yield Size(name, place + 1, own[own.size - after :])
+
+
+@operator("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d", sizes=_channels_added)
 def pad(call: Call) -> Labels:
-    """Constants around the channels stay; whatever copies elements to the border holds them."""
-    amounts = call.args.get("pad") or call.args["padding"]
+    """Zeros around the channels are channels of their own; other constants stay, and what is copied there is held."""
+    _, amounts = _amounts(call)
     x = call.labels("self")
     rank = len(x.shape)
     padded = {rank - 1 - i: (amounts[2 * i], amounts[2 * i + 1]) for i in range(len(amounts) // 2)}
     constant = call.args.get("mode", "constant") == "constant" and not call.op.startswith(("reflection", "replication"))
     kept = []
     for array in x.arrays:
-        around = [padded.get(dim, (0, 0)) if dim in support(array) else (0, 0) for dim in range(rank)]
+        dims = support(array)
+        around = [padded.get(dim, (0, 0)) if dim in dims else (0, 0) for dim in range(rank)]
         if not any(map(any, around)):
             kept.append(array)
-        elif constant and support(array) == tuple(dim for dim in range(rank) if any(around[dim])) and min(amounts) >= 0:
+        elif constant and dims == tuple(dim for dim in range(rank) if any(around[dim])) and min(amounts) >= 0:
             kept.append(np.pad(array, around, constant_values=STAYS))
+            if len(dims) == 1 and not call.args.get("value"):
+                before, after = around[dims[0]]
+                fresh = call.ledger.fresh(before + after)
+                kept[-1] = line(np.concatenate([fresh[:before], array.reshape(-1), fresh[before:]]), dims[0], rank)
         else:
             call.ledger.pin(array, f"is padded ({call.place})")
     return Labels(call.shape, tuple(kept))
