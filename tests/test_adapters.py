@@ -7,6 +7,7 @@ import time
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
@@ -19,10 +20,14 @@ from transformers import (
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
     MobileNetV2ImageProcessor,
+    MobileViTImageProcessor,
+    PerceiverImageProcessor,
     PvtConfig,
     PvtForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
     ViTImageProcessor,
 )
 
@@ -158,6 +163,64 @@ def test_nothing_is_normalised_where_the_image_processor_does_not(processor, tmp
     found = load_model(tmp_path, input_size=(3, 64, 64)).preprocessing
     assert (found.mean, found.std) == (pytest.approx((0, 0, 0)), pytest.approx((1, 1, 1)))
     assert "-" not in str(found.mean)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        DetrImageProcessor(),
+        PerceiverImageProcessor(),
+        MobileViTImageProcessor(do_center_crop=False),
+        ViTImageProcessor(
+            size={"height": 256, "width": 256}, do_center_crop=True, crop_size={"height": 224, "width": 224}
+        ),
+    ],
+)
+def test_the_image_processor_of_another_size_makes_what_the_run_does(processor, tmp_path):
+    tiny_resnet().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    whole = load_model(tmp_path)
+    assert load_model(tmp_path, input_size=whole.preprocessing.input_size).image_processor == whole.image_processor
+    smaller = load_model(tmp_path, input_size=(3, 48, 64))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(smaller.image_processor))
+    image = Image.linear_gradient("L").resize((90, 70)).rotate(30)
+    image = Image.merge("RGB", (image, image.rotate(60), image.rotate(200)))
+    mean, std = (torch.tensor(own)[:, None, None] for own in (smaller.preprocessing.mean, smaller.preprocessing.std))
+    own = type(processor).from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"][0]
+    assert (own * std + mean - smaller.zoo.pixels(smaller)(image) / 255).abs().max() < 0.01
+
+
+def test_an_image_processor_that_cannot_make_a_size_is_not_taken_for_the_model_s(tmp_path):
+    tiny_resnet().save_pretrained(tmp_path)
+    ConvNextImageProcessor().save_pretrained(tmp_path)  # squares alone
+    assert load_model(tmp_path, input_size=(3, 48, 64)).image_processor is None
+
+
+def test_colours_are_the_image_processor_s_also_where_it_makes_several_sizes_or_the_module_was_changed(tmp_path):
+    tiny_resnet().save_pretrained(tmp_path)
+    MobileViTImageProcessor(size={"shortest_edge": 64}, do_center_crop=False).save_pretrained(tmp_path)
+    module = ResNetForImageClassification.from_pretrained(tmp_path)
+    module.classifier = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Tanh())
+    with pytest.warns(UserWarning, match="not rebuilt by name"):
+        changed = load_model(module)
+    for loaded in (load_model(tmp_path), changed):
+        assert loaded.preprocessing.input_size == (3, 64, 64)
+        blue = loaded.zoo.pixels(loaded)(Image.new("RGB", (80, 70), (255, 0, 0)))[:, 32, 32]
+        assert blue.tolist() == [0, 0, 255]
+
+
+def test_an_image_processor_that_does_not_resize_leaves_the_size_to_the_model(tmp_path):
+    config = ViTConfig(image_size=32, patch_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    ViTForImageClassification(config).save_pretrained(tmp_path)
+    ViTImageProcessor(do_resize=False).save_pretrained(tmp_path)
+    assert load_model(tmp_path).preprocessing.input_size == (3, 32, 32)
+
+
+def test_an_image_processor_that_cannot_be_loaded_is_told(tmp_path):
+    tiny_resnet().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "Unknown", "image_mean": [0, 0, 0]}')
+    with pytest.warns(UserWarning, match=r"cannot be loaded \(Unrecognized.*ImageNet's mean"):
+        load_model(tmp_path)
 
 
 def test_timm_modules_are_recognised():

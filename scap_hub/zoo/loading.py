@@ -179,4 +179,10 @@ def _checked(loaded: LoadedModel) -> LoadedModel:
     # Something was changed, so the zoo's config is no longer true: ask the module itself.
     plain = PLAIN.from_module(loaded.module, loaded.source, loaded.preprocessing.input_size)
     labels = loaded.labels if plain.num_classes == loaded.num_classes else None
-    return replace(plain, preprocessing=loaded.preprocessing, labels=labels, config={"reason": reason})
+    return replace(
+        plain,
+        preprocessing=loaded.preprocessing,
+        labels=labels,
+        config={"reason": reason},
+        image_processor=loaded.image_processor,
+    )

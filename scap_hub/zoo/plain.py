@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from scap_hub.errors import ModelError
 from scap_hub.placement import placement
 from scap_hub.text import one_line
-from scap_hub.zoo.base import LoadedModel, Preprocessing, Zoo, default_preprocessing
+from scap_hub.zoo.base import LoadedModel, Pixels, Preprocessing, Zoo, default_preprocessing
 from scap_hub.zoo.described import Widths
 from scap_hub.zoo.timm.widths import TimmFeatures, timm_features, timm_widths
+from scap_hub.zoo.transformers.zoo import TransformersZoo
 
 TORCHVISION = "torchvision.models.detection."
 """Where torchvision's detectors are."""
@@ -73,6 +74,10 @@ class PlainZoo(Zoo):
         """Known of torchvision's detectors."""
         return "object-detection" if torchvision_detector(module) else None
 
+    def pixels(self, loaded: LoadedModel) -> Pixels | None:
+        """Those of the image processor of a transformers model that its owner has changed."""
+        return TransformersZoo().pixels(loaded)
+
     def describe(
         self,
         module: nn.Module,
@@ -92,6 +97,7 @@ class PlainZoo(Zoo):
             num_classes=entry.get("num_classes", 0),
             labels=entry.get("labels"),
             config={"reason": entry["reason"]} if "reason" in entry else {},
+            image_processor=processor,
         )
 
     def rebuild(self, config: dict[str, Any]) -> nn.Module:

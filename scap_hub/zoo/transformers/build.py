@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 from scap_hub.errors import ModelError
 from scap_hub.text import one_line
 from scap_hub.zoo.base import LoadedModel, Preprocessing, Wanted, Zoo, default_preprocessing
-from scap_hub.zoo.transformers.processor import observed_preprocessing
+from scap_hub.zoo.transformers.processor import observed_preprocessing, resized
 from scap_hub.zoo.transformers.tasks import WITH_CLASSES, model_class, task_of
 
 _INTERPOLATION = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as image processors store them
@@ -71,15 +73,15 @@ def from_module(
     channels = getattr(of_images, "num_channels", 3)
     if input_size and input_size[0] != channels:
         raise ModelError(f"input_size {input_size}: the model takes {channels} channels; build it with that many")
+    size = getattr(of_images, "image_size", None)
+    own = None if size is None else (size, size) if isinstance(size, int) else tuple(size)
     if processor is None:
-        size = getattr(of_images, "image_size", 224)
-        height, width = (size, size) if isinstance(size, int) else size
-        preprocessing = default_preprocessing((channels, height, width))
+        preprocessing = default_preprocessing((channels, *(own or (224, 224))))
     else:
-        preprocessing = observed_preprocessing(processor, _preprocessing(processor, channels))
-    if input_size:
+        preprocessing = observed_preprocessing(processor, _preprocessing(processor, channels, own))
+    if input_size and input_size != preprocessing.input_size:
+        processor = processor and resized(processor, preprocessing, input_size)
         preprocessing = replace(preprocessing, input_size=input_size)
-        processor = processor and _resized(processor, preprocessing)
     num_classes = config.num_labels if task_of(type(module)) in (None, *WITH_CLASSES) else 0
     # Some configs, such as PVT's default one, count their classes and name none of them.
     labels = [config.id2label[index] for index in range(num_classes)] if config.id2label else []
@@ -136,15 +138,24 @@ def image_processor(source: str) -> dict[str, Any] | None:
     """The document of the image processor in a folder or a cached Hub repository; None where there is none."""
     try:
         processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if any(Path(source, name).is_file() for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)):
+            warnings.warn(
+                f"the image processor in {source} cannot be loaded ({one_line(error)}): images are normalised with "
+                "ImageNet's mean, so give a DataLoader of images that are ready for the model",
+                stacklevel=2,
+            )
         return None
     return json.loads(processor.to_json_string())
 
 
-def _preprocessing(processor: dict[str, Any], channels: int) -> Preprocessing:
+def _preprocessing(processor: dict[str, Any], channels: int, own: tuple[int, ...] | None) -> Preprocessing:
+    """What the entries say; `own` is the (height, width) that the model's config names, of a processor without one."""
     size, crop = processor.get("size") or {}, processor.get("crop_size") or {}
+    if processor.get("do_resize") is False and own:
+        size = dict(zip(("height", "width"), own, strict=True))
     shortest = size.get("shortest_edge")
-    if processor.get("do_center_crop") and crop:
+    if processor.get("do_center_crop") and "height" in crop:
         height, width = crop["height"], crop["width"]
         crop_pct, crop_mode = height / (shortest or size.get("height", height)), "center"
     elif shortest:
@@ -152,7 +163,7 @@ def _preprocessing(processor: dict[str, Any], channels: int) -> Preprocessing:
         # transformers' ConvNext processor crops small images and squashes large ones.
         crop_pct, crop_mode = (processor.get("crop_pct") or 1.0, "center") if shortest < 384 else (1.0, "squash")
     else:
-        height, width = size.get("height", 224), size.get("width", 224)
+        height, width = (size.get(side) or size.get(f"max_{side}") or 224 for side in ("height", "width"))
         crop_pct, crop_mode = 1.0, "squash"
     preprocessing = default_preprocessing((channels, height, width))
     return replace(
@@ -163,14 +174,3 @@ def _preprocessing(processor: dict[str, Any], channels: int) -> Preprocessing:
         crop_pct=crop_pct,
         crop_mode=crop_mode,
     )
-
-
-def _resized(processor: dict[str, Any], preprocessing: Preprocessing) -> dict[str, Any]:
-    """The image processor's document for another input size."""
-    _, height, width = preprocessing.input_size
-    if processor.get("do_center_crop"):
-        edge = round(height / preprocessing.crop_pct)
-        return processor | {"size": {"shortest_edge": edge}, "crop_size": {"height": height, "width": width}}
-    if "shortest_edge" in (processor.get("size") or {}):
-        return processor | {"size": {"shortest_edge": height}, "crop_pct": preprocessing.crop_pct}
-    return processor | {"size": {"height": height, "width": width}}

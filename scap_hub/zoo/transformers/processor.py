@@ -37,11 +37,51 @@ def observed_preprocessing(document: dict[str, Any], written: Preprocessing) -> 
 
 
 def processor_pixels(document: dict[str, Any], preprocessing: Preprocessing) -> Pixels | None:
-    """Images as a processor resizes and crops them; None where it does not make what the preprocessing says."""
-    seen = _observed(document, preprocessing.input_size[0])
-    if seen is None or seen[0] != preprocessing.input_size:
-        return None
-    return _ProcessorPixels(_processor(document), *map(torch.tensor, seen[1:]))
+    """Images as a processor makes them, squashed by it where it makes several sizes; None where it makes another."""
+    wanted = preprocessing.input_size
+    for own in (document, _squashing(document, wanted)):
+        seen = _observed(own, wanted[0])
+        if seen is not None and seen[0] == wanted:
+            return _ProcessorPixels(_processor(own), *map(torch.tensor, seen[1:]))
+    return None
+
+
+def resized(document: dict[str, Any], own: Preprocessing, wanted: tuple[int, int, int]) -> dict[str, Any] | None:
+    """The document of a processor that makes images of another size: of all its sizes in proportion, or squashed.
+
+    Args:
+        document: The image processor's.
+        own: What it does now.
+        wanted: (channels, height, width) in pixels.
+
+    Returns:
+        In proportion too where the processor makes several sizes, whatever is asked; None where it makes another one,
+        so that nobody takes that for the model's.
+    """
+    factors = [new / old for new, old in zip(wanted[1:], own.input_size[1:], strict=True)]
+    sizes: dict[str, Any] = {
+        name: {key: round(value * factors["width" in key]) for key, value in document[name].items() if value}
+        for name in ("size", "crop_size", "pad_size")
+        if isinstance(document.get(name), dict)
+    }
+    if document.get("crop_pct") and not document.get("do_center_crop"):
+        sizes["crop_pct"] = own.crop_pct  # ConvNext's processor would squash large images and crop small ones
+    scaled = document | sizes
+    found = _observed(scaled, wanted[0])
+    for changed, seen in (
+        (scaled, found),
+        (squashing := _squashing(document, wanted), _observed(squashing, wanted[0])),
+    ):
+        if seen is not None and seen[0] == wanted:
+            return changed
+    return scaled if found is None or found[0] is None else None
+
+
+def _squashing(document: dict[str, Any], wanted: tuple[int, int, int]) -> dict[str, Any]:
+    """The document with a plain resize to one size."""
+    kind = getattr(transformers, document["image_processor_type"], None)
+    others = {name: False for name in ("do_center_crop", "do_pad", "keep_aspect_ratio") if hasattr(kind, name)}
+    return document | others | {"size": {"height": wanted[1], "width": wanted[2]}, "do_resize": True}
 
 
 @dataclass(frozen=True)
