@@ -35,9 +35,10 @@ def names_with_a_rule() -> set[str]:
 
 def names_called(net: nn.Module, inputs: tuple[Tensor, ...]) -> set[str]:
     """Every name by which the table may know an operator that a forward pass calls."""
+    from scap_hub.channels.operators import has_rule
     from scap_hub.graph.record import capture
 
-    ops = {node.op for node in capture(net, inputs).called if node.is_operator}
+    ops = {node.op for node in capture(net, inputs, known=has_rule).called if node.is_operator}
     short = {op.partition(".")[0] for op in ops}
     return ops | short | {name.removesuffix("_") for name in short}
 

@@ -227,8 +227,9 @@ def _compared(dense: nn.Module, plan: PruningPlan, arguments: tuple[Any, ...], d
         if difference > allowed or dtype != torch.float64:  # a model in float64 may compute a part of it in float32
             errors = _replayed(dense, plan, arguments, max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps))
             allowed = max(allowed, _ROUNDING * _difference(errors, masked))
-        if not difference <= min(allowed, _WORST_ROUNDING):
-            _check_dense(dense, arguments, allowed)
+        most = min(allowed, _WORST_ROUNDING)
+        if not difference <= most:
+            _check_dense(dense, arguments, most)
     if not difference <= allowed:
         wrong = VerificationError(
             f"the pruned model differs from the masked one by {difference:.1e} (relative; allowed {allowed:.0e}): "
