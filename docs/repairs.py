@@ -39,7 +39,9 @@ Tried for tuning on the same network and dropped:
   tenths of the MACs 85.9 and 86.4 %, where outputs alone gave 85.3 and 85.9 %. Too little for one seed to tell.
 - Mirrored images, and images cut out at random and resized: 75.3 % and 63.2 % after 400 steps at the rate 1e-3, where
   shifted and mixed ones gave 76.6 %. Mixing all images instead of half: 63.1 %.
-- 1,024 images at that rate: 9.7 %; so high a rate is a matter of luck, which is why rates are tried first.
+- 1,024 images at that rate: 9.7 %; so high a rate is a matter of luck, which is why rates are tried first. With rates
+  tried first, four times the images are worth two points (page [accuracy](accuracy.md)).
+- Widths from the root of what the outputs lose, as if errors of groups added up in one direction: a tie.
 """
 
 
