@@ -57,11 +57,12 @@ def fixed_along(call: Call) -> Labels:
 @operator("_fft_r2c", "_fft_c2c", "_fft_c2r")
 def transformed(call: Call) -> Labels:
     """Fourier transforms; those that code calls by name are computed from these three."""
-    x = call.labels("self")
-    kept = [array for array in x.arrays if not any(array.shape[dim] > 1 for dim in call["dim"])]
-    for array in x.arrays:
-        if not any(array is own for own in kept):
+    kept = []
+    for array in call.labels("self").arrays:
+        if any(array.shape[dim] > 1 for dim in call["dim"]):
             call.ledger.pin(array, f"is transformed ({call.place})")
+        else:
+            kept.append(array)
     return Labels(call.shape, tuple(kept))
 
 

@@ -229,12 +229,12 @@ def pad(call: Call) -> Labels:
         around = [padded.get(dim, (0, 0)) if dim in dims else (0, 0) for dim in range(rank)]
         if not any(map(any, around)):
             kept.append(array)
-        elif constant and dims == tuple(dim for dim in range(rank) if any(around[dim])) and min(amounts) >= 0:
-            kept.append(np.pad(array, around, constant_values=STAYS))
-            if len(dims) == 1 and not call.args.get("value"):
-                before, after = around[dims[0]]
-                fresh = call.ledger.fresh(before + after)
-                kept[-1] = line(np.concatenate([fresh[:before], array.reshape(-1), fresh[before:]]), dims[0], rank)
-        else:
+        elif not constant or dims != tuple(dim for dim in range(rank) if any(around[dim])) or min(amounts) < 0:
             call.ledger.pin(array, f"is padded ({call.place})")
+        elif len(dims) > 1 or call.args.get("value"):
+            kept.append(np.pad(array, around, constant_values=STAYS))
+        else:
+            before, after = around[dims[0]]
+            zeros = call.ledger.fresh(before + after)
+            kept.append(line(np.concatenate([zeros[:before], array.reshape(-1), zeros[before:]]), dims[0], rank))
     return Labels(call.shape, tuple(kept))

@@ -15,6 +15,8 @@ from scap_hub.zoo.base import Pixels, Preprocessing
 
 _SIZES = ((320, 250), (250, 320))
 """(width, height) of two images; a processor that makes both the same size has one input size."""
+_Seen = tuple[tuple[int, int, int] | None, tuple[float, ...], tuple[float, ...]]
+"""Input size, None for several; mean and standard deviation, on a 0..1 scale."""
 
 
 def observed_preprocessing(document: dict[str, Any], written: Preprocessing) -> Preprocessing:
@@ -39,11 +41,8 @@ def observed_preprocessing(document: dict[str, Any], written: Preprocessing) -> 
 def processor_pixels(document: dict[str, Any], preprocessing: Preprocessing) -> Pixels | None:
     """Images as a processor makes them, squashed by it where it makes several sizes; None where it makes another."""
     wanted = preprocessing.input_size
-    for own in (document, _squashing(document, wanted)):
-        seen = _observed(own, wanted[0])
-        if seen is not None and seen[0] == wanted:
-            return _ProcessorPixels(_processor(own), *map(torch.tensor, seen[1:]))
-    return None
+    found = _making(wanted, document, _squashing(document, wanted))
+    return found and _ProcessorPixels(_processor(found[0]), *map(torch.tensor, found[1][1:]))
 
 
 def resized(document: dict[str, Any], own: Preprocessing, wanted: tuple[int, int, int]) -> dict[str, Any] | None:
@@ -67,14 +66,19 @@ def resized(document: dict[str, Any], own: Preprocessing, wanted: tuple[int, int
     if document.get("crop_pct") and not document.get("do_center_crop"):
         sizes["crop_pct"] = own.crop_pct  # ConvNext's processor would squash large images and crop small ones
     scaled = document | sizes
-    found = _observed(scaled, wanted[0])
-    for changed, seen in (
-        (scaled, found),
-        (squashing := _squashing(document, wanted), _observed(squashing, wanted[0])),
-    ):
+    if found := _making(wanted, scaled, _squashing(document, wanted)):
+        return found[0]
+    seen = _observed(scaled, wanted[0])
+    return scaled if seen is None or seen[0] is None else None
+
+
+def _making(wanted: tuple[int, int, int], *documents: dict[str, Any]) -> tuple[dict[str, Any], _Seen] | None:
+    """The first document whose processor makes images of one size, the wanted one; with what it makes."""
+    for document in documents:
+        seen = _observed(document, wanted[0])
         if seen is not None and seen[0] == wanted:
-            return changed
-    return scaled if found is None or found[0] is None else None
+            return document, seen
+    return None
 
 
 def _squashing(document: dict[str, Any], wanted: tuple[int, int, int]) -> dict[str, Any]:
@@ -97,10 +101,8 @@ class _ProcessorPixels:
         return (values * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def _observed(
-    document: dict[str, Any], channels: int
-) -> tuple[tuple[int, int, int] | None, tuple[float, ...], tuple[float, ...]] | None:
-    """Input size (None for several), mean and standard deviation, on a 0..1 scale; None where they are not all."""
+def _observed(document: dict[str, Any], channels: int) -> _Seen | None:
+    """What a processor makes of images; None where that is not all it does."""
     mode, white = ("L", 255) if channels == 1 else ("RGB", (255,) * 3)
     try:
         processor = _processor(document)
