@@ -12,11 +12,13 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
 from transformers import (
+    AriaImageProcessor,
     ConvNextConfig,
     ConvNextForImageClassification,
     ConvNextImageProcessor,
     DetrImageProcessor,
     GLPNImageProcessor,
+    MaskFormerImageProcessor,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
     MobileNetV2ImageProcessor,
@@ -26,6 +28,7 @@ from transformers import (
     PvtForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
+    TextNetImageProcessor,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -168,8 +171,11 @@ def test_nothing_is_normalised_where_the_image_processor_does_not(processor, tmp
 @pytest.mark.parametrize(
     "processor",
     [
+        ConvNextImageProcessor(),  # squares alone, unless it crops
         DetrImageProcessor(),
+        MaskFormerImageProcessor(),  # multiples of 32, unless told otherwise
         PerceiverImageProcessor(),
+        TextNetImageProcessor(),  # always in proportion
         MobileViTImageProcessor(do_center_crop=False),
         ViTImageProcessor(
             size={"height": 256, "width": 256}, do_center_crop=True, crop_size={"height": 224, "width": 224}
@@ -181,7 +187,7 @@ def test_the_image_processor_of_another_size_makes_what_the_run_does(processor, 
     processor.save_pretrained(tmp_path)
     whole = load_model(tmp_path)
     assert load_model(tmp_path, input_size=whole.preprocessing.input_size).image_processor == whole.image_processor
-    smaller = load_model(tmp_path, input_size=(3, 48, 64))
+    smaller = load_model(tmp_path, input_size=(3, 50, 64))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(smaller.image_processor))
     image = Image.linear_gradient("L").resize((90, 70)).rotate(30)
     image = Image.merge("RGB", (image, image.rotate(60), image.rotate(200)))
@@ -192,7 +198,7 @@ def test_the_image_processor_of_another_size_makes_what_the_run_does(processor, 
 
 def test_an_image_processor_that_cannot_make_a_size_is_not_taken_for_the_model_s(tmp_path):
     tiny_resnet().save_pretrained(tmp_path)
-    ConvNextImageProcessor().save_pretrained(tmp_path)  # squares alone
+    AriaImageProcessor().save_pretrained(tmp_path)  # squares alone
     assert load_model(tmp_path, input_size=(3, 48, 64)).image_processor is None
 
 
@@ -214,6 +220,13 @@ def test_an_image_processor_that_does_not_resize_leaves_the_size_to_the_model(tm
     ViTForImageClassification(config).save_pretrained(tmp_path)
     ViTImageProcessor(do_resize=False).save_pretrained(tmp_path)
     assert load_model(tmp_path).preprocessing.input_size == (3, 32, 32)
+
+
+def test_one_mean_of_an_image_processor_is_that_of_all_channels(tmp_path):
+    tiny_resnet().save_pretrained(tmp_path)
+    ViTImageProcessor(image_mean=0.5, image_std=0.25, do_resize=False).save_pretrained(tmp_path)
+    found = load_model(tmp_path).preprocessing
+    assert (found.mean, found.std) == ((0.5,) * 3, (0.25,) * 3)
 
 
 def test_an_image_processor_that_cannot_be_loaded_is_told(tmp_path):

@@ -40,14 +40,26 @@ def test_twice_as_long_trains_for_twice_the_steps(monkeypatch):
     assert [own.epochs for own in settings] == [1, 2]
 
 
-def test_a_smaller_model_of_the_zoo_stands_at_the_nearest_target():
-    found = scap_hub.compare(
-        "resnet34", SMALL, criteria=["zoo:resnet18"], targets=["macs=0.9", "params=0.5", "macs=0.1"],
-        **TRAINED | {"model_pretrained": False, "model_input_size": (3, 32, 32), "data_calibration_images": 8},
-    )  # fmt: skip
-    (cell,) = found.cells
+def test_a_smaller_model_of_the_zoo_stands_at_the_nearest_target_and_other_weights_of_it_are_measured(
+    tmp_path, monkeypatch
+):
+    arguments = TRAINED | {
+        "model": "resnet34", "dataset": SMALL, "criteria": ["zoo:resnet18"], "output": tmp_path / "out.json",
+        "targets": ["macs=0.9", "params=0.5", "macs=0.1"], "model_pretrained": False,
+        "model_input_size": (3, 32, 32), "data_calibration_images": 8,
+    }  # fmt: skip
+    (cell,) = scap_hub.compare(**arguments).cells
     assert cell["target"] == "params=0.5" and 0.5 < cell["params"] < 0.6
     assert cell["validation"] >= cell["repaired"]
+    assert scap_hub.compare(**arguments).cells == [cell]
+
+    def better(*own, whole=baselines.load_model):
+        loaded = whole(*own)
+        loaded.module.fc.bias.data += 1
+        return loaded
+
+    monkeypatch.setattr(baselines, "load_model", better)
+    assert scap_hub.compare(**arguments).cells != [cell]
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,10 @@ def test_a_criterion_that_cannot_score_the_model_is_a_failed_row_that_is_tried_a
 
 def test_mean_ranks_count_only_cells_that_all_have():
     def cell(target, criterion, seed, top1):
-        return {"target": target, "criterion": criterion, "seed": seed, "validation": top1}
+        versions = {"torch": "2.9.0" if seed else "2.11.0", "timm": "1.0.20"}
+        return {
+            "target": target, "criterion": criterion, "seed": seed, "versions": versions, "validation": top1
+        }  # fmt: skip
 
     found = Comparison({}, {"validation": 0.9, "test": None}, [
         cell("macs=0.5", "a", 0, 0.8), cell("macs=0.5", "b", 0, 0.7), cell("macs=0.5", "c", 0, 0.7),
@@ -102,6 +105,7 @@ def test_mean_ranks_count_only_cells_that_all_have():
     assert (
         "validation images, more is better; mean and standard deviation of 2 seeds" in words and "failed: why" in words
     )
+    assert "different versions of torch: 2.11.0, 2.9.0." in words and "of timm" not in words
 
 
 def test_less_of_an_error_ranks_first():

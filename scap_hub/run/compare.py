@@ -22,6 +22,7 @@ from scap_hub.progress import track
 from scap_hub.recipe import Recipe
 from scap_hub.run import baselines, fingerprints, peers
 from scap_hub.run.comparison import Cell, Comparison, found_in
+from scap_hub.run.identity import versions
 from scap_hub.run.inputs import data_for, example, load_dense, recipe_of, shard_calibration
 from scap_hub.run.parts import LoadedPart
 from scap_hub.run.pruning import prune_loaded
@@ -86,12 +87,12 @@ def compare(
     _check_comparable(data, names)
     smaller = baselines.smaller_models(names, loaded, base)
     places = {name: baselines.fitting_target(small, loaded, targets) for name, small in smaller.items()}
-    about = _about(loaded, data, base)
+    compared = _about(loaded, data, base)
     tune_dense(loaded, data, base, tuning, stages)
-    found = from_main(lambda: found_in(output, about))
+    found = from_main(lambda: found_in(output, compared))
     if not found.dense:
         found.dense = _dense(loaded, data)
-    scorers = {key: _scorer(recipe) for key, recipe in recipes.items()}
+    scorers = {key: _scorer(recipe, smaller.get(key[2])) for key, recipe in recipes.items()}
     done = {_key(cell) for cell in found.cells if _is_done(cell, scorers)}
     fitting = (key for key in recipes if _fits(key[2], recipes[key].target.target))
     left = [key for key in fitting if key not in done and places.get(key[2], key[1]) == key[1]]
@@ -104,7 +105,8 @@ def compare(
             job = _Job(
                 loaded, smaller.get(name), tuning, seeded[seed], recipes[key], found.dense, name, Path(scores)
             )  # fmt: skip
-            cell = {"target": target, "criterion": name, "seed": seed, "scorer": scorers[key], **_measured(job)}
+            about = {"target": target, "criterion": name, "seed": seed, "scorer": scorers[key], "versions": versions()}
+            cell = about | _measured(job)
             found.cells = [old for old in found.cells if _key(old) != key] + [cell]
             if output is not None and accelerator().is_main_process:
                 found.save(output)
@@ -177,8 +179,10 @@ def _about(loaded: LoadedModel, data: Data, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _scorer(recipe: Recipe) -> str:
-    """Changes when the code or an option of a recipe's criterion does."""
+def _scorer(recipe: Recipe, smaller: LoadedModel | None) -> str:
+    """Changes when the code or an option of a recipe's criterion does, or the weights of the smaller model instead."""
+    if smaller is not None:
+        return fingerprints.of_weights(smaller.module)
     name, options = recipe.criterion.name, recipe.criterion.options
     code = fingerprints.source_of(type(criterion_named(name, options)))
     return fingerprints.of_tensors([], [name, dict(options), code])

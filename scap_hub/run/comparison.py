@@ -26,10 +26,9 @@ class Comparison:
         about: What was compared: model, data, recipe, and fingerprints of weights and images; and by which metric,
             top-1 if it does not say.
         dense: The dense model's macs, params, and the metric on "validation" and "test".
-        cells: One row each: target, criterion, seed, "scorer" (changes with its code and options); then macs
-            and params (shares that stay), the metric after repair ("repaired", validation), at the end on "validation"
-            and "test" (None without a test split), and seconds;
-            or "error".
+        cells: One row each: target, criterion, seed, "scorer" (changes with its code, options, weights), "versions" of
+            the libraries; then macs and params (shares that stay), the metric after repair ("repaired", validation), at
+            the end on "validation" and "test" (None without a test split), and seconds; or "error".
     """
 
     about: dict[str, Any]
@@ -119,7 +118,19 @@ class Comparison:
         ]
         if any(split not in cell for cell in self.cells):
             notes.append('failed: why stands under "error" in the JSON.')
+        for library, versions in self._versions().items():
+            if len(versions) > 1:
+                notes.append(f"Cells were measured with different versions of {library}: {', '.join(versions)}.")
         return notes
+
+    def _versions(self) -> dict[str, list[str]]:
+        """Of each library, those with which cells were measured."""
+        found: dict[str, list[str]] = {}
+        for cell in self.cells:
+            for library, version in cell.get("versions", {}).items():  # older ones did not say
+                known = found.setdefault(library, [])
+                known += [version] if version not in known else []
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values: what was found, and its summaries."""

@@ -77,8 +77,13 @@ def about_run(loaded: LoadedModel, data: Data, recipe: Recipe) -> dict[str, Any]
         "input_size": list(loaded.preprocessing.input_size),
         "device": device_name(accelerator().device),
         "latency_batch_size": recipe.evaluate.batch_size,
-        "versions": {"scap_hub": __version__, **{name: version(name) for name in _LIBRARIES}},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of this package and of the libraries that a result depends on."""
+    return {"scap_hub": __version__, **{name: version(name) for name in _LIBRARIES}}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -168,9 +168,16 @@ def _preprocessing(processor: dict[str, Any], channels: int, own: tuple[int, ...
     preprocessing = default_preprocessing((channels, height, width))
     return replace(
         preprocessing,
-        mean=tuple(processor.get("image_mean") or preprocessing.mean),
-        std=tuple(processor.get("image_std") or preprocessing.std),
+        mean=_by_channel(processor.get("image_mean"), preprocessing.mean),
+        std=_by_channel(processor.get("image_std"), preprocessing.std),
         interpolation=_INTERPOLATION.get(processor.get("resample", 3), "bicubic"),
         crop_pct=crop_pct,
         crop_mode=crop_mode,
     )
+
+
+def _by_channel(written: float | list[float] | None, default: tuple[float, ...]) -> tuple[float, ...]:
+    """A number of an image processor for each channel; one number is that of all."""
+    if isinstance(written, (int, float)):
+        return (float(written),) * len(default)
+    return tuple(written or default)

@@ -39,14 +39,14 @@ def observed_preprocessing(document: dict[str, Any], written: Preprocessing) -> 
 
 
 def processor_pixels(document: dict[str, Any], preprocessing: Preprocessing) -> Pixels | None:
-    """Images as a processor makes them, squashed by it where it makes several sizes; None where it makes another."""
+    """Images as a processor makes them, of one size also where it makes several; None where it makes another."""
     wanted = preprocessing.input_size
-    found = _making(wanted, document, _squashing(document, wanted))
+    found = _making(wanted, document, *_of_one_size(document, wanted))
     return found and _ProcessorPixels(_processor(found[0]), *map(torch.tensor, found[1][1:]))
 
 
 def resized(document: dict[str, Any], own: Preprocessing, wanted: tuple[int, int, int]) -> dict[str, Any] | None:
-    """The document of a processor that makes images of another size: of all its sizes in proportion, or squashed.
+    """The document of a processor that makes images of another size: of all its sizes in proportion, or of this one.
 
     Args:
         document: The image processor's.
@@ -66,7 +66,7 @@ def resized(document: dict[str, Any], own: Preprocessing, wanted: tuple[int, int
     if document.get("crop_pct") and not document.get("do_center_crop"):
         sizes["crop_pct"] = own.crop_pct  # ConvNext's processor would squash large images and crop small ones
     scaled = document | sizes
-    if found := _making(wanted, scaled, _squashing(document, wanted)):
+    if found := _making(wanted, scaled, *_of_one_size(document, wanted)):
         return found[0]
     seen = _observed(scaled, wanted[0])
     return scaled if seen is None or seen[0] is None else None
@@ -81,11 +81,15 @@ def _making(wanted: tuple[int, int, int], *documents: dict[str, Any]) -> tuple[d
     return None
 
 
-def _squashing(document: dict[str, Any], wanted: tuple[int, int, int]) -> dict[str, Any]:
-    """The document with a plain resize to one size."""
+def _of_one_size(document: dict[str, Any], wanted: tuple[int, int, int]) -> list[dict[str, Any]]:
+    """The document with a plain resize to one size; with a crop, for processors that always keep proportions."""
     kind = getattr(transformers, document["image_processor_type"], None)
+    size = {"height": wanted[1], "width": wanted[2]}
     others = {name: False for name in ("do_center_crop", "do_pad", "keep_aspect_ratio") if hasattr(kind, name)}
-    return document | others | {"size": {"height": wanted[1], "width": wanted[2]}, "do_resize": True}
+    squashed = document | others | {"size": size, "do_resize": True}
+    exactly = squashed | ({"size_divisor": 1} if hasattr(kind, "size_divisor") else {})
+    covering = {"size": {"shortest_edge": max(wanted[1:])}, "do_resize": True}
+    return [squashed, exactly, document | covering | {"do_center_crop": True, "crop_size": size}]
 
 
 @dataclass(frozen=True)
