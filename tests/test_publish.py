@@ -19,7 +19,7 @@ from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 
 import scap_hub
-from scap_hub.errors import CheckpointError, PublishError
+from scap_hub.errors import CheckpointError, PlanError, PublishError
 from scap_hub.hub import publish
 from scap_hub.hub.card import BEGIN, END, Measured, merged_card, model_card
 from scap_hub.hub.checkpoint import load, save_checkpoint
@@ -343,6 +343,14 @@ def test_weights_that_were_cut_off_are_not_published(new_weights):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"cannot read .*model.safetensors"):
         push_to_hub(new_weights, "me/cut-off", token="hf_write")
+
+
+def test_a_config_that_contradicts_the_weights_is_not_published(api, new_weights):
+    config = json.loads((new_weights / "config.json").read_text())
+    (new_weights / "config.json").write_text(json.dumps(config | {"num_classes": 7}))
+    with pytest.raises(PlanError, match="fc"):
+        push_to_hub(new_weights, "me/contradictory", token="hf_write")
+    assert not api.repo_exists("me/contradictory")
 
 
 def test_code_references_to_another_repository_are_made_our_own(api, folder, repo, tmp_path):

@@ -30,6 +30,7 @@ from scap_hub.page import FAMILY, FAMILY_PICTURE, PAGE, REPORT, to_publish
 from scap_hub.text import one_line
 from scap_hub.zoo import modeling_scap
 from scap_hub.zoo.base import CODE, LOCAL, ON_HUB
+from scap_hub.zoo.pruned import load, zoo_of_config
 from scap_hub.zoo.remote import network_errors
 from scap_hub.zoo.weights import stored_in
 
@@ -78,7 +79,9 @@ def push_to_hub(
         The address of the repository, branch or pull request.
 
     Raises:
-        CheckpointError: The folder holds no complete pruned model, or a file of weights that cannot be read.
+        CheckpointError: The folder holds no complete pruned model, or weights that cannot be read or do not fit.
+        ModelError: The dense model cannot be rebuilt.
+        PlanError: What its config or its plan cuts does not fit together.
         PublishError: No token, no write access, an invalid name, or a network that fails; nothing is published then.
     """
     folder = path_of(folder)
@@ -155,6 +158,8 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
         config = None
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder} holds no saved model: its {CONFIG} is not JSON; save it again")
+    if "scap" in config and zoo_of_config(config).rebuilds:
+        load(folder, allow_nan=True)  # what cannot be loaded here is of no use to anybody
     if "auto_map" in config:
         files[CODE] = Path(modeling_scap.__file__)
         own = {auto: reference.rpartition("--")[2] for auto, reference in config["auto_map"].items()}
