@@ -1,6 +1,7 @@
 """Object detection: boxes that follow their images, the models' own losses, and mean average precision."""
 
 import copy
+import warnings
 
 import datasets
 import numpy as np
@@ -257,3 +258,8 @@ def test_the_mean_average_precision_is_endfor_what_is_right():
     meter = ObjectDetection(2).meter(torch.device("cpu"))
     meter.add(Detected(logits, boxes, torch.tensor(1.0)), truth)
     assert meter.result() == {"map": 1.0, "map_50": 1.0, "loss": 1.0, "images": 1}
+    many = ObjectDetection(2).meter(torch.device("cpu"))
+    many.add(Detected(logits.repeat(1, 50, 1), boxes.repeat(1, 50, 1), torch.tensor(1.0)), truth)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 0 < many.result()["map"] <= 1

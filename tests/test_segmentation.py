@@ -210,6 +210,8 @@ def test_a_single_logit_says_one_class_or_none():
     both = [((said > 0) == number, true == number) for number in (0, 1)]
     overlaps = [float((own & other).sum() / (own | other).sum()) for own, other in both]
     assert meter.result()["mean_iou"] == pytest.approx(sum(overlaps) / 2)
+    with pytest.raises(DataError, match=r"class 5 in a mask of the images that are measured is outside.*0\.\.1"):
+        meter.add(output, torch.where(masks == 1, 5, masks))
 
 
 def test_an_unreadable_image_may_be_all_of_a_batch():

@@ -296,6 +296,7 @@ class _Precision(Meter):
             from torchmetrics.detection import MeanAveragePrecision
 
             self.metric = MeanAveragePrecision(sync_on_compute=False)
+            self.metric.warn_on_many_detections = False  # more than 100 queries are usual, and COCO counts the best 100
         except ImportError:
             raise ModelError(
                 "mean average precision needs torchmetrics and pycocotools: pip install 'scap-hub[detection]', or set "

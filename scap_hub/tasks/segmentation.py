@@ -191,6 +191,7 @@ class _Overlap(Meter):
     def add(self, output: Segmented, targets: Tensor) -> None:
         """See `Meter.add`."""
         classes = output.logits.shape[1]
+        self.task.check(targets, classes, "the images that are measured")
         if self.confusion is None:
             self.confusion = torch.zeros(classes * classes, dtype=torch.long, device=self.device)
         found = enlarged(output.logits, targets).argmax(1)

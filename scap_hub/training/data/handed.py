@@ -50,7 +50,8 @@ class Checked:
             DataError: The samples make no such batch.
         """
         batch = self._batch(samples)
-        if isinstance(batch, Mapping) and not torch.as_tensor(batch.get("pixel_mask", True)).all():
+        mask = batch.get("pixel_mask") if isinstance(batch, Mapping) else None
+        if isinstance(mask, Tensor) and not mask.all():
             raise DataError(
                 f"the images of {self.numbering.where} are padded, as pixel_mask says, and models are run without it: "
                 "give images of one size (do_pad=False and a size of height and width in the image processor); to a "
