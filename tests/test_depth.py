@@ -70,6 +70,10 @@ def test_figures_are_those_of_their_formulas():
     meter.add(said, true)
     found = meter.result()
     assert found["delta1"] == pytest.approx(2 / 3) and found["abs_rel"] == pytest.approx((0.2 + 0.5) / 3)
+    meter = task.meter(torch.device("cpu"))
+    meter.add(true, 1000 * true)
+    with pytest.warns(UserWarning, match="1000 times larger than the model's: give both in one unit"):
+        meter.result()
     inverse = DepthEstimation(inverse=True)
     said = 3 * (1 / true.clamp(min=0.1)) + 5
     assert torch.allclose(inverse.depths(said, true)[true > 0], true[true > 0], rtol=1e-4)

@@ -1,6 +1,7 @@
 """Object detection: boxes that follow their images, the models' own losses, and mean average precision."""
 
 import copy
+import warnings
 
 import datasets
 import numpy as np
@@ -18,6 +19,7 @@ from scap_hub.tasks import task_of
 from scap_hub.tasks.detection import Detected, ObjectDetection
 from scap_hub.tasks.outputs import unlabelled
 from scap_hub.training.data import load_data
+from scap_hub.training.data.geometry import Geometry
 from scap_hub.zoo import load_model
 from tests.scenes import FAST, SIZE, rows, scenes, settled
 
@@ -193,6 +195,17 @@ def test_boxes_that_do_not_fit_are_refused(changes, message):
         list(data.calibration), list(data.validation)
 
 
+def test_the_smallest_boxes_count_and_crowds_do_not():
+    task, size = ObjectDetection(2), (640, 640)
+    value = {"bbox": [[8.0, 8, 6, 6], [100, 0, 9, 9], [0, 0, 0, 5]], "category": [0, 1, 1], "iscrowd": [0, 1, 0]}
+    target = Geometry((64, 64), (64, 64))(task.read(value, size, 2, "here"))
+    [found] = task.join([task.moved(target)])
+    assert found["class_labels"].tolist() == [0]
+    torch.testing.assert_close(found["boxes"], torch.tensor([[11.0, 11, 6, 6]]) / 640)
+    with pytest.raises(DataError, match="3 boxes and 1 values of iscrowd"):
+        task.read({**value, "iscrowd": [0]}, size, 2, "here")
+
+
 def test_columns_and_batches_that_do_not_fit_are_refused():
     pictures = scenes(12)
     with pytest.raises(DataError, match=r"no column fits object-detection.*annotation"):
@@ -213,6 +226,10 @@ def test_columns_and_batches_that_do_not_fit_are_refused():
     batches[0] = (batches[0][0], [{"boxes": torch.zeros(1, 4), "class_labels": torch.zeros(2)}] * 2)
     with pytest.raises(DataError, match="has 2 class_labels and boxes of shape"):
         load_data(loader, None, task=task_of(loaded))
+    masks = torch.arange(64).expand(2, 64, 64) < 50
+    padded = [{"pixel_values": batches[0][0], "pixel_mask": masks, "labels": [{}] * 2}]
+    with pytest.raises(DataError, match="the images of the DataLoader are padded"):
+        load_data(DataLoader(padded, batch_size=None, collate_fn=lambda batch: batch), None, task=task_of(loaded))
 
 
 @pytest.mark.parametrize("model", [pytest.param(rt_detr, marks=pytest.mark.slow), yolos])
@@ -241,3 +258,8 @@ def test_the_mean_average_precision_is_endfor_what_is_right():
     meter = ObjectDetection(2).meter(torch.device("cpu"))
     meter.add(Detected(logits, boxes, torch.tensor(1.0)), truth)
     assert meter.result() == {"map": 1.0, "map_50": 1.0, "loss": 1.0, "images": 1}
+    many = ObjectDetection(2).meter(torch.device("cpu"))
+    many.add(Detected(logits.repeat(1, 50, 1), boxes.repeat(1, 50, 1), torch.tensor(1.0)), truth)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 0 < many.result()["map"] <= 1

@@ -40,6 +40,7 @@ def test_neighbours_vote_without_the_image_itself():
     vectors = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]]))
     assert nearest_accuracy(vectors, torch.tensor([0, 0, 1, 1])) == 1
     assert nearest_accuracy(vectors, torch.tensor([0, 1, 2, 2])) == 0.5
+    assert nearest_accuracy(vectors, torch.tensor([-5, -5, 10**12, 10**12])) == 1
 
 
 @pytest.mark.parametrize(

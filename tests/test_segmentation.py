@@ -195,6 +195,42 @@ def test_masks_of_0_and_255_are_told_of():
         scap_hub.prune(segmenter(), dataset, target="macs=0.7", finetune_epochs=0, repair_tune_steps=0, **FAST)
 
 
+def test_a_single_logit_says_one_class_or_none():
+    model, images, masks = segmenter(num_labels=1), torch.rand(2, *SIZE), torch.randint(0, 2, (2, 64, 64))
+    masks[:, :9] = 255
+    task = task_of(load_model(model, input_size=SIZE))
+    task.check(masks, 1, "here")
+    with torch.no_grad():
+        said = nn.functional.interpolate(model(images).logits, (64, 64), mode="bilinear")[:, 0][masks < 255]
+        output = task.output_for(model, images, masks)
+    true, meter = masks[masks < 255], task.meter(torch.device("cpu"))
+    expected = nn.functional.binary_cross_entropy_with_logits(said, true.float())
+    assert torch.allclose(task.loss(output, masks), expected)
+    meter.add(output, masks)
+    both = [((said > 0) == number, true == number) for number in (0, 1)]
+    overlaps = [float((own & other).sum() / (own | other).sum()) for own, other in both]
+    assert meter.result()["mean_iou"] == pytest.approx(sum(overlaps) / 2)
+    with pytest.raises(DataError, match=r"class 5 in a mask of the images that are measured is outside.*0\.\.1"):
+        meter.add(output, torch.where(masks == 1, 5, masks))
+
+
+def test_an_unreadable_image_may_be_all_of_a_batch():
+    whole, kept = masked(4), datasets.Image(decode=False)
+    broken = [row | ({"image": {"bytes": b"none", "path": None}} if not number else {})
+              for number, row in enumerate(whole.cast_column("image", kept))]  # fmt: skip
+    test = datasets.Dataset.from_list(broken, features=whole.features)
+    settings = DataSettings(batch_size=1, max_broken=0.5)
+    source = datasets.DatasetDict(train=whole, test=test)
+    data = load_data(source, default_preprocessing(SIZE), settings, task=SemanticSegmentation(), num_classes=3)
+    assert evaluate(segmenter(), data.test, task=data.task)["images"] == 3
+
+
+def test_masks_of_a_loader_have_the_size_of_their_images():
+    loader = DataLoader([(torch.rand(3, 64, 96), torch.zeros(96, 64).long())] * 4, 2)
+    with pytest.raises(DataError, match=r"target of the DataLoader is \(96, 64\) pixels.*its image \(64, 96\)"):
+        load_data(loader, None, task=SemanticSegmentation())
+
+
 def test_what_means_nothing_for_masks_is_refused():
     with pytest.raises(RecipeError, match=r"finetune\.mixup means nothing for semantic-segmentation"):
         finetune(segmenter(), masked(20), mixup=0.2, epochs=1, input_size=SIZE)

@@ -91,6 +91,8 @@ def test_some_of_the_models_classes():
     data = load_data(rows(DATA[:2]), COLOUR, num_classes=4, model_classes=MODEL)
     assert data.labels == MODEL
     assert {label for batch in data.train for label in batch[1].tolist()} == {0, 2}
+    fillers = [*MODEL, "N/A", "N/A"]  # as those of COCO's numbers that no class has
+    assert load_data(rows(DATA[:2]), COLOUR, num_classes=6, model_classes=fillers, new_head="auto").labels == fillers
     new_head = load_data(rows(DATA[:2]), COLOUR, num_classes=4, model_classes=MODEL, new_head=True)
     assert new_head.labels == DATA[:2]
 

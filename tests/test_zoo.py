@@ -197,6 +197,25 @@ def test_a_reshape_to_the_width_of_another_tensor_does_not_hold_it():
         assert inspect.getsource(getattr(surgery, name)) == inspect.getsource(getattr(modeling_scap, name))
 
 
+class Written(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 3), nn.Linear(96, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for _ in range(3):
+            x = x.view(-1, 96).view(-1, 6, 4, 4)
+        return self.head(x.view(-1, 96))
+
+
+def test_numbers_in_calls_stand_in_their_order():
+    """Sets are in another order in every process, and the same run has to give the same plan."""
+    model, x = randomize(Written()), torch.randn(2, 3, 6, 6)
+    changes = random_plan([*channel_groups(model, x)], seed=0).calls[""]
+    assert [change.call for change in changes] == list(range(1, 8))
+
+
 class OwnWidth(nn.Module):
     """Keeps the width of its heads under a name that elsewhere means the width of the output."""
 

@@ -273,7 +273,8 @@ class _Trial:
         found = {path: {place: new for place, (_, new) in own.items()} for path, own in self.earlier.items() if own}
         for path, own in values.items():
             found.setdefault(path, {}).update({place: min(new) for place, new in own.items() if len(new) == 1})
-        return {path: [(*place, new) for place, new in own.items()] for path, own in found.items()}
+        # In order: a choice is a set, whose own order is another one in every process.
+        return {path: sorted((*place, new) for place, new in own.items()) for path, own in sorted(found.items())}
 
     def _number(self, node: Node, run: Run, use: CallUse) -> float | None:
         """What an argument of an operator must be in the pruned model; None if the operator has no such number."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,6 +23,8 @@ from scap_hub.zoo.base import LoadedModel
 _INVERSE = ("dpt", "depth_anything", "prompt_depth_anything")
 """Families whose models say an inverse depth of unknown scale and shift, unless their config says "metric"."""
 _SMALLEST = 1e-6
+_OTHER_UNIT = 20
+"""Depths that are so many times larger or smaller are in another unit."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,8 @@ class _Depths(Meter):
 
     def __init__(self, device: torch.device, task: DepthEstimation) -> None:
         self.task = task
-        self.sums = torch.zeros(5, device=device)  # delta1, abs_rel, loss, images with depths, images
+        # delta1, abs_rel, loss, images with depths, images, logarithm of found / right
+        self.sums = torch.zeros(6, device=device)
 
     def add(self, output: Tensor, targets: Tensor) -> None:
         """See `Meter.add`."""
@@ -157,10 +162,17 @@ class _Depths(Meter):
                 ratio = torch.maximum(found / right, right / found)
                 self.sums[:2] += torch.stack([(ratio < 1.25).float().mean(), ((found - right).abs() / right).mean()])
                 self.sums[3] += 1
+                self.sums[5] += (found / right).log().mean()
 
     def result(self) -> dict[str, float]:
         """See `Meter.result`."""
-        delta1, abs_rel, loss, known, images = reduce(self.sums, reduction="sum").tolist()
+        delta1, abs_rel, loss, known, images, logarithm = reduce(self.sums, reduction="sum").tolist()
         if not known:
             raise DataError("no pixel of the depth maps has a depth above 0")
+        if (factor := math.exp(abs(logarithm) / known)) > _OTHER_UNIT:
+            warnings.warn(
+                f"the depths of the data are {factor:.0f} times {'larger' if logarithm < 0 else 'smaller'} than the "
+                "model's: give both in one unit, such as metres, unless the model has yet to be trained",
+                stacklevel=2,
+            )
         return {"delta1": delta1 / known, "abs_rel": abs_rel / known, "loss": loss / images, "images": int(images)}

@@ -113,9 +113,10 @@ class ObjectDetection(PlacedTask):
         return [self.renumbered(target, numbers) for target in targets]
 
     def moved(self, target: Any) -> Any:
-        """Boxes cut off at the border, without those that are less than a pixel."""
-        boxes, there = transforms.sanitize_bounding_boxes(transforms.clamp_bounding_boxes(target["boxes"]))
-        return {"boxes": tv_tensors.wrap(boxes, like=target["boxes"]), "labels": target["labels"][there]}
+        """Boxes cut off at the border, without those that nothing is left of."""
+        boxes = transforms.clamp_bounding_boxes(target["boxes"])
+        there = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        return {"boxes": tv_tensors.wrap(boxes[there], like=boxes), "labels": target["labels"][there]}
 
     def join(self, targets: Sequence[Any]) -> list[dict[str, Tensor]]:
         """A dictionary for each image."""
@@ -245,11 +246,14 @@ def _lists(value: Any, where: str) -> tuple[Tensor, Tensor]:
     if wrong is not None:
         raise DataError(f"box {wrong} of an image of {where} is not four finite numbers: x, y, width, height")
     boxes, classes = np.asarray(rows["bbox"], dtype=np.float32).reshape(-1, 4), np.asarray(rows[key])
-    if len(classes) != len(boxes):
-        raise DataError(f"an image of {where} has {len(boxes)} boxes and {len(classes)} categories")
+    crowds = rows.get("iscrowd") or [False] * len(boxes)
+    for name, values in (("categories", classes), ("values of iscrowd", crowds)):
+        if len(values) != len(boxes):
+            raise DataError(f"an image of {where} has {len(boxes)} boxes and {len(values)} {name}")
     if len(classes) and classes.dtype.kind not in "iu":
         raise DataError(f"the categories of {where} are {classes.dtype}, not class numbers")
-    return torch.from_numpy(boxes.copy()), torch.from_numpy(classes.astype(np.int64))
+    single = ~np.asarray(crowds, dtype=bool)  # the others are left out, as by transformers' image processors
+    return torch.from_numpy(boxes[single]), torch.from_numpy(classes[single].astype(np.int64))
 
 
 def _is_box(box: Any) -> bool:
@@ -292,6 +296,7 @@ class _Precision(Meter):
             from torchmetrics.detection import MeanAveragePrecision
 
             self.metric = MeanAveragePrecision(sync_on_compute=False)
+            self.metric.warn_on_many_detections = False  # more than 100 queries are usual, and COCO counts the best 100
         except ImportError:
             raise ModelError(
                 "mean average precision needs torchmetrics and pycocotools: pip install 'scap-hub[detection]', or set "

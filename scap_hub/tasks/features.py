@@ -147,9 +147,10 @@ def nearest_accuracy(vectors: Tensor, labels: Tensor) -> float:
 
     Args:
         vectors: Of unit length, (N, C).
-        labels: int64 (N,).
+        labels: int64 (N,), any numbers.
     """
-    count, classes = min(NEIGHBOURS, len(vectors) - 1), int(labels.max()) + 1
+    known, labels = labels.unique(return_inverse=True)
+    count, classes = min(NEIGHBOURS, len(vectors) - 1), len(known)
     right = 0
     for begin in range(0, len(vectors), _AT_ONCE):
         part = vectors[begin : begin + _AT_ONCE]

@@ -100,7 +100,7 @@ class PlacedTask(Task):
         raise NotImplementedError
 
 
-def check_size(what: str, shape: tuple[int, ...], size: tuple[int, int], where: str) -> None:
+def check_size(what: str, shape: tuple[int, ...], size: tuple[int, ...], where: str) -> None:
     """Makes sure that a map is as large as its image.
 
     Raises:

@@ -21,6 +21,8 @@ from scap_hub.zoo.base import LoadedModel, logits
 
 IGNORED = 255
 """The number of pixels without a class, as data sets and image processors write it."""
+_SEGMENTS = ("mask_labels", "class_labels")
+"""What models that predict sets of masks are told."""
 
 
 class Segmented(NamedTuple):
@@ -42,10 +44,12 @@ class SemanticSegmentation(PlacedTask):
     Attributes:
         reduce_labels: Whether 0 in the data means "no class", and all others count from 1.
         ignored: The number that the model itself leaves out of its loss.
+        binary: Whether the model has a single logit: 1 is its class, 0 all else.
     """
 
     reduce_labels: bool = False
     ignored: int = IGNORED
+    binary: bool = False
 
     name: ClassVar[str] = "semantic-segmentation"
     metric: ClassVar[Metric] = Metric("mean_iou", "mIoU", "Mean IoU", "mean_iou")
@@ -65,7 +69,8 @@ class SemanticSegmentation(PlacedTask):
         processor, config = loaded.image_processor or {}, getattr(loaded.module, "config", None)
         ignored = getattr(config, "semantic_loss_ignore_index", getattr(config, "loss_ignore_index", IGNORED))
         reduced = processor.get("do_reduce_labels", processor.get("reduce_labels"))
-        return SemanticSegmentation(bool(reduced), IGNORED if ignored is None else int(ignored))
+        binary = loaded.num_classes == 1 and not takes(loaded.module, *_SEGMENTS)
+        return SemanticSegmentation(bool(reduced), IGNORED if ignored is None else int(ignored), binary)
 
     def holds(self, kind: str) -> bool:
         """Images."""
@@ -88,6 +93,7 @@ class SemanticSegmentation(PlacedTask):
 
     def check(self, targets: Tensor, num_classes: int, where: str) -> None:
         """Makes sure that class numbers are within 0..num_classes - 1, or 255."""
+        num_classes = 2 if self.binary else num_classes
         wrong = targets.lt(0) | (targets.ge(num_classes) if num_classes else targets.lt(0))
         wrong &= targets.ne(IGNORED) & targets.ne(self.ignored)
         if wrong.any():
@@ -116,9 +122,9 @@ class SemanticSegmentation(PlacedTask):
         """With the model's own loss, where it computes one."""
         if targets is None:
             return self.output(model, images)
-        if takes(model, "mask_labels", "class_labels"):
-            options: dict[str, Any] = dict(zip(("mask_labels", "class_labels"), self._segments(targets), strict=True))
-        elif takes(model, "pixel_values", "labels"):
+        if takes(model, *_SEGMENTS):
+            options: dict[str, Any] = dict(zip(_SEGMENTS, self._segments(targets), strict=True))
+        elif takes(model, "pixel_values", "labels") and not self.binary:  # for which many have no loss
             options = {"labels": self._out_of_range_ignored(targets)}
         else:
             return self.output(model, images)
@@ -166,7 +172,9 @@ def _class_maps(output: Any) -> Tensor:
     """Logits of the classes (N, classes, h, w); of models that predict a set of masks, the masks' votes."""
     queries = getattr(output, "class_queries_logits", None)
     if queries is None:
-        return logits(output)
+        found = logits(output)
+        # The sigmoid of a single logit is the softmax of it and 0.
+        return torch.cat([torch.zeros_like(found), found], 1) if found.shape[1] == 1 else found
     # As their image processors' post_process_semantic_segmentation; the last class is "nothing".
     votes = torch.einsum("bqc,bqhw->bchw", queries.softmax(-1)[..., :-1], output.masks_queries_logits.sigmoid())
     return votes.clamp(min=1e-6).log()
@@ -183,6 +191,7 @@ class _Overlap(Meter):
     def add(self, output: Segmented, targets: Tensor) -> None:
         """See `Meter.add`."""
         classes = output.logits.shape[1]
+        self.task.check(targets, classes, "the images that are measured")
         if self.confusion is None:
             self.confusion = torch.zeros(classes * classes, dtype=torch.long, device=self.device)
         found = enlarged(output.logits, targets).argmax(1)
@@ -204,7 +213,7 @@ class _Overlap(Meter):
         union = square.sum(0) + square.sum(1) - right
         if not union.any():
             raise DataError(f"no pixel of the masks has a class: all of them are {IGNORED}")
-        if not square[1:].any() and len(square) > 1:
+        if not square[1:].any():
             warnings.warn(
                 f"every pixel of the masks that has a class is of class 0, and {IGNORED} stands for none: in masks of "
                 f"0 and {IGNORED}, make {IGNORED} class 1",

@@ -102,8 +102,8 @@ def matched(names: Sequence[str], models: Sequence[str]) -> list[int] | None:
         return list(range(len(keys)))
     # As they are written first: names may differ in nothing but their spelling.
     for ours, others in ((list(names), list(models)), (keys, theirs)):
-        number = {key: index for index, key in enumerate(others)}
-        if len(set(ours)) == len(ours) and len(number) == len(others) and set(ours) <= number.keys():
+        counts, number = Counter(others), {key: index for index, key in enumerate(others)}
+        if len(set(ours)) == len(ours) and all(counts[key] == 1 for key in ours):
             return [number[key] for key in ours]
     return None
 

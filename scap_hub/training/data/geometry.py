@@ -123,7 +123,8 @@ def finish_placed(
     if shift:
         pairs = [_jittered(image, target, [255 * value for value in mean], mirror) for image, target in pairs]
     images = torch.stack([image for image, _ in pairs]) if pairs else images
-    return normalised(images, mean, std), task.join([task.moved(target) for _, target in pairs])
+    there = [task.moved(target) for _, target in pairs]
+    return normalised(images, mean, std), task.join(there) if there else there  # of images that none could be read of
 
 
 def _jittered(image: Tensor, target: Any, fill: list[float], mirror: bool) -> tuple[Tensor, Any]:

@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from scap_hub.errors import DataError
 from scap_hub.recipe import DataSettings
 from scap_hub.tasks import Batch, PlacedTask
+from scap_hub.tasks.placed import check_size
 from scap_hub.training.data.batches import loader_of
 from scap_hub.training.data.geometry import Geometry, finish_placed, geometry_of
 from scap_hub.training.data.images import Numbering
@@ -49,6 +50,13 @@ class Checked:
             DataError: The samples make no such batch.
         """
         batch = self._batch(samples)
+        mask = batch.get("pixel_mask") if isinstance(batch, Mapping) else None
+        if isinstance(mask, Tensor) and not mask.all():
+            raise DataError(
+                f"the images of {self.numbering.where} are padded, as pixel_mask says, and models are run without it: "
+                "give images of one size (do_pad=False and a size of height and width in the image processor); to a "
+                "model that takes no pixel_mask, leave it out"
+            )
         parts = _parts(batch) if self.labels else _parts(batch)[:1]  # what is not used may be anything
         parts = (*(_stacked(images, self.numbering.where) for images in parts[:1]), *parts[1:])
         # Targets that have places are looked at by their task.
@@ -61,7 +69,10 @@ class Checked:
         images = self._images(parts[0])
         if len(parts) == 1:
             return (images,)
-        return images, self.numbering.batch(parts[1], len(images))
+        targets = self.numbering.batch(parts[1], len(images))
+        if isinstance(self.numbering.task, PlacedTask) and isinstance(targets, Tensor) and targets.ndim == 3:
+            check_size("target", tuple(targets.shape[1:]), tuple(images.shape[2:]), self.numbering.where)
+        return images, targets
 
     def _batch(self, samples: Any) -> Any:
         if self.collate is not default_collate:
