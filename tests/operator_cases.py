@@ -181,6 +181,8 @@ UNARY = {
         + torch.asinh(x)
         + torch.acosh(1 + x * x)
         + torch.atanh(0.9 * x.tanh())
+        + torch.floor_divide(x, 0.3)
+        + torch.fmax(x, -x).copysign(torch.fmin(x, 0.4 * x))
         + torch.erfc(x)
         + torch.sinc(x)
     ),

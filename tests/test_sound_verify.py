@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import scap_hub
-from tests.independent import TOLERANCE, plans, random_values
+from tests.independent import TOLERANCE, difference, plans, random_values, reference
 from tests.small_cases import Body, Forward, each, free, image, pruned_exactly, some_plan
 
 # Verify accuses the right one.
@@ -57,6 +57,23 @@ def test_verify_does_not_call_the_plan_wrong_where_the_model_cannot_be_compared(
     except scap_hub.ScapHubError as error:
         assert "the plan is wrong" not in str(error)
         assert "the pruned model does not run" not in str(error)
+
+
+@pytest.mark.parametrize("made", [F.softplus, torch.exp, lambda w: w.clone().sigmoid_().expand(1, -1, -1, -1, -1)[0]])
+def test_weights_may_be_computed_by_what_makes_no_zero_of_a_zero(made):
+    def forward(net, x):
+        y = F.conv2d(x, made(net.a.weight), net.a.bias, padding=1)
+        return net.head(F.conv2d(y.relu(), made(net.b.weight), net.b.bias))
+
+    net, x = random_values(Body(forward)).double().eval(), image().double()
+    plan = some_plan(scap_hub.channel_groups(net, x))
+    assert {"a.weight", "b.weight"} <= set(plan.tensors)
+    assert scap_hub.verify(net, plan, x) < TOLERANCE
+    plain = Body().double()
+    plain.load_state_dict(net.state_dict() | {name: made(net.get_parameter(name)) for name in ("a.weight", "b.weight")})
+    with torch.no_grad():
+        ours, theirs = scap_hub.apply_plan(net, plan)(x), reference(plain, plan, "readers")(x)
+    assert difference(ours, theirs) < TOLERANCE
 
 
 @pytest.mark.parametrize("layers", [1, 2])
