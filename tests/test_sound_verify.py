@@ -76,6 +76,37 @@ def test_weights_may_be_computed_by_what_makes_no_zero_of_a_zero(made):
     assert difference(ours, theirs) < TOLERANCE
 
 
+def _in_place(net):
+    net.compile(backend="eager")
+
+
+def _a_part_in_place(net):
+    net.b.compile(backend="eager")
+
+
+def _a_part(net):
+    net.b = torch.compile(net.b, backend="eager")
+
+
+@pytest.mark.parametrize("compiled", [_in_place, _a_part_in_place, _a_part])
+def test_what_is_compiled_is_pruned_and_watched_as_it_was_written(compiled):
+    plain, x = random_values(Body()).eval(), image()
+    net = copy.deepcopy(plain)
+    compiled(net)
+    with torch.no_grad():
+        net(x)  # compiled before there are hooks
+    known, groups = scap_hub.channel_groups(plain, x), scap_hub.channel_groups(net, x)
+    assert [(group.size, group.prunable) for group in groups] == [(group.size, group.prunable) for group in known]
+    plan = some_plan(groups)
+    small = scap_hub.apply_plan(net, plan)
+    with torch.no_grad():
+        assert torch.equal(small(x), scap_hub.apply_plan(plain, some_plan(known))(x))
+    ours, theirs = (
+        scap_hub.score(model, [x], "scap-set", groups=own).values() for model, own in ((net, groups), (plain, known))
+    )
+    assert all(map(torch.equal, ours, theirs))
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 def test_verify_of_torchs_transformer_encoder_does_not_call_the_plan_wrong(layers):
     class Tokens(nn.Module):
