@@ -181,6 +181,8 @@ UNARY = {
         + torch.asinh(x)
         + torch.acosh(1 + x * x)
         + torch.atanh(0.9 * x.tanh())
+        + torch.floor_divide(x, 0.3)
+        + torch.fmax(x, -x).copysign(torch.fmin(x, 0.4 * x))
         + torch.erfc(x)
         + torch.sinc(x)
     ),
@@ -471,6 +473,12 @@ CONVS = {
     "conv_transpose_depthwise_twice": Case(
         lambda net, x: net.n(x), twice,
         layers={"n": lambda width: nn.ConvTranspose2d(width, 2 * width, 2, groups=width)}),
+    "conv_transpose_gathered": Case(
+        lambda net, x: net.n(x), lambda width: width // 4,
+        layers={"n": lambda width: nn.ConvTranspose2d(width, width // 4, 2, groups=width // 4)}),
+    "conv_transpose_wavelets": Case(
+        lambda net, x: F.conv_transpose2d(net.n(x).tanh(), net.n.weight, stride=2, groups=x.shape[1]),
+        layers={"n": lambda width: nn.Conv2d(width, 4 * width, 2, stride=2, groups=width)}),
     "max_unpool3d": Case(lambda net, x: F.max_unpool3d(*F.max_pool3d(x, 2, return_indices=True), 2), dims=3),
 }  # fmt: skip
 CONSTANTS = {

@@ -33,17 +33,19 @@ def random_scores(groups):
 
 
 class Joined(nn.Module):
-    """A grouped and a transposed convolution, a layer norm over channels and a group norm."""
+    """Grouped and transposed convolutions, a layer norm over channels and a group norm."""
 
     def __init__(self):
         super().__init__()
         self.stem, self.norm = nn.Conv2d(3, 32, 3, padding=1), nn.GroupNorm(4, 32)
         self.grouped, self.act = nn.Conv2d(32, 64, 3, padding=1, groups=4), nn.GELU()
         self.up, self.last = nn.ConvTranspose2d(64, 24, 2, stride=2), timm.layers.LayerNorm2d(24)
+        self.bands, self.joined = nn.Conv2d(24, 96, 2, 2, groups=24), nn.ConvTranspose2d(96, 24, 2, 2, groups=24)
         self.token, self.head = nn.Linear(24, 40), nn.Linear(40, 5)
 
     def forward(self, x):
         x = self.last(self.up(self.act(self.grouped(self.norm(self.stem(x))))))
+        x = self.joined(self.bands(x).relu())
         return self.head(self.token(x.permute(0, 2, 3, 1)).mean((1, 2)))
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import scap_hub
-from tests.independent import TOLERANCE, plans, random_values
+from tests.independent import TOLERANCE, difference, plans, random_values, reference
 from tests.small_cases import Body, Forward, each, free, image, pruned_exactly, some_plan
 
 # Verify accuses the right one.
@@ -57,6 +57,54 @@ def test_verify_does_not_call_the_plan_wrong_where_the_model_cannot_be_compared(
     except scap_hub.ScapHubError as error:
         assert "the plan is wrong" not in str(error)
         assert "the pruned model does not run" not in str(error)
+
+
+@pytest.mark.parametrize("made", [F.softplus, torch.exp, lambda w: w.clone().sigmoid_().expand(1, -1, -1, -1, -1)[0]])
+def test_weights_may_be_computed_by_what_makes_no_zero_of_a_zero(made):
+    def forward(net, x):
+        y = F.conv2d(x, made(net.a.weight), net.a.bias, padding=1)
+        return net.head(F.conv2d(y.relu(), made(net.b.weight), net.b.bias))
+
+    net, x = random_values(Body(forward)).double().eval(), image().double()
+    plan = some_plan(scap_hub.channel_groups(net, x))
+    assert {"a.weight", "b.weight"} <= set(plan.tensors)
+    assert scap_hub.verify(net, plan, x) < TOLERANCE
+    plain = Body().double()
+    plain.load_state_dict(net.state_dict() | {name: made(net.get_parameter(name)) for name in ("a.weight", "b.weight")})
+    with torch.no_grad():
+        ours, theirs = scap_hub.apply_plan(net, plan)(x), reference(plain, plan, "readers")(x)
+    assert difference(ours, theirs) < TOLERANCE
+
+
+def _in_place(net):
+    net.compile(backend="eager")
+
+
+def _a_part_in_place(net):
+    net.b.compile(backend="eager")
+
+
+def _a_part(net):
+    net.b = torch.compile(net.b, backend="eager")
+
+
+@pytest.mark.parametrize("compiled", [_in_place, _a_part_in_place, _a_part])
+def test_what_is_compiled_is_pruned_and_watched_as_it_was_written(compiled):
+    plain, x = random_values(Body()).eval(), image()
+    net = copy.deepcopy(plain)
+    compiled(net)
+    with torch.no_grad():
+        net(x)  # compiled before there are hooks
+    known, groups = scap_hub.channel_groups(plain, x), scap_hub.channel_groups(net, x)
+    assert [(group.size, group.prunable) for group in groups] == [(group.size, group.prunable) for group in known]
+    plan = some_plan(groups)
+    small = scap_hub.apply_plan(net, plan)
+    with torch.no_grad():
+        assert torch.equal(small(x), scap_hub.apply_plan(plain, some_plan(known))(x))
+    ours, theirs = (
+        scap_hub.score(model, [x], "scap-set", groups=own).values() for model, own in ((net, groups), (plain, known))
+    )
+    assert all(map(torch.equal, ours, theirs))
 
 
 @pytest.mark.parametrize("layers", [1, 2])

@@ -24,7 +24,7 @@ from scap_hub.errors import VerificationError
 from scap_hub.graph.copies import index_buffers
 from scap_hub.graph.node import Node, mapped
 from scap_hub.graph.record import capture
-from scap_hub.graph.shapes import allocates
+from scap_hub.graph.shapes import allocates, in_place
 from scap_hub.plan import PruningPlan
 
 
@@ -112,18 +112,19 @@ class _Masked:
         return mapped(result, self._rounded) if self.rounding and n.is_operator and allocates(n.target) else result
 
     def _cleared(self, n: Node, result: Any) -> Any:
-        """A result in which removed channels that are not finite are zero.
+        """A result in which removed elements that nobody should read are zero.
 
-        Masked with zeros, a channel may be divided by zero. Nobody should read it, but NaN passes through weights that
-        are zero.
+        Those of a weight that is computed, as those of a given one: `softplus(weight)` makes no zero of a zero. And
+        those that are not finite: masked with zeros, a channel may be divided by zero, and NaN passes through weights
+        that are zero.
         """
         labels = self.labels.get(n)
-        if (
-            isinstance(result, Tensor) and result.is_floating_point() and isinstance(labels, Labels)
-            and not result.sum().isfinite()
-        ):  # fmt: skip
+        if not isinstance(result, Tensor) or not result.is_floating_point() or not isinstance(labels, Labels):
+            return result
+        computed = not n.varies and n.is_operator and (allocates(n.target) or in_place(n.target))
+        if computed or not result.sum().isfinite():
             gone = self._scatter(self._survivors(torch.ones(labels.shape), labels), labels).to(result.device) == 0
-            result.masked_fill_(gone & ~result.isfinite(), 0)
+            result.masked_fill_(gone if computed else gone & ~result.isfinite(), 0)
         return result
 
     def _rounded(self, value: Any) -> Any:

@@ -77,14 +77,21 @@ class WeightedModule:
 
     @property
     def depthwise(self) -> bool:
-        """Whether each group of a convolution reads one channel, so that the groups shrink with the channels."""
-        return self.groups > 1 and getattr(self.module, "in_channels", None) == self.groups
+        """Whether each group of a convolution reads one channel, so that the groups shrink with the channels.
+
+        Of a transposed one, also whether each makes one.
+        """
+        module: Any = self.module
+        return self.groups > 1 and self.groups in (
+            getattr(module, "in_channels", None),
+            self.transposed and module.out_channels,
+        )
 
     @property
     def rows_a_group(self) -> int:
-        """Output channels of each group of a convolution."""
+        """Rows of the weight of each group of a convolution."""
         module: Any = self.module
-        return module.out_channels // module.groups if self.kind == "conv" else 1
+        return module.weight.shape[0] // module.groups if self.kind == "conv" else 1
 
 
 @dataclass(frozen=True, eq=False)

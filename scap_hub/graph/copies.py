@@ -60,10 +60,10 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """What deepcopy returns, at a fraction of its time: it is slow for the many small containers of a module."""
     plain = [module for module in model.modules() if _copied_by_state(type(module))]
     memo |= {id(module): module.__new__(type(module)) for module in plain}
-    for module in plain:
+    for module in reversed(plain):  # a compiled part asks the copy of what it holds, once it is copied itself
         state = {
             name: {key: _copied(item, memo) for key, item in value.items()} if name in _HELD else _copied(value, memo)
-            for name, value in vars(module).items()
+            for name, value in module.__getstate__().items()
         }
         memo[id(module)].__setstate__(state)
     return copy.deepcopy(model, memo)

@@ -14,13 +14,17 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the whole tree, every module's own mode restored afterwards."""
+def evaluating(model: nn.Module, compiled: bool = False) -> Iterator[None]:
+    """Eval mode for the whole tree, every module's own mode restored afterwards.
+
+    What was compiled runs as it was written, unless `compiled` is given: it would pass over hooks that are newer.
+    """
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
     try:
-        yield
+        with contextlib.nullcontext() if compiled else uncompiled():
+            yield
     finally:
         for module in training:
             module.training = True

@@ -43,7 +43,7 @@ def milliseconds(calls: Sequence[Call], seconds: float = 0.5, turns: int = 7) ->
     with contextlib.ExitStack() as stack:
         stack.enter_context(_steady_heap())
         for module, _ in calls:
-            stack.enter_context(evaluating(module))
+            stack.enter_context(evaluating(module, compiled=True))
         for _ in range(1 + turns):
             for own, (module, images) in zip(times, calls, strict=True):
                 own.append(_turn(module, images, seconds / turns))

@@ -136,12 +136,20 @@ def _in_place(call: Call, columns: np.ndarray | None) -> bool:
     return any(np.array_equal(columns, array) for array in call.trace.labels[node].arrays)
 
 
-@operator("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", sizes=_depthwise_groups)
+def _transposed_groups(call: Call) -> Iterator[Size]:
+    """One group for each channel that is spread, or for each that several are gathered to."""
+    yield from _depthwise_groups(call)
+    out = call.results[0].along(1) if call.results and len(call.shape) > 1 else None
+    if out is not None and 1 < call["groups"] == out.size < call.labels("input").shape[1]:
+        yield Size("groups", None, out)
+
+
+@operator("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", sizes=_transposed_groups)
 def conv_transpose(call: Call) -> Labels:
     """(N, I, ...) with a weight of (I, O / groups, ...)."""
     x, w, name = call.labels("input"), call.labels("weight"), call.state("weight")
     batched = len(call.shape) == len(w.shape)
-    if batched and 1 < call["groups"] == x.shape[1]:
+    if batched and 1 < call["groups"] in (x.shape[1], call.shape[1]):
         return _depthwise_transposed(call, x, w, name)
     if not batched:
         call.ledger.pin_all([x, w], f"is read without a batch ({call.place})")
@@ -178,15 +186,18 @@ def deformable(call: Call) -> Labels:
 
 
 def _depthwise_transposed(call: Call, x: Labels, w: Labels, name: str | None) -> Labels:
-    """Each channel is spread to outputs of its own, which leave with it."""
+    """Each channel is spread to outputs of its own, or several are gathered to one: a group leaves together."""
     _pin_all_but(call, x, (1,))
     _pin_all_but(call, w, (0,))
-    channels, columns = x.along(1), w.along(0)
+    channels, columns, many = x.along(1), w.along(0), x.shape[1] // call["groups"]
     if channels is None or columns is None:
         call.ledger.pin_all([x, w], f"passes a depthwise convolution of fixed width ({call.place})")
         return Labels(call.shape)
     call.ledger.equate(columns, channels, f"is convolved with a weight that cannot shrink ({call.place})")
-    rows = np.repeat(channels, w.shape[1])
+    if many > 1:
+        groups = channels.reshape(-1, many)
+        call.ledger.equate(groups, groups[:, :1], f"shares a group of {call.place}")
+    rows = np.repeat(channels[::many], w.shape[1])
     return _finish(call, w, rows, channels, name, depthwise=True, positions_of=x.shape)
 
 
@@ -224,8 +235,9 @@ def _pin_all_but(call: Call, labels: Labels, *allowed: tuple[int, ...]) -> None:
 def conv_integers(module: Any, weight: tuple[int, ...]) -> Integers:
     """Of convolutions; a transposed one has its weight laid (in, out / groups, ...)."""
     rows, columns = (weight[1], weight[0]) if module.transposed else weight[:2]
-    if module.groups > 1 and module.in_channels == module.groups and module.transposed:
-        return {"in_channels": columns, "out_channels": rows * columns, "groups": columns}
+    if module.groups > 1 and module.groups in (module.in_channels, module.out_channels) and module.transposed:
+        groups = columns // (module.in_channels // module.groups)
+        return {"in_channels": columns, "out_channels": rows * groups, "groups": groups}
     if module.groups > 1 and module.in_channels == module.groups:
         width = rows // (module.out_channels // module.groups)
         return {"in_channels": width, "out_channels": rows, "groups": width}

@@ -32,7 +32,7 @@ def activation(call: Call) -> Labels:
     "min.other", "tan", "sinh", "cosh", "atan", "exp2", "log2", "log10", "logaddexp", "logit", "hypot", "trunc", "frac",
     "sgn", "hardshrink", "softshrink", "special_expit", "rrelu", "feature_alpha_dropout", "atan2", "asin", "acos",
     "asinh", "acosh", "atanh", "erfc", "sinc", "complex", "polar", "angle", "_conj", "_neg_view",
-    "fill", "zero",
+    "fill", "zero", "floor_divide", "fmax", "fmin", "copysign",
 )  # fmt: skip
 def elementwise(call: Call) -> Labels:
     """Any number of operands, broadcast as usual."""
