@@ -51,6 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "repaired in eights": {"repair_tune_steps": 0, "finetune_epochs": 0, "round_to": 8},
     "without labels": {"finetune_epochs": 0},
     "without labels in 400 steps": {"finetune_epochs": 0, "repair_tune_steps": 400},
+    "without labels in 1000 steps": {"finetune_epochs": 0, "repair_tune_steps": 1000},
     "the same above a quarter": {"finetune_epochs": 0, "repair_tune_steps": 400, "target_floor": 0.25},
     "tuned": {"repair_least_squares": False, "repair_batch_norm": False},
     "repaired and tuned": {},

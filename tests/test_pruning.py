@@ -231,9 +231,10 @@ def test_two_ranks_agree_with_one_on_the_plan_and_with_each_other_on_the_weights
 def test_every_shipped_recipe_runs(name, monkeypatch):
     for module in ("selection.latency", "timing.table"):
         monkeypatch.setattr(f"scap_hub.{module}.milliseconds", Clock())
+    recipe = Recipe.resolve(name)
     result = scap_hub.prune(
         tiny_net(), "digits", name, model_input_size=(1, 8, 8),
-        finetune_epochs=min(1, Recipe.resolve(name).finetune.epochs),
+        finetune_epochs=min(1, recipe.finetune.epochs), repair_tune_steps=min(8, recipe.repair.tune.steps or 0),
         data_calibration_images=32, evaluate_latency=False, data_batch_size=256,
     )  # fmt: skip
     assert result.report.after.macs < result.report.before.macs
