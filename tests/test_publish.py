@@ -350,6 +350,9 @@ def test_a_config_that_contradicts_the_weights_is_not_published(api, new_weights
     (new_weights / "config.json").write_text(json.dumps(config | {"num_classes": 7}))
     with pytest.raises(PlanError, match="fc"):
         push_to_hub(new_weights, "me/contradictory", token="hf_write")
+    (new_weights / "config.json").write_text(json.dumps(config | {"scap": 5}))
+    with pytest.raises(CheckpointError, match="has no 'scap' entry"):
+        push_to_hub(new_weights, "me/contradictory", token="hf_write")
     assert not api.repo_exists("me/contradictory")
 
 

@@ -30,7 +30,8 @@ from scap_hub.page import FAMILY, FAMILY_PICTURE, PAGE, REPORT, to_publish
 from scap_hub.text import one_line
 from scap_hub.zoo import modeling_scap
 from scap_hub.zoo.base import CODE, LOCAL, ON_HUB
-from scap_hub.zoo.pruned import load, zoo_of_config
+from scap_hub.zoo.pruned import check_loadable
+from scap_hub.zoo.registry import pruned_entry
 from scap_hub.zoo.remote import network_errors
 from scap_hub.zoo.weights import stored_in
 
@@ -158,8 +159,8 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
         config = None
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder} holds no saved model: its {CONFIG} is not JSON; save it again")
-    if "scap" in config and zoo_of_config(config).rebuilds:
-        load(folder, allow_nan=True)  # what cannot be loaded here is of no use to anybody
+    if pruned_entry(config) is not None:
+        check_loadable(folder)
     if "auto_map" in config:
         files[CODE] = Path(modeling_scap.__file__)
         own = {auto: reference.rpartition("--")[2] for auto, reference in config["auto_map"].items()}

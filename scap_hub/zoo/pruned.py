@@ -56,7 +56,7 @@ def load(
     """
     folder = _local(folder_or_repo_id, revision, token)
     config = _read_config(folder)
-    zoo, plan, files = zoo_of_config(config), _plan(folder), weight_files(folder)
+    zoo, plan, files = _zoo(config), _plan(folder), weight_files(folder)
     stored = stored_in(files)
     # A stranger's folder may claim any size: until all of it fits together, parameters have no memory.
     dense = without_parameters(model) if model is not None else hollow(zoo, zoo.dense_config(config), stored)
@@ -74,6 +74,19 @@ def load(
     return small.eval()
 
 
+def check_loadable(folder: Path) -> None:
+    """Makes sure that `load` loads a pruned model, as far as that can be known without its owner's dense one.
+
+    Args:
+        folder: Written by `save_checkpoint`.
+
+    Raises:
+        CheckpointError, ModelError, PlanError: As `load`.
+    """
+    if _zoo(_read_config(folder)).rebuilds:
+        load(folder, allow_nan=True)
+
+
 def read_pruned(folder: Path, wanted: Wanted) -> LoadedModel:
     """A pruned model and its description, as `load_model` gives them of a dense one.
 
@@ -87,7 +100,7 @@ def read_pruned(folder: Path, wanted: Wanted) -> LoadedModel:
         PlanError: As `load`.
     """
     config = _read_config(folder)
-    zoo, plan = zoo_of_config(config), _plan(folder)
+    zoo, plan = _zoo(config), _plan(folder)
     if plan is None and not _is_uniform(config):
         raise CheckpointError(f"{folder} has no {PLAN}, which says what was removed; scap_hub.load does without")
     if wanted.pretrained:
@@ -201,7 +214,7 @@ def dense_model(folder_or_repo_id: str | Path) -> nn.Module | None:
     config = _read_config(folder)
     if _is_uniform(config):
         return None
-    return _dense(folder, zoo_of_config(config), config).eval()
+    return _dense(folder, _zoo(config), config).eval()
 
 
 def _dense(folder: Path, zoo: Zoo, config: dict[str, Any]) -> nn.Module:
@@ -269,12 +282,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return {**config, "scap": entry}
 
 
-def zoo_of_config(config: dict[str, Any]) -> Zoo:
-    """The zoo that a pruned model's config.json names.
-
-    Raises:
-        CheckpointError: It names none.
-    """
+def _zoo(config: dict[str, Any]) -> Zoo:
     try:
         return zoo_named(config["scap"].get("library"))
     except ModelError as error:
