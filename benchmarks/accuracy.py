@@ -53,6 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without labels in 400 steps": {"finetune_epochs": 0, "repair_tune_steps": 400},
     "without labels in 1000 steps": {"finetune_epochs": 0, "repair_tune_steps": 1000},
     "the same above a quarter": {"finetune_epochs": 0, "repair_tune_steps": 400, "target_floor": 0.25},
+    "tuned without labels and trained": {"repair_tune_steps": 1000},
     "tuned": {"repair_least_squares": False, "repair_batch_norm": False},
     "repaired and tuned": {},
     # SCAP as published: importance threshold 0.6, no repair, no teacher.

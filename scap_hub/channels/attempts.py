@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 import numpy as np
 
 from scap_hub.channels.forward import AttributeUse, CallUse, Choice, Forward, Integer, is_torchs
-from scap_hub.channels.proof import Number, Outcome
+from scap_hub.channels.operators import Call
+from scap_hub.channels.proof import Number, Outcome, expected_numbers
 from scap_hub.surgery import CHANGEABLE, SCALES
 
 
@@ -28,7 +29,8 @@ def attempts(
     sized = {use.kind for use in chosen if isinstance(use, CallUse)}
     calls = list(_calls(forward.kinds, outcome.wrong, sized))
     # A class that computes one of its sizes in a call computes the others there, too.
-    if sized & {use.kind for choice in calls for use in choice}:
+    if computing := sized & {use.kind for choice in calls for use in choice}:
+        yield _all_calls(forward, stays, computing)
         yield from calls
     for path in outcome.failed:
         changing = [own for own in forward.integers if own.path == path and not stays[own.channels].all()]
@@ -65,6 +67,23 @@ def _of_attributes(uses: Sequence[AttributeUse]) -> Iterator[Choice]:
         yield from dict.fromkeys([exact, frozenset(uses)])
     if len(names) > 2:
         yield from (one | other for one, other in itertools.combinations(wholes, 2))
+
+
+def _all_calls(forward: Forward, stays: np.ndarray, computing: Set[type]) -> Choice:
+    """Every number that changes in calls of some classes: one run instead of one for each call.
+
+    Those that follow the channels by themselves do no harm: what arrives there is right, and is left alone.
+    """
+    labels = stays[forward.partition.channel_of]
+    return frozenset(
+        use
+        for (kind, _, _), places in forward.sites.items()
+        if kind in computing
+        for node, run in places
+        for number in expected_numbers(Call(node, run.found), labels)
+        if number.pruned != number.dense
+        for use in itertools.islice(_positions(forward.kinds, number, computing), 1)
+    )
 
 
 def _calls(kinds: Mapping[str, type], wrong: Sequence[Number], sized: Set[type]) -> Iterator[Choice]:

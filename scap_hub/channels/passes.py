@@ -16,7 +16,7 @@ from scap_hub.channels.repeats import matched
 from scap_hub.channels.trace import retrace, trace
 from scap_hub.errors import ModelError
 from scap_hub.graph.copies import copied, index_buffers, without_weights
-from scap_hub.graph.record import Capture, capture
+from scap_hub.graph.record import Capture, LooksAtValues, capture
 from scap_hub.graph.values import is_tensor, on_meta
 from scap_hub.private import ConvNd, NormBase, tree_map
 
@@ -49,22 +49,17 @@ class Passes:
             ModelError: It does not run in eval mode, or cannot be recorded.
         """
         numbers = index_buffers(model)
-        light = None
-        try:
-            light = cls(without_weights(model), on_meta(inputs), numbers)._evaluated()
-            if light._trained():
-                return light
-        except ModelError:
-            pass  # it makes tensors on a device of its own, or looks at their values: in one mode, or in both
-        if light is None:
-            whole = cls(copied(model), inputs, numbers)._evaluated()
-            whole._trained()
-            return whole
-        try:
-            whole = cls(copied(model), inputs, numbers)._evaluated()
-            return whole if whole._trained() else light
-        except ModelError:
-            return light
+        passes, failure = cls(without_weights(model), on_meta(inputs), numbers)._recorded()
+        # It makes tensors on a device of its own, or looks at their values: in one mode, or in both. At values that
+        # depend on the input it would look with weights, too.
+        if failure is not None and not isinstance(failure.__cause__, LooksAtValues):
+            whole, with_weights = cls(copied(model), inputs, numbers)._recorded()
+            if passes is None or with_weights is None:
+                passes, failure = whole, with_weights
+        if passes is None:
+            assert failure is not None
+            raise failure
+        return passes
 
     def add_batch(self) -> bool:
         """Records it once more with twice as many images; whether it runs so, and was not recorded so before."""
@@ -78,11 +73,15 @@ class Passes:
         self._add(captured, twice, training=False)
         return True
 
-    def _evaluated(self) -> Passes:
-        captured = capture(self.model, self.inputs, numbers=self.numbers, known=has_rule)
+    def _recorded(self) -> tuple[Passes | None, ModelError | None]:
+        """Itself, recorded in eval mode, unless that fails; and what failed in eval mode or in training mode."""
+        try:
+            captured = capture(self.model, self.inputs, numbers=self.numbers, known=has_rule)
+        except ModelError as error:
+            return None, error
         self.runs.append(Run(captured, trace(captured, self.found), self.inputs))
         self._hold_together()
-        return self
+        return self, self._trained()
 
     def _hold_together(self) -> None:
         """A layer of torch's keeps the same outputs in all its tensors, those that the forward pass leaves out too."""
@@ -99,18 +98,18 @@ class Passes:
             for own in tracked[1:]:
                 self.found.ledger.equate(tracked[0], own, f"is an output of {path!r}, which cannot shrink")
 
-    def _trained(self) -> bool:
-        """Records it in training mode; whether it runs in it. Norms of single numbers want more than one image."""
-        if not any(True for _ in self.model.children()):
-            return True
-        for inputs in (self.inputs, _twice(self.inputs)):
+    def _trained(self) -> ModelError | None:
+        """Records it in training mode; why it does not run in it. Norms of single numbers want more than one image."""
+        failure = None
+        for inputs in (self.inputs, _twice(self.inputs)) if any(True for _ in self.model.children()) else ():
             try:
                 captured = capture(self.model, inputs, training=True, numbers=self.numbers, known=has_rule)
-            except ModelError:
-                continue
-            self._add(captured, inputs, training=True)
-            return True
-        return False
+            except ModelError as error:
+                failure = error
+            else:
+                self._add(captured, inputs, training=True)
+                return None
+        return failure
 
     def _add(self, captured: Capture, inputs: tuple[Any, ...], training: bool) -> None:
         """Adds a further forward pass, and to the trace what layers that run only then read and compute."""

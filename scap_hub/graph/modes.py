@@ -52,19 +52,22 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Whatever modules cache in the meantime, in attributes or in dicts and lists of theirs, is gone afterwards."""
     held = {module: dict(vars(module)) for module in model.modules()}
     inside = [value for values in held.values() for value in values.values() if isinstance(value, dict | list)]
-    copies = [(value.copy() if value else None, _identities(value)) for value in inside]
+    empty = [value for value in inside if not value]  # most are, and a module has ten
+    filled = [(value, value.copy(), _identities(value)) for value in inside if value]
     try:
         yield
     finally:
         for module, values in held.items():
             vars(module).clear()
             vars(module).update(values)
-        for value, (before, identities) in zip(inside, copies, strict=True):
+        for value in empty:
+            if value:
+                value.clear()
+        for value, before, identities in filled:
             if _identities(value) == identities:
                 continue  # some may not be written to at all, such as a config
             value.clear()
-            if before:
-                value.update(before) if isinstance(value, dict) else value.extend(before)
+            value.update(before) if isinstance(value, dict) else value.extend(before)
 
 
 def _identities(value: dict[Any, Any] | list[Any]) -> list[int]:

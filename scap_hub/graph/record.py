@@ -44,6 +44,10 @@ Known = Callable[[str], bool]
 """Whether an operator ("conv2d.default") is recorded whole if torch computes it from others."""
 
 
+class LooksAtValues(RuntimeError):
+    """A forward pass does something that depends on what the tensors hold, with or without weights."""
+
+
 @dataclass(frozen=True, eq=False)
 class Capture:
     """A recorded forward pass.
@@ -84,7 +88,8 @@ def capture(
             out, all are.
 
     Raises:
-        ModelError: The forward pass fails, looks at values, or returns no tensor; names the module and the operator.
+        ModelError: The forward pass fails, looks at values (`LooksAtValues` is its cause then), or returns no tensor;
+            names the module and the operator.
     """
     recorder = Recorder(model, inputs, training, known)
     try:
@@ -206,7 +211,7 @@ class Recorder(PreDispatchMode):
             return result
         subject = args[0] if args and is_tensor(args[0]) else None
         if name in _LOOKS and subject is not None and self.node(subject).varies:
-            raise RuntimeError(f"it looks at the values of a tensor that depends on the input ({name})")
+            raise LooksAtValues(f"it looks at the values of a tensor that depends on the input ({name})")
         if func == Tensor.data.__set__ and args[0].shape == args[1].shape:  # type: ignore[attr-defined]
             return args[0].copy_(args[1])  # the same values, and an operator says so
         outer, self.site = self.site, self.place(name, args, kwargs)
@@ -237,9 +242,9 @@ class Recorder(PreDispatchMode):
         nodes = [self.node(leaf) if is_tensor(leaf) else leaf for leaf in leaves]
         varies = any(isinstance(node, Node) and node.varies for node in nodes)
         if func in VALUES and varies:
-            raise RuntimeError("it looks at the value of a tensor that depends on the input")
+            raise LooksAtValues("it looks at the value of a tensor that depends on the input")
         if varies and _sized_by_values(func, leaves, nodes):
-            raise RuntimeError("it makes a tensor whose size depends on the values of the input")
+            raise LooksAtValues("it makes a tensor whose size depends on the values of the input")
         if torch.Tag.inplace_view in func.tags and is_tensor(leaves[0]):
             _remember(nodes[0])
         self.called(func, form, nodes)
