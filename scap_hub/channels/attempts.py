@@ -28,8 +28,9 @@ def attempts(
     assert outcome.failed is not None
     sized = {use.kind for use in chosen if isinstance(use, CallUse)}
     calls = list(_calls(forward.kinds, outcome.wrong, sized))
-    # A class that computes one of its sizes in a call computes the others there, too.
-    if computing := sized & {use.kind for choice in calls for use in choice}:
+    # A class that computes one of its sizes in a call computes the others there, too; torch's attention computes all.
+    kinds = {use.kind for choice in calls for use in choice}
+    if computing := {kind for kind in kinds if kind in sized or is_torchs(kind)}:
         yield _all_calls(forward, stays, computing)
         yield from calls
     for path in outcome.failed:
