@@ -147,6 +147,8 @@ def _validate(document: Any, text: str | None, source: str) -> Recipe:
             reason = f"Input should be a block of keys, such as {'.'.join(inner)}"
         if first["type"] != "value_error":
             reason += f", got {shown(first['input'])}"
+        if first["type"] in ("tuple_type", "list_type") and isinstance(first["input"], str):
+            reason += f"; write [{first['input'][:40]}]"
         if first["type"] == "literal_error":
             reason += did_you_mean(first["input"], re.findall("'([^']+)'", first["ctx"]["expected"]), cutoff=NEAR)
         key = ".".join(path) or ("" if first["type"] == "value_error" else "the document")
