@@ -63,6 +63,21 @@ def test_the_loss_of_metric_depths_is_the_models_own():
     assert torch.allclose(task.loss(own.predicted_depth, depths), own.loss, atol=1e-6)
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_card_tells_of_an_image_processor_that_makes_other_sizes_than_were_measured(tmp_path, keeps):
+    size = {"height": 64, "width": 64}
+    squashing = hf.DPTImageProcessor(size=size, keep_aspect_ratio=False)
+    glpn().save_pretrained(tmp_path / "model")
+    (hf.GLPNImageProcessor() if keeps else squashing).save_pretrained(tmp_path / "model")
+    untrained = FAST | {"repair_tune_steps": 0, "repair_least_squares": False}
+    result = scap_hub.prune(str(tmp_path / "model"), with_depths(20), target="macs=0.9", finetune_epochs=0, **untrained)
+    card = (result.save_pretrained(tmp_path / "out") / "README.md").read_text()
+    published = hf.AutoImageProcessor.from_pretrained(tmp_path / "out")
+    made = published(Image.new("RGB", (96, 128)), return_tensors="pt")["pixel_values"].shape[2:]
+    assert made == ((128, 96) if keeps else (64, 64))
+    assert ("measured on images of exactly this size; the image processor beside the\nweights makes" in card) is keeps
+
+
 def test_figures_are_those_of_their_formulas():
     task = DepthEstimation()
     true, said = torch.tensor([[[1.0, 2.0], [4.0, 0.0]]]), torch.tensor([[[1.2, 3.0], [4.0, 9.0]]])

@@ -25,6 +25,10 @@ HERE = "path/to/this/folder"
 PICTURE = "channels.png"
 _CHANNELS = f"![channels before and after]({PICTURE})"
 _FAMILY = f"\n\n![the sizes of this model: quality against multiply-accumulates and latency]({FAMILY_PICTURE})"
+_OTHER_SIZES = (
+    " The numbers above were measured on images of exactly this size; the image processor beside the\nweights makes "
+    "other sizes of some images, and there they may be different."
+)
 BEGIN = "<!-- scap_hub: begin; the next push rewrites this block, write before or after it -->"
 END = "<!-- scap_hub: end -->"
 
@@ -119,6 +123,7 @@ def model_card(
         input_size=" x ".join(map(str, preprocessing.input_size)),
         mean=_numbers(preprocessing.mean),
         std=_numbers(preprocessing.std),
+        sizes=_OTHER_SIZES if loaded.zoo.makes_other_sizes(loaded) else "",
         recipe=f"\n## How it was made\n\n{fenced(recipe_yaml.strip(), 'yaml')}\n" if recipe_yaml else "",
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text.rstrip()}\n"

@@ -236,6 +236,10 @@ class Zoo(Protocol):
         """How the zoo itself resizes and crops; None where `Preprocessing` says all of it."""
         return None
 
+    def makes_other_sizes(self, loaded: LoadedModel) -> bool:
+        """Whether the image processor that is saved beside a model makes other sizes than it is measured at."""
+        return False
+
     # config.json of a pruned model.
 
     def write_config(

@@ -72,6 +72,12 @@ def resized(document: dict[str, Any], own: Preprocessing, wanted: tuple[int, int
     return scaled if seen is None or seen[0] is None else None
 
 
+def makes_other_sizes(document: dict[str, Any], wanted: tuple[int, int, int]) -> bool:
+    """Whether a processor makes images of other sizes than the wanted one; not where it does more than resize."""
+    seen = _observed(document, wanted[0])
+    return seen is not None and seen[0] != wanted
+
+
 def _making(wanted: tuple[int, int, int], *documents: dict[str, Any]) -> tuple[dict[str, Any], _Seen] | None:
     """The first document whose processor makes images of one size, the wanted one; with what it makes."""
     for document in documents:

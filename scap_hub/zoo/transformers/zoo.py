@@ -76,6 +76,13 @@ class TransformersZoo(Zoo):
 
         return processor_pixels(loaded.image_processor, loaded.preprocessing) if loaded.image_processor else None
 
+    def makes_other_sizes(self, loaded: LoadedModel) -> bool:
+        """Seen by using it: some keep the proportions of images, pad them or do not resize them."""
+        from scap_hub.zoo.transformers.processor import makes_other_sizes
+
+        document = loaded.image_processor
+        return document is not None and makes_other_sizes(document, loaded.preprocessing.input_size)
+
     def write_config(
         self,
         config: dict[str, Any],
