@@ -154,7 +154,10 @@ def test_forms_of_target(target, kind, value):
             "options: target.threshold=0.6 and schedule.steps=2 contradict",
         ),
         ({"repair_tune": 5}, "repair.tune: Input should be a block of keys, such as repair.tune.steps, got 5"),
-        ({"model_input_size": "3,64,64"}, "model.input_size: Input should be a valid tuple, got '3,64,64'; write [3,64,64]"),
+        (
+            {"model_input_size": "3,64,64"},
+            "model.input_size: Input should be a valid tuple, got '3,64,64'; write [3,64,64]",
+        ),
         ({"target": {"ratio": {"a": "b"}}}, "target.ratio: Input should be a valid number, got {'a': 'b'}"),
         ({"data_batch_size": "9" * 50 + "x" * 900}, f"got '{'9' * 49}...{'x' * 24}'"),
         ({"target": "9" * 400}, f"target '{'9' * 49}...{'9' * 24}' is not understood"),
