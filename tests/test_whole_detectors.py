@@ -201,6 +201,8 @@ def test_a_pruned_detector_learns_to_find_squares_and_is_saved(tmp_path):
     result = scap_hub.prune(dense, data, **options)
     before, after = result.report.whole.figures["mAP50"]
     assert after > before + 0.3
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| mAP50, whole | {100 * before:.2f} % | {100 * after:.2f} % |" in card
     heads = [name for name in dense.state_dict() if name.startswith(("rpn", "roi_heads")) and "weight" in name]
     assert not any(torch.equal(dense.state_dict()[name], result.model.state_dict()[name]) for name in heads)
     again = scap_hub.load(tmp_path / "out", model=detector(FasterRCNN, seed=1))

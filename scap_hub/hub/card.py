@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from string import Template
@@ -59,6 +59,7 @@ class Measured:
         missed: How a latency budget is missed; None where it is met.
         tuned: How the dense model was trained before it was pruned, "for 5 epochs"; None where it was not.
         part: The part that was pruned and measured; None for all of the model.
+        whole: Of the model that the part is of, rows of a table: what was measured, dense, pruned, change.
         teacher: Who taught the fine-tuning, where it was not the dense model.
     """
 
@@ -73,6 +74,7 @@ class Measured:
     missed: str | None = None
     tuned: str | None = None
     part: str | None = None
+    whole: Sequence[tuple[str, str, str, str]] = ()
     teacher: str | None = None
 
 
@@ -206,6 +208,9 @@ def _measurements(measured: Measured) -> str:
     missed = f"\n\n**The latency budget is missed**: {escaped(measured.missed)}." if measured.missed else ""
     tuned = f"\n\nThe dense model was tuned {escaped(measured.tuned)}, before it was pruned." if measured.tuned else ""
     part = f"\n\n{code(measured.part)} alone was pruned, and these figures are its own." if measured.part else ""
+    if measured.whole:
+        lines = ("| " + " | ".join(map(escaped, row)) + " |" for row in measured.whole)
+        part += "\n\n" + "\n".join(("| | dense | pruned | change |", "|---|---|---|---|", *lines))
     taught = f"\n\nIt learned from {escaped(measured.teacher)}." if measured.teacher else ""
     return "\n".join(rows) + part + missed + tuned + taught
 

@@ -87,7 +87,8 @@ def check_output(folder: str | Path) -> Path:
             f"cannot write output folder {folder}: {above} is read-only, or not yours; choose another"
         )
     if resolved.exists() and any(resolved.iterdir()):
-        raise CheckpointError(f"output folder {folder} exists and is not empty: choose another, or remove it first")
+        held = "holds a finished model, which scap_hub.load opens" if (resolved / PLAN).is_file() else "is not empty"
+        raise CheckpointError(f"output folder {folder} exists and {held}: choose another, or remove it first")
     return folder
 
 

@@ -141,6 +141,7 @@ class Result:
             missed=self.report.missed,
             tuned=None if self.report.tuned is None else str(self.report.tuned),
             part=None if self.report.whole is None else self.report.whole.part,
+            whole=() if self.report.whole is None else self.report.whole.rows(),
             teacher=self.report.about.get("teacher"),
         )
 
