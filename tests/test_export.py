@@ -69,10 +69,10 @@ def test_an_onnx_file_says_how_it_is_fed_and_what_it_answers(tmp_path):
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
-@pytest.mark.parametrize("largest", [0.01, 100.0])
+@pytest.mark.parametrize("largest", [0.001, 0.1, 100.0])
 @pytest.mark.parametrize(("error", "kept"), [(0.9e-4, True), (1.1e-4, False), (float("nan"), False)])
 def test_what_agreement_means(folder, largest, error, kept, tmp_path, monkeypatch):
-    """1e-4 of a logit of 100 is 0.01; of a logit of 0.01 it is still 1e-4."""
+    """1e-4 of a logit of 100 is 0.01, of a feature of 0.1 it is 1e-5; of less than 0.01 it is 1e-6."""
 
     def scaled(batch):
         return torch.linspace(-largest, largest, len(batch))[:, None]
@@ -81,7 +81,7 @@ def test_what_agreement_means(folder, largest, error, kept, tmp_path, monkeypatc
         name = "wrong"
 
         def run(self, images):
-            return scaled(images) + error * max(1.0, largest)
+            return scaled(images) + error * max(0.01, largest)
 
     def wrong_file(source, path):
         path.write_bytes(b"file")

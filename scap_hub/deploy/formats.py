@@ -127,7 +127,7 @@ def write_checked(form: Format, source: Source, path: Path) -> None:
 
     Raises:
         ModelError: The model cannot be exported, or the file cannot be run.
-        VerificationError: An output differs by more than `TOLERANCE`, 1e-4 max(1, its largest number).
+        VerificationError: An output differs by more than `TOLERANCE`, 1e-4 max(0.01, its largest number).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     form.write(source, path)
