@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import scap_hub
+from scap_hub.errors import PlanError
 from tests.independent import TOLERANCE, difference, random_values, reference
 
 
@@ -72,3 +73,35 @@ def test_what_is_not_stretched_any_more():
     plan = scap_hub.PruningPlan.from_keep(groups, {group.name: [1]})
     assert scap_hub.apply_plan(net, plan).a.out_channels == 6
     assert scap_hub.verify(net, plan, x) < TOLERANCE
+
+
+class Contiguous(nn.Module):
+    """Features as tokens, in memory in their own order: with a single channel they are so without a copy."""
+
+    def __init__(self, written: bool) -> None:
+        super().__init__()
+        self.stem, self.head, self.written = nn.Conv2d(3, 8, 1), nn.Linear(8, 5), written
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.stem(x).flatten(2).transpose(1, 2)
+        own = tokens.contiguous()
+        if self.written:
+            own.mul_(2)
+        return self.head(own.relu() + tokens).mean(1)
+
+
+def test_a_single_channel_is_contiguous_by_itself():
+    net, x = random_values(Contiguous(written=False)).eval(), torch.randn(1, 3, 8, 8)
+    plan = scap_hub.PruningPlan.from_keep(scap_hub.channel_groups(net, x), {"stem": [3]})
+    small = scap_hub.apply_plan(net, plan).double()
+    assert difference(small(x.double()), reference(net, plan, "readers")(x.double())) < TOLERANCE
+    assert scap_hub.verify(net, plan, x) < TOLERANCE
+
+
+def test_what_is_written_to_the_copy_of_a_single_channel_is_written_to_the_channel():
+    groups = scap_hub.channel_groups(
+        net := random_values(Contiguous(written=True)).eval(), x := torch.randn(1, 3, 8, 8)
+    )
+    assert scap_hub.verify(net, scap_hub.PruningPlan.from_keep(groups, {"stem": [3, 4]}), x) < TOLERANCE
+    with pytest.raises(PlanError, match="would not compute the same"):
+        scap_hub.PruningPlan.from_keep(groups, {"stem": [3]})

@@ -217,6 +217,8 @@ class Recorder(PreDispatchMode):
         outer, self.site = self.site, self.place(name, args, kwargs)
         try:
             result = func(*args, **kwargs)
+            if name == "contiguous" and result is subject:
+                result = self._unmoved(subject, *args[1:], **kwargs)
         finally:
             self.site = outer
         if is_tensor(result) and id(result) not in self._nodes:
@@ -225,6 +227,16 @@ class Recorder(PreDispatchMode):
             elif (made := self._shown_by(result)) is not None:  # torch wraps what a factory such as zeros has made
                 self._alias(result, made)
         return result
+
+    def _unmoved(self, tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        """Records a call of `contiguous` on a tensor that is so, which torch returns without running an operator.
+
+        Whether one runs depends on sizes: a transposed tensor is contiguous as soon as it has a single channel.
+        """
+        same = tensor.data  # another tensor, made by no operator: the given one may be read again
+        self._alias(same, tensor)
+        made: Tensor = _ATEN.contiguous.default(same, memory_format=memory_format)
+        return made
 
     def place(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Site | None:
         """Where the forward pass calls a torch function; None where nobody asks."""
