@@ -112,7 +112,7 @@ class PruningPlan(_Strict):
     keeps: tuple[str, ...]
     groups: dict[str, GroupCut]
     tensors: dict[str, TensorCut]
-    attributes: dict[str, dict[str, PositiveInt | list[PositiveInt]]] = Field(default_factory=dict)
+    attributes: dict[str, dict[str, PositiveInt | list[StrictInt]]] = Field(default_factory=dict)
     calls: dict[str, tuple[CallNumber, ...]] = Field(default_factory=dict)
 
     def __repr__(self) -> str:

@@ -278,13 +278,16 @@ def _module(model: nn.Module, path: str) -> nn.Module:
 
 
 def _fits(old: object, new: int | list[int]) -> bool:
-    """Whether the old value is an integer, or integers, and the new one no larger."""
+    """Whether the old value is an integer, or integers, and the new one no larger.
+
+    Beside the sizes that change, a list may hold a 0, or the -1 of a view: what stays as it is fits.
+    """
     if isinstance(new, list):
         if not isinstance(old, list | tuple) or len(old) != len(new):
             return False
         pairs = zip(old, new, strict=True)
         return all(_fits(item.get("num_chs") if isinstance(item, dict) else item, own) for item, own in pairs)
-    return is_integer(old) and type(new) is int and 0 < new <= old
+    return is_integer(old) and type(new) is int and (new == old or 0 < new <= old)
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

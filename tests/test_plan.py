@@ -1,11 +1,13 @@
 import json
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from scap_hub.channels import channel_groups
+from scap_hub.channels import channel_groups, verify
 from scap_hub.errors import PlanError
 from scap_hub.plan import CallNumber, PruningPlan, _ranges, _span, ranges
 from scap_hub.surgery import apply_plan
@@ -289,3 +291,35 @@ def test_a_plan_changes_nothing_where_nothing_is_cut():
     both = PruningPlan.from_keep(groups, {"a": [0, 2], "b": [0, 2]})
     assert both.calls["shuffle"] and first.calls == {} and set(first.attributes) == {"b", "head"}
     assert PruningPlan.from_keep(groups, {"b": [0, 2]}) == first
+
+
+class Sizes(nn.Module):
+    """A list of sizes, of which some are none of a width that shrinks."""
+
+    def __init__(self, sizes: list[int], joined: Any) -> None:
+        super().__init__()
+        self.sizes, self.joined = sizes, joined
+        self.stem, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(sizes[-1] if sizes[0] >= 0 else 8, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.joined(self.stem(x), self.sizes))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "joined"),
+    [
+        ([4, 0, 4], lambda x, sizes: (parts := x.split(sizes, 1), parts[0].relu() * torch.cat(parts[1:], 1))[1]),
+        ([-1, 8, 4, 4], lambda x, sizes: x.contiguous().view(sizes)),
+    ],
+)
+def test_sizes_beside_those_that_change_may_be_none_or_left_open(sizes, joined):
+    model, x = Sizes(sizes, joined).eval(), torch.randn(1, 3, 4, 4)
+    groups = channel_groups(model, x)
+    plan = PruningPlan.from_keep(groups, {groups.prunable[0].name: [0, 2, 3]})
+    plan = PruningPlan.from_json(plan.to_json())
+    left = plan.attributes[""]["sizes"]
+    assert left == [3 if size == groups.prunable[0].size else size for size in sizes]
+    assert verify(model, plan, x) < 1e-9
+    changed = plan.model_copy(update={"attributes": {**plan.attributes, "": {"sizes": [*left[:-1], 0]}}})
+    with pytest.raises(PlanError, match="no integer attribute 'sizes'"):
+        apply_plan(model, changed)

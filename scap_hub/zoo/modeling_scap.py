@@ -169,7 +169,7 @@ def _value(name: str, old: Any, new: Any) -> Any:
         return type(old)(_value(name, *pair) for pair in zip(old, new, strict=True))
     if isinstance(old, dict) and "num_chs" in old:  # timm's feature_info
         return {**old, "num_chs": _value(name, old["num_chs"], new)}
-    if type(old) is int and type(new) is int and 0 < new <= old:
+    if type(old) is int and type(new) is int and (new == old or 0 < new <= old):
         return new
     raise ValueError(f"config.json sets {name!r} to {new!r}, but the dense model has {old!r}")
 
