@@ -59,6 +59,14 @@ def test_verify_does_not_call_the_plan_wrong_where_the_model_cannot_be_compared(
         assert "the pruned model does not run" not in str(error)
 
 
+def test_a_fresh_head_of_zeros_is_compared_beside_a_parameter_without_elements():
+    net = Body(registers=nn.Parameter(torch.zeros(0, 4)))
+    nn.init.zeros_(net.h.weight)
+    nn.init.zeros_(net.h.bias)
+    groups = scap_hub.channel_groups(net.eval(), image())
+    assert scap_hub.verify(net, some_plan(groups), image()) < TOLERANCE
+
+
 @pytest.mark.parametrize("made", [F.softplus, torch.exp, lambda w: w.clone().sigmoid_().expand(1, -1, -1, -1, -1)[0]])
 def test_weights_may_be_computed_by_what_makes_no_zero_of_a_zero(made):
     def forward(net, x):

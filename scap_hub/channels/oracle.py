@@ -394,6 +394,6 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
                 sign = torch.where(noise * 1000 % 2 < 1, 1.0, -1.0) if tensor.ndim else 1.0
                 tensor.copy_((0.5 + noise) * sign)
             else:
-                fan_in = max(1, tensor[0].numel())
+                fan_in = max(1, tensor.shape[1:].numel())
                 tensor.copy_((noise - 0.5) * 2 * (3 / fan_in) ** 0.5)
     return model
