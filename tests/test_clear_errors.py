@@ -173,3 +173,10 @@ def test_prune_of_a_module_that_returns_more_than_logits_works_or_says_so(name):
     except scap_hub.ScapHubError as error:
         assert "does not run" not in str(error)
         assert any(word in str(error) for word in ("tuple", "list", "dict", "output", "returns"))
+
+
+def test_what_python_does_not_copy_is_named():
+    net = Plain().eval()
+    net.scales = {"8": 8, "4": 4}.keys()
+    with pytest.raises(scap_hub.errors.ModelError, match=r"'dict_keys' object, which Plain\.scales holds"):
+        scap_hub.channel_groups(net, image())

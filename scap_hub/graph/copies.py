@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scap_hub.errors import ModelError
 from scap_hub.graph.shapes import ATOMS
 from scap_hub.graph.values import tensors_of
 
@@ -61,12 +62,24 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     plain = [module for module in model.modules() if _copied_by_state(type(module))]
     memo |= {id(module): module.__new__(type(module)) for module in plain}
     for module in reversed(plain):  # a compiled part asks the copy of what it holds, once it is copied itself
-        state = {
-            name: {key: _copied(item, memo) for key, item in value.items()} if name in _HELD else _copied(value, memo)
-            for name, value in module.__getstate__().items()
-        }
+        state = {name: _held(module, name, value, memo) for name, value in module.__getstate__().items()}
         memo[id(module)].__setstate__(state)
     return copy.deepcopy(model, memo)
+
+
+def _held(module: nn.Module, name: str, value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of one attribute of a module.
+
+    Raises:
+        ModelError: It holds what Python does not copy, such as the keys of a dict, a generator, or a lock.
+    """
+    try:
+        return {key: _copied(item, memo) for key, item in value.items()} if name in _HELD else _copied(value, memo)
+    except TypeError as error:
+        raise ModelError(
+            f"the model cannot be copied: {error}, which {type(module).__name__}.{name} holds; give it what can be "
+            "copied, such as a list"
+        ) from error
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
