@@ -276,3 +276,26 @@ def test_widths_may_be_integers_of_numpy():
                p=nn.Conv2d(3, width, 1), q=nn.Conv2d(width, width, 1))  # fmt: skip
     net.width = width
     assert {"p", "q"} <= free(pruned_exactly(net, image()))
+
+
+class WithoutTokens(nn.Module):
+    """A stream of tokens that begins with further ones, of which there are none: as in a ViT that pools by the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
+        self.further = nn.Parameter(torch.zeros(0, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        further = self.further[None, None].expand(len(x), 1, 0, 8).reshape(len(x), 0, 8)
+        return self.head(torch.cat((further, self.stem(x).flatten(2).transpose(1, 2)), 1).relu().mean(1))
+
+
+def test_channels_pass_a_tensor_without_elements():
+    net, x = random_values(WithoutTokens()).eval(), image()
+    groups = scap_hub.channel_groups(net, x)
+    assert free(groups) == {"stem"}
+    plan = scap_hub.PruningPlan.from_keep(groups, {"stem": [1, 2, 6]})
+    assert scap_hub.verify(net, plan, x) < TOLERANCE
+    small = scap_hub.apply_plan(net, plan).double()
+    assert difference(small(x.double()), reference(net, plan, "readers")(x.double())) < TOLERANCE

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from scap_hub.channels.labels import Labels, line, merge, support
 from scap_hub.channels.operators.table import Call, Size, operator, out_sizes
+
+_NOTHING = 2**31 - 1
+"""Stands for a size of 0, see `_counted`."""
 
 
 @operator("permute", role="layout")
@@ -84,10 +87,10 @@ def reshape(call: Call) -> Labels:
     permutation follows.
     """
     x, shape = call.tensors[0], call.shape
-    if math.prod(x.shape) != math.prod(shape):
+    if math.prod(_counted(x.shape)) != math.prod(_counted(shape)):
         call.ledger.pin_all([x], f"is read as numbers of another size ({call.place})")
         return Labels(shape)
-    runs = _runs(x.shape, shape)
+    runs = _runs(_counted(x.shape), _counted(shape))
     moved = []
     for array in x.arrays:
         new = array
@@ -130,6 +133,11 @@ def _couple_rows(call: Call, array: np.ndarray, runs: Runs) -> np.ndarray:
             call.ledger.equate(array, first, f"is split into rows ({call.place})")
             array = first
     return array
+
+
+def _counted(shape: Iterable[int]) -> tuple[int, ...]:
+    """A shape in which a size of 0 is told from the others, by a prime that no size is: of 0, any shape can be made."""
+    return tuple(size or _NOTHING for size in shape)
 
 
 def _runs(old: tuple[int, ...], new: tuple[int, ...]) -> Runs:
