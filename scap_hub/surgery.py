@@ -277,17 +277,17 @@ def _module(model: nn.Module, path: str) -> nn.Module:
         raise PlanError(f"the model has no module {path!r}; the plan was made for another model") from None
 
 
-def _fits(old: object, new: int | list[int]) -> bool:
+def _fits(old: object, new: int | list[int], least: int = 1) -> bool:
     """Whether the old value is an integer, or integers, and the new one no larger.
 
-    Beside the sizes that change, a list may hold a 0, or the -1 of a view: what stays as it is fits.
+    A list may hold the -1 of a view beside the sizes that change, and parts of which nothing is left.
     """
     if isinstance(new, list):
         if not isinstance(old, list | tuple) or len(old) != len(new):
             return False
         pairs = zip(old, new, strict=True)
-        return all(_fits(item.get("num_chs") if isinstance(item, dict) else item, own) for item, own in pairs)
-    return is_integer(old) and type(new) is int and (new == old or 0 < new <= old)
+        return all(_fits(item.get("num_chs") if isinstance(item, dict) else item, own, 0) for item, own in pairs)
+    return is_integer(old) and type(new) is int and (new == old or least <= new <= old)
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

@@ -320,6 +320,15 @@ def test_sizes_beside_those_that_change_may_be_none_or_left_open(sizes, joined):
     left = plan.attributes[""]["sizes"]
     assert left == [3 if size == groups.prunable[0].size else size for size in sizes]
     assert verify(model, plan, x) < 1e-9
-    changed = plan.model_copy(update={"attributes": {**plan.attributes, "": {"sizes": [*left[:-1], 0]}}})
+    changed = plan.model_copy(update={"attributes": {**plan.attributes, "": {"sizes": [*left[:-1], -1]}}})
     with pytest.raises(PlanError, match="no integer attribute 'sizes'"):
         apply_plan(model, changed)
+
+
+def test_nothing_may_be_left_of_a_part():
+    model = Sizes([8, 5, 3], lambda x, sizes: (parts := x.split(sizes, 1), parts[0] * torch.cat(parts[1:], 1))[1])
+    model.stem, model.head = nn.Conv2d(3, 16, 1), nn.Conv2d(8, 5, 1)
+    plan = PruningPlan.from_keep(channel_groups(model.eval(), X), {"stem": [0, 1]})
+    plan = PruningPlan.from_json(plan.to_json())
+    assert plan.attributes[""]["sizes"] == [2, 2, 0]
+    assert verify(model, plan, X) < 1e-9

@@ -164,12 +164,12 @@ def _change(function: str, call: int, position: int, old: Any, new: Any) -> tupl
     return function, call, position, old, new
 
 
-def _value(name: str, old: Any, new: Any) -> Any:
+def _value(name: str, old: Any, new: Any, least: int = 1) -> Any:
     if isinstance(old, list | tuple) and isinstance(new, list) and len(old) == len(new):
-        return type(old)(_value(name, *pair) for pair in zip(old, new, strict=True))
+        return type(old)(_value(name, *pair, least=0) for pair in zip(old, new, strict=True))
     if isinstance(old, dict) and "num_chs" in old:  # timm's feature_info
         return {**old, "num_chs": _value(name, old["num_chs"], new)}
-    if type(old) is int and type(new) is int and (new == old or 0 < new <= old):
+    if type(old) is int and type(new) is int and (new == old or least <= new <= old):
         return new
     raise ValueError(f"config.json sets {name!r} to {new!r}, but the dense model has {old!r}")
 
