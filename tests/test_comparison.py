@@ -101,6 +101,9 @@ def test_mean_ranks_count_only_cells_that_all_have():
         "",
     ]
     assert table[-1] == ["c", "60.00 ± 14.14 %", "failed", "2.75"]
+    found.cells.append(cell("macs=0.1", "a", 0, 0.5))
+    assert found.rows()[-1] == ["c", "60.00 ± 14.14 %", "failed", "not measured", "2.75"]
+    found.cells.pop()
     words = " ".join(found.notes())
     assert (
         "validation images, more is better; mean and standard deviation of 2 seeds" in words and "failed: why" in words

@@ -98,8 +98,10 @@ class Comparison:
         split = split or self._split
         top1 = self.dense["validation" if split == "repaired" else split]
         table = [["criterion", *targets, "mean rank"], ["dense", *[f"{100 * top1:.2f} %"] * len(targets), ""]]
+        tried = {(cell["criterion"], cell["target"]) for cell in self.cells}
         for row in self.summary(split):
-            cells = [_percent(row["targets"].get(target)) for target in targets]
+            missing = ["failed" if (row["criterion"], target) in tried else "not measured" for target in targets]
+            cells = [_percent(row["targets"].get(target), why) for target, why in zip(targets, missing, strict=True)]
             table.append([row["criterion"], *cells, "" if row["rank"] is None else f"{row['rank']:.2f}"])
         return table
 
@@ -167,8 +169,8 @@ def found_in(output: str | Path | None, about: dict[str, Any]) -> Comparison:
     raise RecipeError(f"{str(output)!r} is a comparison with other {', '.join(differ)}; choose another file")
 
 
-def _percent(column: Mapping[str, float] | None) -> str:
+def _percent(column: Mapping[str, float] | None, missing: str) -> str:
     if column is None:
-        return "failed"
+        return missing
     spread = f" ± {100 * column['std']:.2f}" if column["seeds"] > 1 else ""
     return f"{100 * column['mean']:.2f}{spread} %"
