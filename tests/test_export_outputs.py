@@ -1,5 +1,7 @@
 """Models with several outputs, or with others than logits, as exported files: every output by its name."""
 
+import time
+
 import onnx
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 import scap_hub
 from scap_hub import export
 from scap_hub.channels.oracle import randomize
-from scap_hub.deploy.capture import Named
+from scap_hub.deploy.capture import Named, captured
 from scap_hub.deploy.onnx_file import write_onnx
 from scap_hub.deploy.runtimes import OnnxRuntime, TorchExport
 from scap_hub.errors import ModelError, VerificationError
@@ -127,7 +129,8 @@ class Counting(nn.Module):
 
 def test_a_batch_whose_length_plain_python_asks_for_stays_open(tmp_path):
     model, images = Counting().eval(), torch.randn(2, 3, 16, 16)
-    write_onnx(Named(model, images), images, tmp_path / "model.onnx")
+    net = Named(model, images)
+    write_onnx(net, captured(net, images), tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     more = torch.randn(5, 3, 16, 16)
     (found,) = session.run(None, {"pixel_values": more.numpy()})
@@ -187,3 +190,28 @@ def test_other_exporters_are_not_asked_for_several_outputs(tower):
     pytest.importorskip("openvino")
     with pytest.raises(ModelError, match="for models with one output, this one has last_hidden_state, pooler_out"):
         export(tower, "openvino")
+
+
+def test_sizes_that_take_too_long_to_leave_open_are_not():
+    class Dawdling(nn.Module):
+        """Its shapes take long where a height is open, as windows of Swin do."""
+
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(40)))
+
+        def forward(self, x):
+            for part in self.body:
+                x = part(x)
+                if isinstance(x.shape[2], torch.SymInt):
+                    time.sleep(0.2)
+            return x
+
+    images = torch.randn(2, 3, 16, 24)
+    net = Named(Dawdling().eval(), images)
+    began = time.monotonic()
+    with pytest.raises(ModelError, match="it takes longer than 1 s"):
+        captured(net, images, sizes_within=1)
+    assert time.monotonic() - began < 6  # it would take more than eight
+    assert captured(net, images).module()(images).shape == images.shape
+    assert not nn.modules.module._global_forward_pre_hooks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scap_hub.errors import ModelError
+from scap_hub.private import register_module_forward_pre_hook
 from scap_hub.text import one_line
 from scap_hub.zoo.registry import zoo_of
 
@@ -96,25 +99,26 @@ def _counts(value: Any, images: int) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0 and len(value) == images
 
 
-def captured(net: Named, images: Tensor, resizable: bool = False) -> torch.export.ExportedProgram:
+def captured(net: Named, images: Tensor, sizes_within: float | None = None) -> torch.export.ExportedProgram:
     """Records a model for any batch size.
 
     Args:
         net: In eval mode, in float32, on the CPU.
         images: Two or more of them, (N, C, H, W): a batch of one would be written into the program.
-        resizable: Whether for any height and width as well.
+        sizes_within: Seconds in which it is recorded for any height and width as well; None for the images' own.
 
     Raises:
-        ModelError: torch.export cannot record it.
+        ModelError: torch.export cannot record it, or not in that time.
     """
     dims: dict[int, Any] = {0: torch.export.Dim("batch")}
-    if resizable:
+    if sizes_within is not None:
         dims = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     try:
-        return torch.export.export(net, (images,), dynamic_shapes={INPUT: dims}, strict=False)
+        with _ended_after(sizes_within):
+            return torch.export.export(net, (images,), dynamic_shapes={INPUT: dims}, strict=False)
     except Exception as error:
         refused = ModelError(f"torch.export cannot capture {type(net.model).__name__}: {one_line(error)}")
-        if resizable or _FIXED not in str(error):
+        if sizes_within is not None or _FIXED not in str(error):
             raise refused from error
     # Plain Python has fixed the batch, such as `len(features)`, which only returns integers. Read as bytecode, which
     # takes several times as long, it stays open.
@@ -122,3 +126,25 @@ def captured(net: Named, images: Tensor, resizable: bool = False) -> torch.expor
         return torch.export.export(net, (images,), dynamic_shapes={INPUT: dims}, strict=True)
     except Exception as error:
         raise refused from error
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float | None) -> Iterator[None]:
+    """Fails at the next module that is called after so many seconds.
+
+    With open sizes, torch's algebra of shapes can take hours, as for the windows of Swin, whose number is rounded.
+    """
+    if seconds is None:
+        yield
+        return
+    end = time.monotonic() + seconds
+
+    def check(*_: Any) -> None:
+        if time.monotonic() > end:
+            raise TimeoutError(f"it takes longer than {seconds:.0f} s")
+
+    handle = register_module_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from scap_hub.deploy.sizes import write_resizable
 from scap_hub.deploy.source import Source
 from scap_hub.errors import ModelError, ScapHubError
 from scap_hub.text import did_you_mean
+
+_PATIENCE = 10
+"""How many times as long as for one size a model may be recorded for all: some would take hours."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,12 @@ class Format:
 
 
 def _write_onnx(source: Source, path: Path) -> None:
-    multiple = write_resizable(source, path) if source.resizable else None
+    began = time.monotonic()
+    program = captured(source.net, source.images)
+    within = _PATIENCE * (time.monotonic() - began)
+    multiple = write_resizable(source, path, within) if source.resizable else None
     if multiple is None:
-        write_onnx(source.net, source.images, path)
+        write_onnx(source.net, program, path)
     describe(path, source.net.model, multiple)
 
 

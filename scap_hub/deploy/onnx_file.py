@@ -11,26 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from scap_hub.deploy.capture import INPUT, Named, captured
+from scap_hub.deploy.capture import INPUT, Named
 from scap_hub.errors import ModelError
 from scap_hub.text import one_line
 
 
-def write_onnx(net: Named, images: Tensor, path: Path, resizable: bool = False) -> None:
+def write_onnx(net: Named, program: torch.export.ExportedProgram, path: Path) -> None:
     """Writes a model in float32; the exporter folds batch norm into the convolutions before it.
 
     Args:
         net: The model.
-        images: As for `captured`.
+        program: What was recorded of it; whether it holds for other sizes is for the caller to find out.
         path: The file.
-        resizable: Whether for any height and width, too; what of it holds is for the caller to find out.
 
     Raises:
         ModelError: ONNX has no such operator, which is named with its module, or the exporter fails otherwise.
     """
-    program = captured(net, images, resizable)
     try:
         # torch 2.9 prints what it optimises, whatever it is asked: between the lines of a --json, too.
         with contextlib.redirect_stdout(io.StringIO()):

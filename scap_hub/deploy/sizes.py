@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scap_hub.deploy.agreement import check_agreement
+from scap_hub.deploy.capture import captured
 from scap_hub.deploy.onnx_file import write_onnx
 from scap_hub.deploy.runtimes import OnnxRuntime
 from scap_hub.deploy.source import Source
@@ -23,20 +24,23 @@ STRIDE = 32
 """What the strides of nearly all models multiply to: sizes that are multiples of it need no padding inside."""
 
 
-def write_resizable(source: Source, path: Path) -> int | None:
+def write_resizable(source: Source, path: Path, within: float) -> int | None:
     """Writes a file for images of any size.
 
     Args:
         source: The model.
         path: The file; nothing of use is there if that fails.
+        within: Seconds that recording the model may take.
 
     Returns:
         What heights and widths must be multiples of: 1 for any at all, or `STRIDE`. None if the model does not take
-        other sizes than its own, if the exporter cannot leave them open, or if the file computes something else there.
+        other sizes than its own, if the exporter cannot leave them open or takes longer, or if the file computes
+        something else there.
     """
     try:
         # Height and width differ, and neither is the model's own: what only holds by chance is not written down.
-        write_onnx(source.net, _resized(source.images, STRIDE, 2 * STRIDE), path, resizable=True)
+        program = captured(source.net, _resized(source.images, STRIDE, 2 * STRIDE), sizes_within=within)
+        write_onnx(source.net, program, path)
     except (ModelError, RuntimeError, ValueError):
         return None
     own, small = source.images, source.images[:1]
