@@ -1,5 +1,7 @@
 """Models with several outputs, or with others than logits, as exported files: every output by its name."""
 
+import contextlib
+import sys
 import time
 
 import onnx
@@ -198,20 +200,19 @@ def test_sizes_that_take_too_long_to_leave_open_are_not():
 
         def __init__(self):
             super().__init__()
-            self.body = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(40)))
+            self.body = nn.Conv2d(3, 3, 1)
 
         def forward(self, x):
-            for part in self.body:
-                x = part(x)
-                if isinstance(x.shape[2], torch.SymInt):
-                    time.sleep(0.2)
+            x = self.body(x)
+            while isinstance(x.shape[2], torch.SymInt) and time.monotonic() < began + 20:
+                with contextlib.suppress(Exception):
+                    "".join(map(str, range(100))).title()
             return x
 
     images = torch.randn(2, 3, 16, 24)
-    net = Named(Dawdling().eval(), images)
-    began = time.monotonic()
-    with pytest.raises(ModelError, match="it takes longer than 1 s"):
-        captured(net, images, sizes_within=1)
-    assert time.monotonic() - began < 6  # it would take more than eight
+    net, began = Named(Dawdling().eval(), images), time.monotonic()
+    with pytest.raises(ModelError, match="it takes longer than 2 s"):
+        captured(net, images, sizes_within=2)
+    assert time.monotonic() - began < 10
+    assert sys.getprofile() is None
     assert captured(net, images).module()(images).shape == images.shape
-    assert not nn.modules.module._global_forward_pre_hooks
