@@ -111,9 +111,9 @@ What the tables say:
   82.8 % with a tenth, where two epochs of training with 10,800 labelled images end at 84.3 %.
 - Trained for these two epochs, with three seeds, `scap-set` leads `obs` by a point on the mean at a tenth of the MACs,
   random scores by four and L1 norms by eight, but its seeds differ more: one of them is level with `obs`.
-- Trained for seven epochs instead (`trained longer`, three seeds), MobileNetV2 with a tenth of its MACs comes within two
-  points of the dense network, which was itself trained for five. Random scores stay three points below `scap-set`. With
-  half and three tenths it ends above the dense network, which seven more epochs would have moved too.
+- Trained for seven epochs instead (`trained longer`, three seeds), MobileNetV2 with a tenth of its MACs comes within
+  two points of the dense network, which was itself trained for five. Random scores stay three points below `scap-set`.
+  With half and three tenths it ends above the dense network, which seven more epochs would have moved too.
 - Tuning without labels before the training gives 2.4 points where two epochs follow, at a tenth of the MACs. Its 1,000
   steps take as long as five epochs, though, and in that time more training does as much: tuned and then trained for
   five epochs, or trained for seven, is a tie (one draw of 1,024 images). So nothing is tuned by default where something
