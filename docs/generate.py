@@ -113,7 +113,8 @@ What the tables say:
   random scores by four and L1 norms by eight, but its seeds differ more: one of them is level with `obs`.
 - Trained for seven epochs instead (`trained longer`, three seeds), MobileNetV2 with a tenth of its MACs comes within
   two points of the dense network, which was itself trained for five. Random scores stay three points below `scap-set`.
-  With half and three tenths it ends above the dense network, which seven more epochs would have moved too.
+  With half and three tenths it ends above the dense network, which seven more epochs would have moved too. Random
+  scores end a point lower with three tenths (two of the three seeds).
 - Tuning without labels before the training gives 2.4 points where two epochs follow, at a tenth of the MACs. Its 1,000
   steps take as long as five epochs, though, and in that time more training does as much: tuned and then trained for
   five epochs, or trained for seven, is a tie (one draw of 1,024 images). So nothing is tuned by default where something
