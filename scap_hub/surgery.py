@@ -285,8 +285,10 @@ def _fits(old: object, new: int | list[int], least: int = 1) -> bool:
     if isinstance(new, list):
         if not isinstance(old, list | tuple) or len(old) != len(new):
             return False
-        pairs = zip(old, new, strict=True)
-        return all(_fits(item.get("num_chs") if isinstance(item, dict) else item, own, 0) for item, own in pairs)
+        return all(
+            _fits(item.get("num_chs"), own) if isinstance(item, dict) else _fits(item, own, 0)
+            for item, own in zip(old, new, strict=True)
+        )
     return is_integer(old) and type(new) is int and (new == old or least <= new <= old)
 
 

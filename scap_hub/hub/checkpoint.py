@@ -87,7 +87,7 @@ def check_output(folder: str | Path) -> Path:
             f"cannot write output folder {folder}: {above} is read-only, or not yours; choose another"
         )
     if resolved.exists() and any(resolved.iterdir()):
-        held = "holds a finished model, which scap_hub.load opens" if (resolved / PLAN).is_file() else "is not empty"
+        held = "holds a finished model, which scap_hub.load opens" if is_pruned(resolved) else "is not empty"
         raise CheckpointError(f"output folder {folder} exists and {held}: choose another, or remove it first")
     return folder
 
