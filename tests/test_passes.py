@@ -1,11 +1,15 @@
 """What the first recorded pass does not show: training mode that runs in its own way, and other numbers of images."""
 
+import contextlib
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import scap_hub
+from scap_hub.errors import ModelError
 from tests.independent import TOLERANCE, copied, difference, double, plans, random_values, reference
 from tests.small_cases import Body, free, image, pruned_exactly
 
@@ -46,6 +50,14 @@ def test_recording_draws_no_random_numbers_of_the_callers():
     assert torch.equal(torch.rand(4), expected)
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_garbage_is_collected_as_before_afterwards(wrong):
+    before = gc.get_threshold()
+    with pytest.raises(ModelError) if wrong else contextlib.nullcontext():
+        scap_hub.channel_groups(Body(drops_paths, aux=nn.Conv2d(16, 5, 1)), (torch.zeros(2) if wrong else image(),))
+    assert gc.get_threshold() == before
+
+
 def filters_by_image(net, x):
     x = net.a(x).relu()
     filters = net.filters.repeat(len(x), 1, 1, 1)
@@ -53,10 +65,13 @@ def filters_by_image(net, x):
     return net.head(net.b(y.view(-1, 16, 8, 8)))
 
 
-def rows_of_images(net, x):
+def rows_made(net, x):
     x = net.a(x).relu()
-    y = x.reshape(len(x) * 16, 64).relu().view(-1, 16, 8, 8)
-    return net.head(net.b(y))
+    return x.reshape(len(x) * 16, 64).relu().view(-1, 16, 8, 8)
+
+
+def rows_of_images(net, x):
+    return net.head(net.b(rows_made(net, x)))
 
 
 @pytest.mark.parametrize("forward", [filters_by_image, rows_of_images])
@@ -69,3 +84,16 @@ def test_sizes_that_count_images_too_hold_for_any_number_of_images(forward, imag
     for _, plan in plans(groups, 0):
         small = scap_hub.apply_plan(copied(net).double(), plan).eval()
         assert difference(small(more), reference(net, plan, "all")(*double((more,)))) < TOLERANCE
+
+
+def rows_beside_a_fixed_width(net, x):
+    y = net.c(net.b(rows_made(net, x)).relu())
+    if y.shape[1] != 12:
+        raise ValueError("not 12 channels")
+    return net.head(y)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_sizes_that_count_images_too_are_found_beside_what_holds_channels(images):
+    groups = pruned_exactly(Body(rows_beside_a_fixed_width, c=nn.Conv2d(12, 12, 1)), image()[:images])
+    assert free(groups) == {"b"}

@@ -21,6 +21,7 @@ from scap_hub.channels.partition import solve
 from scap_hub.channels.passes import Passes
 from scap_hub.channels.uneven import clusters, uneven
 from scap_hub.errors import ModelError
+from scap_hub.graph.modes import collecting_seldom
 
 Blamed = Mapping[str, np.ndarray]
 """Channels by the path of the module to blame."""
@@ -28,6 +29,7 @@ _ALONE = 12
 """In models with so few prunable groups, each whose channels a number counts is tried alone, too."""
 
 
+@collecting_seldom()
 def channel_groups(
     model: nn.Module | str, inputs: tuple[Any, ...] | Tensor | None = None, part: str | None = None
 ) -> ChannelGroups:
@@ -104,6 +106,7 @@ class _Analysis:
         added: Balances that trials asked for.
         tried: Names of the numbers that they are for.
         chosen: What has to change in forward passes.
+        looked: Whether a pass of more images was asked for.
     """
 
     passes: Passes
@@ -111,6 +114,7 @@ class _Analysis:
     added: list[Equal] = field(default_factory=list)
     tried: set[str] = field(default_factory=set)
     chosen: Choice = frozenset()
+    looked: bool = False
 
     @classmethod
     def of(cls, passes: Passes) -> _Analysis:
@@ -122,8 +126,10 @@ class _Analysis:
 
         Such a number may count images, too, as 16 does in `x.view(1, b * 16, h, w)` with one image: more show it.
         """
-        asked = len(self.passes.found.ledger.equal)
-        if not any(isinstance(use, CallUse) for use in self.chosen) or not self.passes.add_batch():
+        if self.looked or not any(isinstance(use, CallUse) for use in self.chosen):
+            return False
+        self.looked, asked = True, len(self.passes.found.ledger.equal)
+        if not self.passes.add_batch():
             return False
         self.balances += self.passes.found.ledger.equal[asked:]
         return True
@@ -153,8 +159,8 @@ class _Analysis:
                 if not error.scales or not self._learned(groups, whole, trial, gone):
                     error.gone = gone
                     return error
-            # A plan is proven in all modes when it is made; one trial shows what training mode adds.
-            trial = replace(trial, runs=tuple(run for run in runs if not run.training))
+            # A plan is proven in all passes when it is made; one trial shows what the others add to the first.
+            trial = replace(trial, runs=tuple(runs[:1]))
         return None
 
     def _tried(self, whole: WholeModel, trial: Forward, gone: np.ndarray) -> Choice:
@@ -214,6 +220,7 @@ class _Analysis:
         """The groups after a failure was made good: one number that counts in several places balances them, or else
         what it counts is pinned.
         """
+        self.looks_again()  # before the next trial: with each further pass the ones that it has are proven anew
         forward, partition = groups.whole.forward, groups.whole.partition
         free = np.zeros(partition.count, dtype=bool)
         for group in groups.prunable:

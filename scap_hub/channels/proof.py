@@ -312,11 +312,9 @@ class _Proof(Recorder):
         for shape, labels in zip(shapes if isinstance(shapes, list) else [shapes], _listed(left), strict=False):
             if labels is not None and shape is not None and shape != labels.shape:
                 raise RuntimeError(f"{node.target} makes shape {list(shape)} instead of {list(labels.shape)}")
-        ours = label(self.found, node)
-        if not self._single(expected):
-            for own, labels in zip(flat(ours), flat(left), strict=True):
-                if not all(_found_in(array, own.arrays) for array in labels.arrays):
-                    raise RuntimeError(f"{node.target} reads other channels than those that stay")
+        for own, labels in zip(flat(label(self.found, node)), flat(left), strict=True):
+            if not all(_found_in(array, own.arrays) for array in labels.arrays) and not self._single(expected):
+                raise RuntimeError(f"{node.target} reads other channels than those that stay")
 
     def _single(self, expected: Node) -> bool:
         """Whether a dimension that is tracked has a single channel left, of which rules cannot tell which it is.
