@@ -1,4 +1,4 @@
-"""Trials of a pruned model without weights check each call once."""
+"""Trials of a pruned model without weights check each call once, and are few."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scap_hub import channel_groups, select, verify
+from scap_hub import ChannelGroups, PruningPlan, channel_groups, select, verify
 from scap_hub.channels import proof
 from scap_hub.channels.oracle import randomize
 
@@ -31,19 +31,33 @@ class Heads(nn.Module):
 
 
 class Late(nn.Module):
-    """Many layers before the ones that have to be tried."""
+    """Many layers before the ones that have to be tried, each of another class."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: int = 1) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(3, 32, 3, stride=4), *(nn.Sequential(nn.Conv2d(32, 32, 1), nn.ReLU()) for _ in range(20))
         )
-        self.heads = Heads()
+        self.heads = nn.Sequential(*(type(f"Heads{kind}", (Heads,), {})() for kind in range(kinds)))
         self.head = nn.Linear(32, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.body(x).flatten(2).transpose(1, 2)
         return self.head((x + self.heads(x)).mean(1))
+
+
+def proofs_of(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Fills up with every run of a pruned model."""
+    proofs: list[Any] = []
+    run = proof.Proof.run
+    monkeypatch.setattr(proof.Proof, "run", lambda self: (proofs.append(self), run(self))[1])
+    return proofs
+
+
+def pruned_exactly(model: nn.Module, groups: ChannelGroups, x: Tensor) -> PruningPlan:
+    plan = select(groups, {group.name: torch.rand(group.size) for group in groups.prunable}, "ratio=0.5", round_to=1)
+    assert verify(model, plan, x) < 1e-9
+    return plan
 
 
 def test_calls_before_a_failure_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,12 +69,20 @@ def test_calls_before_a_failure_are_checked_once(monkeypatch: pytest.MonkeyPatch
         return check(found, node)
 
     monkeypatch.setattr(proof, "label", counting)
-    proofs: list[Any] = []
-    run = proof._Proof.run
-    monkeypatch.setattr(proof._Proof, "run", lambda self: (proofs.append(self), run(self))[1])
+    proofs = proofs_of(monkeypatch)
     model, x = randomize(Late()), torch.randn(1, 3, 32, 32)
     groups = channel_groups(model, x)
     assert checked["conv2d"] < 21 * len(proofs) / 2
-    plan = select(groups, {group.name: torch.rand(group.size) for group in groups.prunable}, "ratio=0.5", round_to=1)
-    assert "heads" in plan.attributes
-    assert verify(model, plan, x) < 1e-9
+    assert "heads.0" in pruned_exactly(model, groups, x).attributes
+
+
+def test_classes_that_have_numbers_to_change_are_tried_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    proofs, runs = proofs_of(monkeypatch), []
+    for kinds in (1, 4):
+        model, x = randomize(Late(kinds)), torch.randn(1, 3, 32, 32)
+        groups = channel_groups(model, x)
+        runs.append(len(proofs))
+        plan = pruned_exactly(model, groups, x)
+        assert {f"heads.{kind}" for kind in range(kinds)} <= {*plan.attributes, *plan.calls}
+        proofs.clear()
+    assert runs[1] < 1.5 * runs[0]

@@ -4,7 +4,8 @@ A graph shows the number that a reshape, split or slice was called with, and how
 the number came from. If the forward pass reads it off a tensor's shape it adapts by itself. If it is an attribute of
 the calling module (`width`, `head_dim`, `splits[1]`) the attribute must change. If it is written into the code, the
 call must get another one. So a pruned copy without weights is run: where it fails, the attributes of that module that
-held the number are tried, the same ones in all modules of its class, and then the call itself.
+held the number are tried, the same ones in all modules of its class, and then the call itself: first module by module
+in one run (`mending`), then in runs of the whole.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 
 from scap_hub.channels.attempts import attempts, use_of
 from scap_hub.channels.forward import ENTERS, AttributeUse, CallUse, Choice, Forward, Integer
+from scap_hub.channels.mending import guessed
 from scap_hub.channels.operators import Call
 from scap_hub.channels.proof import Left, Number, Outcome, Run, expected_numbers, prove
 from scap_hub.errors import PlanError
@@ -81,6 +83,10 @@ def completed(
     trial = _Trial(forward, plan, stays, left)
     chosen = forward.chosen
     outcome = trial(chosen)
+    if outcome.failed is not None and not chosen:  # nothing is known of this model yet
+        guess = trial.guess()
+        if trial(guess).finished > outcome.finished:
+            chosen, outcome = guess, trial(guess)
     while outcome.failed is not None:
         better = _better(trial, chosen, outcome)
         if better is None:
@@ -149,7 +155,8 @@ _Changing = dict[AttributeUse, list[tuple[int, Integer, int]]]
 """By use the integers that can change: their order in the model, and what they become."""
 _Change = tuple[str, int, int, float]
 """Of a call: its function, which call of it, the position in it, and the new number."""
-_Tried = tuple[Outcome, dict[tuple[str, str, int, int], _Arrival]]
+_Arrivals = dict[tuple[str, str, int, int], _Arrival]
+_Tried = tuple[Outcome, _Arrivals]
 """How far the model came, and the numbers that arrived at the calls that were changed."""
 
 
@@ -179,18 +186,31 @@ class _Trial:
             self.tried[chosen] = self.alike[changes]
         return self.tried[chosen][0]
 
+    def guess(self) -> Choice:
+        """What has to change, as far as modules show one by one."""
+
+        def change(chosen: Choice) -> None:
+            self._change(self._attributes(chosen), self._calls(chosen))
+
+        return guessed(self.small, self.left[0], self.forward, self.stays, change)
+
     def _run(self, attributes: dict[str, dict[str, Any]], calls: dict[str, list[_Change]]) -> _Tried:
         """How far the model comes, and the numbers that arrived at the calls that were changed."""
-        arrivals: dict[tuple[str, str, int, int], _Arrival] = {}
         with untouched(self.small):
-            set_attributes(self.small, attributes)
-            for path, changes in calls.items():
-                noted: list[Any] = []
-                for function, call, position, new in changes:
-                    arrival = arrivals.setdefault((path, function, call, position), _Arrival())
-                    noted.append((function, call, position, arrival, new))
-                set_calls(self.small, {path: noted})
+            arrivals = self._change(attributes, calls)
             return prove(self.small, self.left), arrivals
+
+    def _change(self, attributes: dict[str, dict[str, Any]], calls: dict[str, list[_Change]]) -> _Arrivals:
+        """Changes numbers in the model; what stands for those that arrive at its calls."""
+        arrivals: _Arrivals = {}
+        set_attributes(self.small, attributes)
+        for path, changes in calls.items():
+            noted: list[Any] = []
+            for function, call, position, new in changes:
+                arrival = arrivals.setdefault((path, function, call, position), _Arrival())
+                noted.append((function, call, position, arrival, new))
+            set_calls(self.small, {path: noted})
+        return arrivals
 
     def completed(self, chosen: Choice) -> PruningPlan:
         """The plan with the numbers of a choice that was tried."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -128,15 +128,14 @@ def prove(small: nn.Module, left: Sequence[Left]) -> Outcome:
     """
     finished = 0.0
     for run in left:
-        proof = _Proof(small, run)
+        proof = Proof(small, run)
         try:
             with untouched(small), emptied_caches(small):
                 proof.run()
                 proof.finish()
         except Exception as error:
-            message = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            failed = tuple(running(small, error))
-            return Outcome(finished + proof.position, failed, message, tuple(proof.wrong or proof.changing()))
+            outcome = proof.failure(error)
+            return replace(outcome, finished=finished + outcome.finished)
         finished += proof.position
     return Outcome(float("inf"))
 
@@ -161,7 +160,7 @@ def expected_numbers(call: Call, stays: np.ndarray) -> Iterator[Number]:
             yield Number(call.node, size.argument, size.item, dense, -left if dense < 0 else left)
 
 
-class _Proof(Recorder):
+class Proof(Recorder):
     """Runs a pruned model and stops at the first operator that does not do what the channels say."""
 
     def __init__(self, model: nn.Module, left: Left) -> None:
@@ -234,6 +233,12 @@ class _Proof(Recorder):
             raise RuntimeError(
                 f"outputs of shapes {[shape for _, shape in ours]} instead of {[shape for _, shape in theirs]}"
             )
+
+    def failure(self, error: Exception) -> Outcome:
+        """How far it came, and what went wrong."""
+        message = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        failed = tuple(running(self.model, error))
+        return Outcome(self.position, failed, message, tuple(self.wrong or self.changing()))
 
     def changing(self) -> list[Number]:
         """The numbers that change in the call that the dense model makes where this one has failed."""
