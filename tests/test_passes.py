@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -55,6 +57,18 @@ def test_garbage_is_collected_as_before_afterwards(wrong):
     before = gc.get_threshold()
     with pytest.raises(ModelError) if wrong else contextlib.nullcontext():
         scap_hub.channel_groups(Body(drops_paths, aux=nn.Conv2d(16, 5, 1)), (torch.zeros(2) if wrong else image(),))
+    assert gc.get_threshold() == before
+
+
+def test_several_threads_find_groups_at_the_same_time():
+    before, interval = gc.get_threshold(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # seconds, so that each runs in between the others
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: free(scap_hub.channel_groups(Body(), (image(),))), range(12)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == [{"a", "b"}] * 12
     assert gc.get_threshold() == before
 
 

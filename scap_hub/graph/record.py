@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ _LOOKS = ("tolist", "numpy", "__array__", "__dlpack__", "data_ptr")
 """Functions of a tensor that look at its values without an operator."""
 _SAME = ("__deepcopy__", "__copy__", "__reduce_ex__")
 """Functions that copy a tensor without an operator."""
+_ONE_AT_A_TIME = threading.RLock()
+"""Torch has one such mode for the whole process, and hooks that see the modules of all threads."""
 Known = Callable[[str], bool]
 """Whether an operator ("conv2d.default") is recorded whole if torch computes it from others."""
 
@@ -164,7 +167,7 @@ class Recorder(PreDispatchMode):
         mode = _training(self.model) if self.training else evaluating(self.model)
         drawn = torch.random.fork_rng(devices=[])  # what is drawn here is not drawn from the caller's numbers
         watching = self._watching()
-        with mode, uncompiled(), no_autocast(), torch.no_grad(), drawn, watching, enable_python_dispatcher():
+        with watching, mode, uncompiled(), no_autocast(), torch.no_grad(), drawn, enable_python_dispatcher():
             with self, _Functions(self):
                 output = self.model(*self.inputs)
             returned = tensors_of(output)
@@ -192,14 +195,15 @@ class Recorder(PreDispatchMode):
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
-        """Follows which module is running."""
-        before = register_module_forward_pre_hook(self._enter)
-        after = register_module_forward_hook(self._leave, always_call=True)
-        try:
-            yield
-        finally:
-            before.remove()
-            after.remove()
+        """Follows which module is running, while no other thread records."""
+        with _ONE_AT_A_TIME:
+            before = register_module_forward_pre_hook(self._enter)
+            after = register_module_forward_hook(self._leave, always_call=True)
+            try:
+                yield
+            finally:
+                before.remove()
+                after.remove()
 
     def function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a torch function that the forward pass called, and remembers which call it was."""
