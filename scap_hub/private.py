@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -86,10 +87,25 @@ class PreDispatchMode(SchemaCheckMode):
     torch admits three classes at that stage, and SchemaCheckMode is the only one that asks for nothing more than to
     see the operators. An ordinary TorchDispatchMode is refused there with an AssertionError. What SchemaCheckMode
     itself does is left out: its constructor is passed over, and a subclass brings its own `__torch_dispatch__`.
+
+    Attributes:
+        alone: Held while one is on: torch has one place for such a mode, which all threads share.
     """
+
+    alone = threading.RLock()
 
     def __init__(self) -> None:
         TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)
+
+    def __enter__(self) -> Any:
+        self.alone.acquire()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        finally:
+            self.alone.release()
 
 
 def models_of(auto_class: Any, config_class: type) -> tuple[str, ...]:

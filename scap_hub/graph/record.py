@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -41,8 +40,6 @@ _LOOKS = ("tolist", "numpy", "__array__", "__dlpack__", "data_ptr")
 """Functions of a tensor that look at its values without an operator."""
 _SAME = ("__deepcopy__", "__copy__", "__reduce_ex__")
 """Functions that copy a tensor without an operator."""
-_ONE_AT_A_TIME = threading.RLock()
-"""Torch has one such mode for the whole process, and hooks that see the modules of all threads."""
 Known = Callable[[str], bool]
 """Whether an operator ("conv2d.default") is recorded whole if torch computes it from others."""
 
@@ -196,7 +193,7 @@ class Recorder(PreDispatchMode):
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
         """Follows which module is running, while no other thread records."""
-        with _ONE_AT_A_TIME:
+        with self.alone:
             before = register_module_forward_pre_hook(self._enter)
             after = register_module_forward_hook(self._leave, always_call=True)
             try:
