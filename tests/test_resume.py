@@ -24,7 +24,7 @@ from torchvision.datasets import ImageFolder
 
 import scap_hub
 from scap_hub import criteria
-from scap_hub.errors import CheckpointError, ScapHubError, TargetError
+from scap_hub.errors import CheckpointError, PublishError, ScapHubError, TargetError
 from scap_hub.run.fingerprints import of_images
 from scap_hub.run.result import Result
 from scap_hub.training.data import load_data
@@ -259,6 +259,28 @@ def test_a_kill_between_saving_and_cleaning_up_is_finished(tmp_path, monkeypatch
     same_weights(prune(tmp_path).model, whole.model)
     assert (tmp_path / "out" / "report.json").read_bytes() == saved
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, PublishError("no network")])
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_what_was_not_published_is_published_by_the_same_call(tmp_path, monkeypatch, error, epochs):
+    pushed = []
+
+    def push(*arguments):
+        pushed.append(arguments)
+        if len(pushed) == 1:
+            raise error
+        return "https://me/x"
+
+    monkeypatch.setattr("scap_hub.run.pruning.push_to_hub", push)
+    options = {"publish_repo_id": "me/x", "publish_private": True, "finetune_epochs": epochs}
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        prune(tmp_path, **options)
+    saved = (tmp_path / "out" / "report.json").read_bytes()
+    prune(tmp_path, **options)
+    assert pushed == [(tmp_path / "out", "me/x", True)] * 2
+    assert (tmp_path / "out" / "report.json").read_bytes() == saved
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_kill_while_cleaning_up_leaves_a_finished_run(tmp_path, monkeypatch):
