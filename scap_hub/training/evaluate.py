@@ -103,8 +103,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
     """
     device, dtype = placement(model)
     tensors = [*model.parameters(), *model.buffers()]
-    # A copy around the same numbers: some models cache what they compute, and fake tensors must not stay in them, nor in
-    # the caches of functions.
+    # A copy around the same numbers: some models cache what they compute, and fake tensors must not stay in them.
     frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     around = copy.deepcopy(model, {**{id(tensor): tensor for tensor in model.buffers()}, **frozen}).eval()
     counter = FlopCounterMode(display=False)
