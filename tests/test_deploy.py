@@ -167,6 +167,14 @@ def test_where_only_the_pruned_model_cannot_be_exported_it_is_saved_all_the_same
     assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out" / "deploy.json").exists()
 
 
+def test_images_of_another_size_than_the_files_cost_the_files_alone(model):
+    pixels = torch.randn(8, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    images = DataLoader(TensorDataset(pixels, torch.arange(8) % 4), batch_size=4)
+    with pytest.warns(UserWarning, match="not in int8: onnxruntime does not run .* on images of 3x48x48: .* set model"):
+        result = scap_hub.prune(model, images, QUICK, model_input_size=SIZE, target="ratio=0.5", deploy_int8=True)
+    assert result.report.deploy is None and result.report.after.macs < result.report.before.macs
+
+
 def test_beside_somebody_elses_files_nothing_is_told(folder, data, tmp_path, monkeypatch):
     """A Hub id has no folder: the files go below the working directory, whose card is another project's."""
     monkeypatch.chdir(tmp_path)

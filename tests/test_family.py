@@ -325,6 +325,23 @@ def test_a_family_is_published_as_a_collection(made, monkeypatch, tmp_path):
         assert {"model.safetensors", "family.svg", "report.html"} <= set(api.list_repo_files("me/tiny-macs-0.4"))
 
 
+def test_a_family_that_was_not_published_is_by_the_same_call(monkeypatch, tmp_path):
+    pushed = []
+
+    def push(family, *arguments):
+        pushed.append(arguments)
+        if len(pushed) == 1:
+            raise KeyboardInterrupt
+        return "https://me/x"
+
+    monkeypatch.setattr("scap_hub.run.sizes.Family.push_to_hub", push)
+    options = {"targets": ["macs=0.6"], "publish_repo_id": "me/x", "output_dir": tmp_path / "out", "finetune_epochs": 0}
+    with pytest.raises(KeyboardInterrupt):
+        scap_hub.prune_family(tiny_net(), "digits", RECIPE, **options)
+    scap_hub.prune_family(tiny_net(), "digits", RECIPE, **options)
+    assert pushed == [("me/x", False)] * 2 and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_long_family_says_what_it_takes_first(monkeypatch, capsys):
     monkeypatch.setattr("scap_hub.run.forecast.LONG", 0.0)
     scap_hub.prune_family(tiny_net(), "digits", RECIPE, targets=["macs=0.6", "macs=0.4"])

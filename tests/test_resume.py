@@ -1,5 +1,6 @@
 """Runs that are interrupted: what is taken up, what is refused, and who may write where."""
 
+import functools
 import json
 import os
 import pickle
@@ -23,7 +24,7 @@ from torchvision.datasets import ImageFolder
 
 import scap_hub
 from scap_hub import criteria
-from scap_hub.errors import CheckpointError, ScapHubError, TargetError
+from scap_hub.errors import CheckpointError, PublishError, ScapHubError, TargetError
 from scap_hub.run.fingerprints import of_images
 from scap_hub.run.result import Result
 from scap_hub.training.data import load_data
@@ -37,10 +38,10 @@ def stop(*_, **__):
     raise KeyboardInterrupt
 
 
-def prune(folder, data=None, width=16, seed_of_model=0, **changes):
+def prune(folder, data=None, width=16, seed_of_model=0, kind=Residual, **changes):
     torch.manual_seed(seed_of_model)
     arguments = {"model_input_size": (3, 32, 32), "output_dir": folder / "out", "data_batch_size": 8, **changes}
-    return scap_hub.prune(Residual(width=width), data or images(), QUICK, **arguments)
+    return scap_hub.prune(kind(width=width), data or images(), QUICK, **arguments)
 
 
 def cut(monkeypatch, folder, at="scap_hub.run.pruning.Result", **changes):
@@ -260,6 +261,28 @@ def test_a_kill_between_saving_and_cleaning_up_is_finished(tmp_path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, PublishError("no network")])
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_what_was_not_published_is_published_by_the_same_call(tmp_path, monkeypatch, error, epochs):
+    pushed = []
+
+    def push(*arguments):
+        pushed.append(arguments)
+        if len(pushed) == 1:
+            raise error
+        return "https://me/x"
+
+    monkeypatch.setattr("scap_hub.run.pruning.push_to_hub", push)
+    options = {"publish_repo_id": "me/x", "publish_private": True, "finetune_epochs": epochs}
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        prune(tmp_path, **options)
+    saved = (tmp_path / "out" / "report.json").read_bytes()
+    prune(tmp_path, **options)
+    assert pushed == [(tmp_path / "out", "me/x", True)] * 2
+    assert (tmp_path / "out" / "report.json").read_bytes() == saved
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_kill_while_cleaning_up_leaves_a_finished_run(tmp_path, monkeypatch):
     whole = shutil.rmtree
 
@@ -299,6 +322,28 @@ def test_a_kill_while_saving_leaves_nothing_for_ever(tmp_path, monkeypatch):
     alive.mkdir()
     prune(tmp_path)
     assert alive.exists() and not dead.exists() and not again.exists()
+
+
+@functools.lru_cache
+def table(channels):
+    return torch.linspace(0.5, 1.5, channels)
+
+
+class Remembering(Residual):
+    """Multiplies by a table that a function remembers, as RT-DETR does with its anchors."""
+
+    def forward(self, x):
+        return super().forward(x * table(3).view(1, 3, 1, 1))
+
+
+def test_a_kill_before_the_pruned_model_is_measured(tmp_path, monkeypatch):
+    whole = prune(tmp_path / "whole", kind=Remembering)
+    cut(monkeypatch, tmp_path, "scap_hub.run.pruning.lower_precision", kind=Remembering)
+    table.cache_clear()  # the process that goes on has computed nothing yet
+    again = prune(tmp_path, kind=Remembering)
+    same_weights(again.model, whole.model)
+    assert again.report.after == whole.report.after
+    assert type(table(3)) is torch.Tensor
 
 
 def test_one_run_a_folder(tmp_path, monkeypatch):

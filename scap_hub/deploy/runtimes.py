@@ -55,7 +55,21 @@ class Runtime(nn.Module):
         return ModelOutput(zip(self.outputs, (tensor.to(pixel_values.device) for tensor in found), strict=True))
 
     def run(self, images: Tensor) -> Outputs:
-        """The same on the CPU, in the order of `outputs`."""
+        """The same on the CPU, in the order of `outputs`.
+
+        Raises:
+            ModelError: The runtime refuses these images, such as those of another size than the file's.
+        """
+        try:
+            return self._computed(images)
+        except Exception as error:
+            size = "x".join(map(str, images.shape[1:]))
+            raise ModelError(
+                f"{self.name} does not run {self.file.name} on images of {size}: {one_line(error)}; if the model is "
+                "for another size, give images of that one, or set model.input_size to theirs"
+            ) from error
+
+    def _computed(self, images: Tensor) -> Outputs:
         raise NotImplementedError
 
 
@@ -83,8 +97,7 @@ class OnnxRuntime(Runtime):
             raise ModelError(f"onnxruntime cannot open {file.name}: {one_line(error)}") from error
         self.outputs = tuple(output.name for output in self.session.get_outputs())
 
-    def run(self, images: Tensor) -> Outputs:
-        """See `Runtime.run`."""
+    def _computed(self, images: Tensor) -> Outputs:
         return _unpacked(map(torch.from_numpy, self.session.run(self.outputs, {INPUT: images.numpy()})))
 
 
@@ -107,8 +120,7 @@ class OpenVino(Runtime):
         if len(self.compiled.outputs) > 1:
             self.outputs = tuple(port.get_any_name() for port in self.compiled.outputs)
 
-    def run(self, images: Tensor) -> Outputs:
-        """See `Runtime.run`."""
+    def _computed(self, images: Tensor) -> Outputs:
         found = self.compiled(images.numpy())
         return _unpacked(torch.from_numpy(found[number].copy()) for number in range(len(self.outputs)))
 
@@ -126,8 +138,7 @@ class ExecuTorch(Runtime):
         self._program = Loader.get().load_program(file)
         self._method = self._program.load_method("forward")
 
-    def run(self, images: Tensor) -> Outputs:
-        """See `Runtime.run`."""
+    def _computed(self, images: Tensor) -> Outputs:
         return torch.cat([self._method.execute([image[None].contiguous()])[0].clone() for image in images])
 
 
@@ -148,9 +159,8 @@ class TorchExport(Runtime):
         """Opens a file."""
         super().__init__(file)
         notes = {_OUTPUTS: ""}
-        self._run: Any = torch.export.load(file, extra_files=notes).module()
+        self._program: Any = torch.export.load(file, extra_files=notes).module()
         self.outputs = tuple(json.loads(notes[_OUTPUTS]))
 
-    def run(self, images: Tensor) -> Outputs:
-        """See `Runtime.run`."""
-        return self._run(images)
+    def _computed(self, images: Tensor) -> Outputs:
+        return self._program(images)

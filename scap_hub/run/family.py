@@ -108,8 +108,8 @@ def prune_family(
         family = _told(_timed(Family(members, measured), smaller, folder, places))
         if work is not None:
             from_main(lambda: _save(family, work))
-    if (repo_id := base.publish.repo_id) is not None:
-        from_main(lambda: tell(f"published at {family.push_to_hub(repo_id, base.publish.private)}"))
+        if (repo_id := base.publish.repo_id) is not None:
+            from_main(lambda: tell(f"published at {family.push_to_hub(repo_id, base.publish.private)}"))
     return family
 
 

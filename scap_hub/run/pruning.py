@@ -14,6 +14,7 @@ from scap_hub.criteria.base import Criterion
 from scap_hub.criteria.base import criterion as criterion_named
 from scap_hub.criteria.diagnostics import Diagnosis
 from scap_hub.errors import TargetError, VerificationError
+from scap_hub.hub.publish import push_to_hub
 from scap_hub.hub.uniform import plain_config
 from scap_hub.placement import half_precisions, lower_precision, raised
 from scap_hub.plan import PruningPlan
@@ -113,8 +114,7 @@ def prune(
         result = deployed(data, stages, fine_tuned(result, loaded, figures, recipe, stages, folder, callbacks))
         if work is not None:
             from_main(lambda: _save(result, work))
-    if (repo_id := recipe.publish.repo_id) is not None:
-        from_main(lambda: tell(f"published at {result.push_to_hub(repo_id, recipe.publish.private)}"))
+        from_main(lambda: _publish(result, None if work is None else work.output))
     return result
 
 
@@ -123,6 +123,18 @@ def _save(result: Result, work: Unfinished) -> None:
     if not work.saved:
         work.saving(result.report_json())
         result.save_pretrained(work.output)
+
+
+def _publish(result: Result, saved: Path | None) -> None:
+    """Publishes a result if its recipe says so: the folder that it was saved in, where there is one."""
+    settings = result.recipe.publish
+    if (repo_id := settings.repo_id) is None:
+        return
+    if saved is None:
+        url = result.push_to_hub(repo_id, settings.private)
+    else:
+        url = push_to_hub(saved, repo_id, settings.private)
+    tell(f"published at {url}")
 
 
 def prune_loaded(

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from scap_hub.errors import CheckpointError, ScapHubError, VerificationError
+from scap_hub.errors import CheckpointError, PublishError, ScapHubError, VerificationError
 from scap_hub.files import clear_leftovers, discard, replacing
 from scap_hub.hub.checkpoint import check_output, placed
 from scap_hub.page import FAMILY, REPORT
@@ -114,7 +114,7 @@ def kept_beside(output_dir: str | Path | None, restart: bool = False) -> Iterato
 
     It goes when the run ends well, and when a run that began anew ends with a mistake of the user before any training.
     After anything else it stays, so that the same call takes up there; also after a verification that failed, which
-    another recipe may avoid, and when the disk is full, where room can be made.
+    another recipe may avoid, when the disk is full, where room can be made, and when publishing failed.
 
     Args:
         output_dir: Where the result will be saved; None to save nothing.
@@ -132,7 +132,8 @@ def kept_beside(output_dir: str | Path | None, restart: bool = False) -> Iterato
     try:
         yield work
     except ScapHubError as error:
-        begun = (work.folder / _RUN).exists() and isinstance(error, VerificationError | CheckpointError)
+        lasting = isinstance(error, VerificationError | CheckpointError | PublishError)
+        begun = (work.folder / _RUN).exists() and lasting
         if not begun and accelerator().is_main_process and work.fresh and not any(work.folder.rglob("training-*")):
             _remove(work, missing)
         raise

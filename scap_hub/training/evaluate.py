@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from scap_hub.errors import DataError, ModelError
-from scap_hub.graph.modes import evaluating, no_fast_path
+from scap_hub.graph.modes import emptied_caches, evaluating, no_fast_path
 from scap_hub.placement import placement
 from scap_hub.private import FakeTensorMode
 from scap_hub.progress import track
@@ -108,7 +108,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
     around = copy.deepcopy(model, {**{id(tensor): tensor for tensor in model.buffers()}, **frozen}).eval()
     counter = FlopCounterMode(display=False)
     # As matrix products: the counter does not know the CPU's fused attention, which also depends on the widths.
-    with sdpa_kernel(SDPBackend.MATH), no_fast_path():
+    with sdpa_kernel(SDPBackend.MATH), no_fast_path(), emptied_caches(model):
         try:
             with FakeTensorMode(allow_non_fake_inputs=True), counter:
                 around(torch.empty(1, *input_size, device=device, dtype=dtype))
