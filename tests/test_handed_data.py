@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
@@ -362,3 +363,18 @@ def test_a_typo_in_the_data_is_told_before_the_model_is_loaded(name, monkeypatch
     with pytest.raises(DataError, match=name) as error:
         scap_hub.prune("resnet50", name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_images_of_another_size_than_the_model_is_measured_for_are_told(split):
+    sizes = {"train": 32, "validation": 32, split: 48}
+    loaders = {
+        name: DataLoader(TensorDataset(torch.randn(8, 3, size, size), torch.arange(8) % 4), batch_size=4)
+        for name, size in sizes.items()
+    }
+    told = f"images of {split} are 48x48 pixels, and MACs, .* of 32x32: .* model.input_size=\\[3, 48, 48\\]"
+    recipe = {"data": {"calibration_images": 8}, "criterion": "l1", "evaluate": {"latency": False}}
+    changes = {"target": "ratio=0.5", "model_input_size": (3, 32, 32), "finetune_epochs": 0, "repair_tune_steps": 0}
+    with pytest.warns(UserWarning, match=told):
+        result = scap_hub.prune(timm.create_model("resnet10t", num_classes=4), loaders, recipe, **changes)
+    assert result.report.about["input_size"] == [3, 32, 32]

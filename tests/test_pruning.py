@@ -275,7 +275,7 @@ def test_a_classifier_that_does_not_fit_is_replaced_and_tuned_first_once(tmp_pat
     assert report.before.top1 > 0.5 and report.tuned.new_classes == 10 and report.tuned.history[-1]["top1"] > 0.5
     told = "Before it was pruned, the dense model was tuned for 3 epochs, with a new head for 10 classes."
     assert told in report.notes()
-    assert "tuned for 3 epochs, with a new head for 10 classes, before" in (tmp_path / "out" / "README.md").read_text()
+    assert told in (tmp_path / "out" / "README.md").read_text()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["num_classes"], config["label_names"]) == (10, [str(digit) for digit in range(10)])
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "out"}

@@ -194,9 +194,26 @@ def test_attention_is_what_the_formula_says():
 
 def test_the_best_weights_are_kept_the_ones_it_came_with_included(digits, teacher):
     model = copy.deepcopy(teacher)
-    history = finetune(model, digits, FinetuneSettings(epochs=2, optimizer="sgd", learning_rate=5.0, warmup=0.0))
+    with pytest.warns(
+        UserWarning, match="no epoch made the model better .* weights are those from before; lower finetune"
+    ):
+        history = finetune(model, digits, FinetuneSettings(epochs=2, optimizer="sgd", learning_rate=5.0, warmup=0.0))
     assert max(row["top1"] for row in history[1:]) < history[0]["top1"]
     assert same(model.state_dict(), teacher.state_dict())
+
+
+def test_training_in_vain_is_told_wherever_training_is_told(teacher, tmp_path):
+    changes = {"target": "ratio=0.9", "model_input_size": (1, 8, 8), "criterion": "l1", "evaluate_latency": False}
+    training = {"epochs": 1, "dense_epochs": 1, "optimizer": "sgd", "learning_rate": 5.0, "warmup": 0.0}
+    result = scap_hub.prune(teacher, "digits", {"finetune": training}, **changes)
+    saved = result.save_pretrained(tmp_path / "out")
+    told = "tuned for 1 epoch; none made it better on the validation images: its weights are those from before."
+    assert result.report.tuned.kept == 0 and told in (saved / "README.md").read_text()
+    assert [note for note in result.report.notes() if "Fine-tuning made it no better" in note]
+    assert "none made it better" in (saved / "report.html").read_text()
+
+    fine = scap_hub.prune(tiny_net(), "digits", {"finetune": {"epochs": 3, "learning_rate": 0.01}}, **changes)
+    assert not [note for note in fine.report.notes() if "no better" in note]
 
 
 def test_patience_stops_early(digits, teacher):

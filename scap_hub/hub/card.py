@@ -206,7 +206,7 @@ def _measurements(measured: Measured) -> str:
             f"| {escaped(title)}{f' ({escaped(where)})' if where else ''} | {show(before)} | {show(after)} | {share} |"
         )
     missed = f"\n\n**The latency budget is missed**: {escaped(measured.missed)}." if measured.missed else ""
-    tuned = f"\n\nThe dense model was tuned {escaped(measured.tuned)}, before it was pruned." if measured.tuned else ""
+    tuned = f"\n\nBefore it was pruned, the dense model was tuned {escaped(measured.tuned)}." if measured.tuned else ""
     part = f"\n\n{code(measured.part)} alone was pruned, and these figures are its own." if measured.part else ""
     if measured.whole:
         lines = ("| " + " | ".join(map(escaped, row)) + " |" for row in measured.whole)

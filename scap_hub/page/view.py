@@ -107,7 +107,8 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         if about.get(key):
             facts.append((name, str(about[key])))
     if tuned := report.get("tuned"):
-        facts.append(("dense model", f"tuned for {counted(tuned['epochs'], 'epoch')} before it was pruned"))
+        vain = "; none made it better, and its weights are those from before" if tuned.get("kept") == 0 else ""
+        facts.append(("dense model", f"tuned for {counted(tuned['epochs'], 'epoch')} before it was pruned{vain}"))
     if report.get("unverified"):
         facts.append(("not verified", str(report["unverified"])))
     elif report.get("verified") is not None:

@@ -34,6 +34,7 @@ from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator, from_main
 from scap_hub.training.evaluate import evaluate
 from scap_hub.training.finetune import finetune
+from scap_hub.training.history import last_training
 from scap_hub.zoo import LoadedModel
 
 Key = tuple[int, str, str]
@@ -291,10 +292,9 @@ def _peer(job: _Job) -> Cell:
 
 
 def _cell(job: _Job, model: nn.Module, history: list[dict[str, float]], after: Measures) -> Cell:
-    # The last step's training: epoch 0 is the model as it came, and the best epoch's weights are kept.
-    start = max((number for number, row in enumerate(history) if row["epoch"] == 0), default=0)
     metric = job.data.task.metric.key
-    tuning = [row[metric] for row in history[start:]] or [_validated(model, job.data, job.loaded.module)]
+    # The best epoch's weights are kept.
+    tuning = [row[metric] for row in last_training(history)] or [_validated(model, job.data, job.loaded.module)]
     return {
         "macs": after.macs / job.dense["macs"],
         "params": after.params / job.dense["params"],

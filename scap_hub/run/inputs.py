@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +96,7 @@ def _loaded(model: Any, dataset: Any, recipe: Recipe, task: str | Task | None) -
         task_named(recipe.task)  # likewise
     images = image_size(wanted, recipe.seed) if settings.input_size is None else None
     loaded, settings = _of_the_images(source, images, settings, recipe.task)
+    _warn_of_sizes(wanted, loaded.preprocessing.input_size, recipe.seed)
     wanted_task = _task_for(loaded, recipe, task)
     data = data_for(loaded, dataset, recipe, wanted_task)
     new_head = False
@@ -105,6 +107,19 @@ def _loaded(model: Any, dataset: Any, recipe: Recipe, task: str | Task | None) -
     if data.labels and len(data.labels) == loaded.num_classes:
         loaded = replace(loaded, labels=data.labels)
     return loaded, data, Tuning.of(recipe.finetune, new_head)
+
+
+def _warn_of_sizes(dataset: Any, size: tuple[int, int, int], seed: int) -> None:
+    """Warns of tensors that the model is measured with, and that are of another size than its MACs are of."""
+    for split, source in dataset.items() if isinstance(dataset, Mapping) else [("the data set", dataset)]:
+        images = image_size(source, seed)
+        if images is not None and images[1:] != size[1:]:
+            theirs, ours = (f"{height}x{width}" for _, height, width in (images, size))
+            warnings.warn(
+                f"the images of {split} are {theirs} pixels, and MACs, latency and what is published are of {ours}: "
+                f"give images of one size, or set model.input_size={[*images]} if the model is for theirs",
+                stacklevel=2,
+            )
 
 
 def _of_the_images(

@@ -18,6 +18,7 @@ from scap_hub.text import counted
 from scap_hub.training.data import Data
 from scap_hub.training.distributed import accelerator
 from scap_hub.training.evaluate import count, evaluate
+from scap_hub.training.history import kept_epoch, last_training
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,15 +102,18 @@ class Tuned:
         epochs: Passes over the training images.
         new_classes: Classes of its new classifier; None where it kept its own.
         history: As `Report.history`.
+        kept: The epoch whose weights it kept; 0 where none made it better on the validation images.
     """
 
     epochs: int
     new_classes: int | None
     history: list[dict[str, float]]
+    kept: int
 
     def __str__(self) -> str:
         head = "" if self.new_classes is None else f", with a new head for {self.new_classes} classes"
-        return f"for {counted(self.epochs, 'epoch')}{head}"
+        vain = "" if self.kept else "; none made it better on the validation images: its weights are those from before"
+        return f"for {counted(self.epochs, 'epoch')}{head}{vain}"
 
 
 @dataclass(frozen=True)
@@ -260,6 +264,9 @@ class Report:
             notes.append(f"All figures but those of the whole are of the part {self.whole.part!r}.")
         if self.tuned is not None:
             notes.append(f"Before it was pruned, the dense model was tuned {self.tuned}.")
+        trained = last_training(self.history)
+        if trained[1:] and not kept_epoch(trained, self.metric.key, self.metric.lower_is_better):
+            notes.append("Fine-tuning made it no better on the validation images: its weights are those from before.")
         if self.verified is not None:
             precision = f", in {self.precision}" if self.precision else ""
             notes.append(

@@ -15,6 +15,7 @@ from scap_hub.text import counted
 from scap_hub.training.data import Data
 from scap_hub.training.data.batches import known_length
 from scap_hub.training.finetune import finetune
+from scap_hub.training.history import kept_epoch
 from scap_hub.zoo import LoadedModel
 
 NEW_HEAD_EPOCHS = 5
@@ -72,7 +73,9 @@ def tune_dense(
     with stages("tune dense"):
         folder = work and work / "training-dense"
         history = finetune(loaded.module, data, settings, output_dir=folder, seed=recipe.seed)
-    return Tuned(tuning.epochs, loaded.num_classes if tuning.new_head else None, history)
+    metric = data.task.metric
+    kept = kept_epoch(history, metric.key, metric.lower_is_better)
+    return Tuned(tuning.epochs, loaded.num_classes if tuning.new_head else None, history, kept)
 
 
 def warn_if_guessing(measured: Measures, loaded: LoadedModel, data: Data, tuned: Tuned | None) -> None:

@@ -100,6 +100,7 @@ def finetune(
             # accelerate puts the scaler of fp16 between optimizer and schedule, which torch takes for a mistake.
             warnings.filterwarnings("ignore", "Seems like `optimizer.step")
             _train(training, callbacks)
+        _warn_if_in_vain(training)
         model.load_state_dict(versioned(model, training.history.best))
         return training.history.rows
     finally:
@@ -222,6 +223,18 @@ def _train(training: _Training, callbacks: Sequence[Callback]) -> None:
     finally:
         tracking.finish()
         training.feed.close()
+
+
+def _warn_if_in_vain(training: _Training) -> None:
+    history, metric = training.history, training.data.task.metric
+    if history.epoch and not history.best_epoch:
+        before, after = history.rows[0][metric.key], history.rows[-1][metric.key]
+        warnings.warn(
+            f"no epoch made the model better on the validation images: {metric.title} was {before:.2%} before and "
+            f"{after:.2%} after the last one, so its weights are those from before; lower finetune.learning_rate (now "
+            f"{training.settings.learning_rate:g}), or train for longer",
+            stacklevel=3,
+        )
 
 
 def _wants_to_end(callbacks: Sequence[Callback], training: _Training) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +52,26 @@ class Losses:
         self.waiting = []
 
 
+def kept_epoch(rows: Sequence[Mapping[str, float]], metric: str, lower_is_better: bool = False) -> int:
+    """The epoch whose weights a training keeps: the best one, of equal ones the first; the last if none was measured.
+
+    Args:
+        rows: One an epoch; row 0 is the model as it came.
+        metric: Key of what decides.
+        lower_is_better: Whether the lowest is the best.
+    """
+
+    def quality(row: Mapping[str, float]) -> tuple[float, float]:
+        return -row[metric] if lower_is_better else row[metric], -row["validation_loss"]
+
+    return int((max(rows, key=quality) if metric in rows[-1] else rows[-1])["epoch"])
+
+
+def last_training(rows: Sequence[dict[str, float]]) -> Sequence[dict[str, float]]:
+    """The rows of the last of several trainings, which begin with epoch 0, the model as it came."""
+    return rows[max((number for number, row in enumerate(rows) if row["epoch"] == 0), default=0) :]
+
+
 class History:
     """How far a training has come: what a checkpoint holds beside weights, optimiser and random states.
 
@@ -81,17 +102,9 @@ class History:
     def record(self, model: nn.Module, row: dict[str, float]) -> None:
         """Adds an epoch, and keeps its weights if they are the best so far; the last ones if nothing was measured."""
         self.rows.append(row)
-        if self.metric not in row or len(self.rows) == 1 or self._quality(row) > self._quality(self._best_row):
+        if kept_epoch(self.rows, self.metric, self.lower_is_better) == self.epoch:
             self.best_epoch = self.epoch
             self.best = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
-
-    @property
-    def _best_row(self) -> dict[str, float]:
-        return self.rows[self.best_epoch]
-
-    def _quality(self, row: dict[str, float]) -> tuple[float, float]:
-        value = row[self.metric]
-        return -value if self.lower_is_better else value, -row["validation_loss"]
 
     def state_dict(self) -> dict[str, Any]:
         """For checkpoints."""
