@@ -111,3 +111,58 @@ def rows_beside_a_fixed_width(net, x):
 def test_sizes_that_count_images_too_are_found_beside_what_holds_channels(images):
     groups = pruned_exactly(Body(rows_beside_a_fixed_width, c=nn.Conv2d(12, 12, 1)), image()[:images])
     assert free(groups) == {"b"}
+
+
+def asks_a_mask(net, x):
+    mask = torch.ones(len(x), 8, dtype=torch.bool, device=x.device)
+    return net.head(net.b(net.a(x).relu()) if mask.all() else x[:, :1])
+
+
+def asks_sizes_that_it_wrote(net, x):
+    sizes = torch.empty(2, 2, dtype=torch.long, device=x.device)
+    for row in sizes:
+        row[0], row[1] = x.shape[2], x.shape[3]
+    assert (sizes[:, 0] * sizes[:, 1]).sum() == 2 * x[0, 0].numel()
+    return net.head(net.b(net.a(x).relu()).reshape(-1, 12, int(sizes[0, 0]), int(sizes[0, 1])))
+
+
+def counts(net, x):
+    left = torch.zeros((), dtype=torch.long, device=x.device) + 2
+    x = net.a(x).relu()
+    while left > 0:
+        left -= 1
+        x = net.c(x).relu()
+    return net.head(net.b(x))
+
+
+@pytest.mark.parametrize("forward", [asks_a_mask, asks_sizes_that_it_wrote, counts])
+def test_what_follows_from_constants_is_known_without_weights(forward):
+    net = Body(forward, c=nn.Conv2d(16, 16, 3, padding=1))
+    found = free(pruned_exactly(net, image()))
+    assert {"a", "b"} <= found
+    with torch.device("meta"):  # where there are no weights to run with
+        unmade = Body(forward, c=nn.Conv2d(16, 16, 3, padding=1))
+    assert free(scap_hub.channel_groups(unmade, (image().to("meta"),))) == found
+
+
+def asks_a_parameter_that_it_wrote(net, x):
+    asked = torch.zeros(2, device=x.device)
+    part = asked.view(2, 1)[0]
+    part.copy_(net.scale)
+    return net.head((net.b if asked.abs().sum() > 0 else net.c)(net.a(x).relu()))
+
+
+def asks_a_draw(net, x):
+    drawn = torch.zeros(1, device=x.device).uniform_(1, 2)
+    return net.head((net.b if drawn > 0.5 else net.c)(net.a(x).relu()))
+
+
+@pytest.mark.parametrize("forward", [asks_a_parameter_that_it_wrote, asks_a_draw])
+def test_what_follows_from_parameters_or_chance_is_asked_with_weights(forward):
+    net = Body(forward, c=nn.Conv2d(16, 12, 1), scale=nn.Parameter(torch.ones(1)))
+    groups = pruned_exactly(net, image())
+    assert free(groups) == {"a", "b"}
+    with torch.device("meta"):
+        unmade = Body(forward, c=nn.Conv2d(16, 12, 1), scale=nn.Parameter(torch.ones(1)))
+    with pytest.raises(ModelError, match="cannot capture"):
+        scap_hub.channel_groups(unmade, (image().to("meta"),))

@@ -20,9 +20,10 @@ from torch import nn
 from scap_hub.channels.labels import STAYS, Labels, Ledger, restricted, support
 from scap_hub.channels.operators import Call, Trace, flat, has_rule, operator_of, sizes_of
 from scap_hub.channels.trace import label
+from scap_hub.graph.constants import VALUES
 from scap_hub.graph.modes import emptied_caches, running, untouched
 from scap_hub.graph.node import Form, Node, mapped, rebuilt
-from scap_hub.graph.record import VALUES, Capture, Recorder
+from scap_hub.graph.record import Capture, Recorder
 
 
 @dataclass(frozen=True, eq=False)

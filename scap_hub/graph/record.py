@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from scap_hub.errors import ModelError
+from scap_hub.graph.constants import VALUES, Constants
 from scap_hub.graph.modes import emptied_caches, evaluating, running, uncompiled, untouched
 from scap_hub.graph.node import Form, Node, Site, flattened, mapped, numbers_in, op_of, rebuilt
 from scap_hub.graph.shapes import in_place, run
-from scap_hub.graph.values import is_tensor, separate, tensors_of, without_values
+from scap_hub.graph.values import is_tensor, separate, sized_by_values, tensors_of, without_values
 from scap_hub.private import (
     PreDispatchMode,
     enable_python_dispatcher,
@@ -32,10 +33,6 @@ from scap_hub.private import (
 )
 
 _ATEN = torch.ops.aten
-VALUES = (_ATEN.item.default, _ATEN._local_scalar_dense.default, _ATEN.is_nonzero.default)
-"""Operators that turn a tensor into a Python number."""
-_FINDS = (_ATEN.where.default, _ATEN.argwhere.default, _ATEN.nonzero_numpy.default)
-"""Operators that return the places of what is true, and do not say so in their tags."""
 _LOOKS = ("tolist", "numpy", "__array__", "__dlpack__", "data_ptr")
 """Functions of a tensor that look at its values without an operator."""
 _SAME = ("__deepcopy__", "__copy__", "__reduce_ex__")
@@ -145,6 +142,7 @@ class Recorder(PreDispatchMode):
         self._count = itertools.count()
         self._nodes: dict[int, Node] = {}
         self._alive: list[Tensor] = []  # an id is a tensor's for as long as it lives
+        self._constants = Constants()
         self._sharing: dict[int, list[Tensor]] = {}  # tensors by the memory that they show
         self._stale: dict[int, tuple[Node, ...]] = {}  # tensors that were written to through other views
         self._given: list[Node] = []
@@ -254,14 +252,20 @@ class Recorder(PreDispatchMode):
         form, leaves = flattened(args, kwargs or {})
         nodes = [self.node(leaf) if is_tensor(leaf) else leaf for leaf in leaves]
         varies = any(isinstance(node, Node) and node.varies for node in nodes)
-        if func in VALUES and varies:
-            raise LooksAtValues("it looks at the value of a tensor that depends on the input")
-        if varies and _sized_by_values(func, leaves, nodes):
+        if func in VALUES:
+            if varies:
+                raise LooksAtValues("it looks at the value of a tensor that depends on the input")
+            if (number := self._constants.number(func, leaves[0])) is not None:
+                self.running = None
+                return number
+        if varies and sized_by_values(func, leaves, nodes):
             raise LooksAtValues("it makes a tensor whose size depends on the values of the input")
         if torch.Tag.inplace_view in func.tags and is_tensor(leaves[0]):
             _remember(nodes[0])
         self.called(func, form, nodes)
         result = run(func, form, leaves)
+        if not varies:
+            self._constants.follow(func, form, leaves, result)
         if func is _ATEN.set_.source_Storage_storage_offset and (shown := self._shown_by(result)) is not None:
             self._alias(result, shown)  # as `copy.copy` makes a tensor: of the memory of another
         elif func not in VALUES:
@@ -368,19 +372,6 @@ def _remember(node: Node) -> None:
 def _same_place(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors that share memory show the same elements in the same order."""
     return (one.shape, one.stride(), one.storage_offset()) == (other.shape, other.stride(), other.storage_offset())
-
-
-def _sized_by_values(func: Any, leaves: list[Any], nodes: list[Any]) -> bool:
-    """Whether the shape of the result depends on values that depend on the input.
-
-    Of indices only masks set it; and classes that are counted beforehand set none.
-    """
-    if func not in _FINDS and torch.Tag.dynamic_output_shape not in func.tags:
-        return False
-    if func in (_ATEN.index.Tensor, _ATEN.masked_select.default):
-        pairs = zip(leaves[1:], nodes[1:], strict=True)
-        return any(is_tensor(leaf) and leaf.dtype == torch.bool and node.varies for leaf, node in pairs)
-    return func is not _ATEN.one_hot.default or len(leaves) < 2 or leaves[1] < 0
 
 
 @contextlib.contextmanager

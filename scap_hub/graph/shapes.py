@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from scap_hub.graph.constants import VALUES, Constants
 from scap_hub.graph.node import Form, flattened, rebuilt
 from scap_hub.graph.values import is_tensor
 from scap_hub.private import PreDispatchMode, is_alias_of, memory_of, schema
@@ -78,8 +79,17 @@ class Remembering(PreDispatchMode):
     Use it inside `enable_python_dispatcher()`.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._constants = Constants()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return run(func, *flattened(args, kwargs or {}))
+        form, leaves = flattened(args, kwargs or {})
+        if func in VALUES and (number := self._constants.number(func, leaves[0])) is not None:
+            return number
+        result = run(func, form, leaves)
+        self._constants.follow(func, form, leaves, result)
+        return result
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Tensors inside whatever a forward pass takes or returns."""
+"""Tensors inside whatever a forward pass takes or returns, and sizes that follow from their values."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from scap_hub.private import tree_map
 
+_ATEN = torch.ops.aten
+_FINDS = (_ATEN.where.default, _ATEN.argwhere.default, _ATEN.nonzero_numpy.default)
+"""Operators that return the places of what is true, and do not say so in their tags."""
 _LEAVES = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, nn.Module)
 
 
@@ -67,3 +70,16 @@ def _parts(value: Any) -> list[Any]:
     held = dict(getattr(value, "__dict__", {}))
     held |= {name: getattr(value, name, None) for name in getattr(type(value), "__slots__", ())}
     return list(held.values())
+
+
+def sized_by_values(func: Any, leaves: list[Any], nodes: list[Any]) -> bool:
+    """Whether the shape of the result depends on values that depend on the input.
+
+    Of indices only masks set it; and classes that are counted beforehand set none.
+    """
+    if func not in _FINDS and torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    if func in (_ATEN.index.Tensor, _ATEN.masked_select.default):
+        pairs = zip(leaves[1:], nodes[1:], strict=True)
+        return any(is_tensor(leaf) and leaf.dtype == torch.bool and node.varies for leaf, node in pairs)
+    return func is not _ATEN.one_hot.default or len(leaves) < 2 or leaves[1] < 0
