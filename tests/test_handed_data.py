@@ -340,6 +340,38 @@ def test_a_model_is_measured_and_published_for_the_size_of_the_tensors(tmp_path,
     assert count(loaded.module, (3, 32, 48))["macs"] == result.report.after.macs
 
 
+def images_in_a_list(samples):
+    images, labels = zip(*samples, strict=True)
+    return list(images), torch.stack(labels)
+
+
+def test_a_list_of_images_has_a_size_and_workers_of_the_caller_do_not_stay():
+    source = TensorDataset(torch.randn(8, 3, 32, 48), torch.arange(8) % 3)
+    model, workers = timm.create_model("test_resnet", num_classes=3), {"num_workers": 1, "persistent_workers": True}
+    loader = DataLoader(source, batch_size=4, collate_fn=images_in_a_list, **workers)
+    result = scap_hub.prune(model, loader, **RUN)
+    assert result.report.about["input_size"] == [3, 32, 48]
+    assert result.report.before.macs == count(model, (3, 32, 48))["macs"]
+    assert loader._iterator is None
+
+
+class Once(IterableDataset):
+    """Can be read only once."""
+
+    def __init__(self):
+        self.samples = iter([(torch.randn(3, 32, 32), number % 3) for number in range(8)])
+
+    def __iter__(self):
+        return self.samples
+
+
+def test_images_that_can_be_read_only_once_are_told():
+    train = TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8) % 3)
+    model = timm.create_model("test_resnet", num_classes=3)
+    with pytest.raises(DataError, match=r"at least one image: .* each time"):
+        scap_hub.prune(model, {"train": train, "validation": Once()}, **RUN)
+
+
 def test_images_that_a_model_cannot_take_are_told_before_any_work():
     model = ViTForImageClassification(
         ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32)

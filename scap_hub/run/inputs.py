@@ -26,7 +26,7 @@ from scap_hub.run.tuning import Tuning
 from scap_hub.tasks import Outputs, Task, task_named, task_of
 from scap_hub.training.data import Data, load_data
 from scap_hub.training.data.classes import WITHOUT_LABELS, NewHead
-from scap_hub.training.data.handed import image_size
+from scap_hub.training.data.first import image_size
 from scap_hub.training.data.sources import ensure_there
 from scap_hub.training.distributed import accelerator, main_first
 from scap_hub.training.feed import steps_at_ends

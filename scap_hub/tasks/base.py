@@ -15,6 +15,8 @@ from scap_hub.zoo.base import LoadedModel
 
 Batch = tuple[Any, ...]
 """Images, (N, C, H, W), and their targets where there are any."""
+ONE_IMAGE = "at least one image: a data set has to give its images each time that it is read"
+"""What measuring takes."""
 
 
 @dataclass(frozen=True)

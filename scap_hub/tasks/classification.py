@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scap_hub.errors import DataError
 from scap_hub.placement import fed
-from scap_hub.tasks.base import Meter, Metric, Task
+from scap_hub.tasks.base import ONE_IMAGE, Meter, Metric, Task
 from scap_hub.zoo.base import logits
 
 _NAMES = ("label", "labels")
@@ -169,7 +169,7 @@ class _Accuracy(Meter):
         sums = torch.stack([self.correct, self.loss, self.images])
         correct, loss, images = reduce(sums, reduction="sum").tolist()
         if not images:
-            raise DataError("accuracy needs at least one image")
+            raise DataError(f"accuracy needs {ONE_IMAGE}")
         return {"top1": correct / images, "loss": loss / images, "images": int(images)}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scap_hub.criteria.variance import floating_outputs
 from scap_hub.errors import DataError
 from scap_hub.placement import fed
-from scap_hub.tasks.base import Meter, Metric
+from scap_hub.tasks.base import ONE_IMAGE, Meter, Metric
 from scap_hub.tasks.classification import IMAGE_CLASSIFICATION
 from scap_hub.tasks.outputs import Outputs
 from scap_hub.tasks.placed import TARGET_NAMES
@@ -133,7 +133,7 @@ class _Alike(Meter):
         parts = gather_object([(self.cosine, self.images, self.vectors, self.labels)])
         images = sum(part[1] for part in parts)
         if not images:
-            raise DataError("features need at least one image")
+            raise DataError(f"features need {ONE_IMAGE}")
         cosine = sum(part[0] for part in parts) / images
         found = {"cosine": cosine, "loss": 1 - cosine, "images": images}
         vectors, labels = ([row for part in parts for row in part[column]] for column in (2, 3))

@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 
 from scap_hub.errors import DataError
 from scap_hub.placement import fed
-from scap_hub.tasks.base import Meter, Metric, Task
+from scap_hub.tasks.base import ONE_IMAGE, Meter, Metric, Task
 from scap_hub.tasks.placed import PlacedTask, check_size, takes, without_channel
 from scap_hub.zoo.base import LoadedModel, logits
 
@@ -206,7 +206,7 @@ class _Overlap(Meter):
         own = None if self.confusion is None else self.confusion.cpu()
         parts = [part for part in gather_object([(own, float(self.loss), int(self.images))]) if part[0] is not None]
         if not parts:
-            raise DataError("the mean IoU needs at least one image")
+            raise DataError(f"the mean IoU needs {ONE_IMAGE}")
         confusion, loss, images = (sum(values) for values in zip(*parts, strict=True))
         square = confusion.unflatten(0, (-1, round(len(confusion) ** 0.5))).double()
         right = square.diagonal()

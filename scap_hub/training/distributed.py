@@ -83,6 +83,7 @@ def shard(loader: DataLoader) -> Iterable[Any]:
         device=here.device,
         put_on_device=True,
         even_batches=False,
+        dispatch_batches=False,  # nothing to send, and accelerate fails on a stream that has ended
         # A shuffled loader must be shuffled alike on all ranks.
         use_seedable_sampler=True,
         data_seed=0,

@@ -26,7 +26,7 @@ from scap_hub.tasks import Task, task_of
 from scap_hub.training import checkpoints
 from scap_hub.training.callbacks import Callback, Tracking, check_tracker
 from scap_hub.training.data import Data, load_data
-from scap_hub.training.data.handed import image_size
+from scap_hub.training.data.first import image_size
 from scap_hub.training.distributed import accelerator, average_buffers, from_main
 from scap_hub.training.evaluate import evaluate
 from scap_hub.training.feed import Feed, feed, steps_at_ends

@@ -57,8 +57,8 @@ class Checked:
                 "give images of one size (do_pad=False and a size of height and width in the image processor); to a "
                 "model that takes no pixel_mask, leave it out"
             )
-        parts = _parts(batch) if self.labels else _parts(batch)[:1]  # what is not used may be anything
-        parts = (*(_stacked(images, self.numbering.where) for images in parts[:1]), *parts[1:])
+        parts = parts_of(batch) if self.labels else parts_of(batch)[:1]  # what is not used may be anything
+        parts = (*(stacked(images, self.numbering.where) for images in parts[:1]), *parts[1:])
         # Targets that have places are looked at by their task.
         tensors = parts[:1] if isinstance(self.numbering.task, PlacedTask) else parts
         if not 1 <= len(parts) <= 2 or not all(isinstance(part, Tensor) for part in tensors) or parts[0].ndim != 4:
@@ -108,7 +108,7 @@ class Checked:
         )
 
 
-def _parts(batch: Any) -> tuple[Any, ...]:
+def parts_of(batch: Any) -> tuple[Any, ...]:
     """Images and, if there are any, targets, of a batch or a sample; transformers' name them."""
     if isinstance(batch, Mapping) and "pixel_values" in batch:
         return batch["pixel_values"], *([batch["labels"]] if "labels" in batch else [])
@@ -117,13 +117,13 @@ def _parts(batch: Any) -> tuple[Any, ...]:
 
 def _joined(samples: Any) -> Any:
     """Torch's own batch, in which dictionaries of targets stay apart: no two images have equally many boxes."""
-    parts = [_parts(sample) for sample in samples]
+    parts = [parts_of(sample) for sample in samples]
     if not all(len(part) == 2 and isinstance(part[1], Mapping) for part in parts):
         return default_collate(samples)
     return default_collate([image for image, _ in parts]), [target for _, target in parts]
 
 
-def _stacked(images: Any, where: str) -> Any:
+def stacked(images: Any, where: str) -> Any:
     """Images as one tensor, also from a list of images of one size, as torchvision's detectors are fed."""
     if not isinstance(images, (tuple, list)) or not images or not all(isinstance(image, Tensor) for image in images):
         return images
@@ -172,7 +172,7 @@ def _described(batch: Any) -> str:
 
 def first_of(sample: Any) -> Any:
     """The image of a sample."""
-    return parts[0] if (parts := _parts(sample)) else sample
+    return parts[0] if (parts := parts_of(sample)) else sample
 
 
 def _tuples(samples: Any) -> Batch:
@@ -245,7 +245,7 @@ class Readable(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         """See `Readable`."""
         with _readable(index):
-            image, *rest = _parts(self.dataset[index])
+            image, *rest = parts_of(self.dataset[index])
             image = upright(image, self.channels)
         if rest and self.geometry is not None:
             rest[0] = self.geometry(self.numbering.placed(rest[0], (image.height, image.width)))
@@ -287,7 +287,7 @@ class Handed:
             self.whole = source
             first = self._first(source)
             image = first_of(first)
-            self.labelled = settings.labels and len(_parts(first)) > 1
+            self.labelled = settings.labels and len(parts_of(first)) > 1
             if isinstance(image, Tensor):
                 spread = range(0, len(source), max(1, len(source) // _LOOKED_AT))
                 with torch.random.fork_rng(devices=[]):
@@ -356,44 +356,3 @@ class Handed:
 def is_handed(source: Any) -> bool:
     """Whether this is a torch loader or data set; those of `datasets` are not."""
     return isinstance(source, (DataLoader, Dataset)) and not is_rows(source)
-
-
-def image_size(dataset: Any, seed: int) -> tuple[int, int, int] | None:
-    """(channels, height, width) of what a torch loader or data set, or the first of several, gives, if tensors.
-
-    None also for batches that are padded to the largest image in them, and for what cannot be read, which is told when
-    it is needed.
-
-    Args:
-        dataset: Whatever a user gives as data.
-        seed: Of the shuffling; the random state stays as it was.
-    """
-    source = next(iter(dataset.values()), None) if isinstance(dataset, Mapping) else dataset
-    if not is_handed(source):
-        return None
-    if isinstance(source, DataLoader) and source.collate_fn is default_collate:
-        source = source.dataset
-    try:
-        sample = _first_sample(source, seed)
-    except Exception:
-        return None
-    if isinstance(sample, Mapping) and "pixel_mask" in sample:
-        return None
-    image = first_of(sample)
-    shape = tuple(image.shape[-3:]) if isinstance(image, Tensor) else ()
-    return shape if len(shape) == 3 else None
-
-
-def has_targets(source: Any, seed: int) -> bool:
-    """Whether the first sample of a torch data set, or the first batch of a loader, has more than images."""
-    return len(_parts(_first_sample(source, seed))) > 1
-
-
-def _first_sample(source: Any, seed: int) -> Any:
-    """Of a torch data set the first sample, of a loader the first batch; None, which is told later, if it is empty."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            return next(iter(source)) if isinstance(source, (DataLoader, IterableDataset)) else source[0]
-        except (StopIteration, IndexError):
-            return None

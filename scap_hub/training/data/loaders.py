@@ -20,8 +20,9 @@ from scap_hub.tasks import IMAGE_CLASSIFICATION, Batch, PlacedTask, Task, unlabe
 from scap_hub.training.data.batches import loader_of
 from scap_hub.training.data.classes import Classes, NewHead, agreed_classes
 from scap_hub.training.data.columns import find_columns
+from scap_hub.training.data.first import has_targets
 from scap_hub.training.data.geometry import finish_placed, geometry_of
-from scap_hub.training.data.handed import Handed, has_targets, is_handed, warn_if_raw
+from scap_hub.training.data.handed import Handed, is_handed, warn_if_raw
 from scap_hub.training.data.images import Images, Numbering, Part, RowReader
 from scap_hub.training.data.named import handed_classes, handed_numbers, named_classes
 from scap_hub.training.data.sources import as_splits, open_splits, split_names
