@@ -117,8 +117,8 @@ What the tables say:
   Torch-Pruning (six and seven points below). The same small network trained from random weights reaches 66 %: the
   others begin with weights from ImageNet. With half and three tenths `scap-set` ends above the dense network, which
   seven more epochs would have moved too. Random scores end a point lower with three tenths.
-- ResNet-56 with a tenth of its MACs, trained for three epochs (`a third training`, two seeds), ends within a point of the
-  dense network by `scap-set`. `obs` and L1 norms stay a point below it, and random scores half a point below these.
+- ResNet-56 with a tenth of its MACs, trained for three epochs (`a third training`, two seeds), ends within a point of
+  the dense network by `scap-set`. `obs` and L1 norms stay a point below it, and random scores half a point below these.
 - Tuning without labels before the training gives 2.4 points where two epochs follow, at a tenth of the MACs. Its 1,000
   steps take as long as five epochs, though, and in that time more training does as much: tuned and then trained for
   five epochs, or trained for seven, is a tie (one draw of 1,024 images). So nothing is tuned by default where something
