@@ -98,8 +98,11 @@ class PreDispatchMode(SchemaCheckMode):
         TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)
 
     def __enter__(self) -> Any:
-        self.alone.acquire()
-        return super().__enter__()
+        with contextlib.ExitStack() as undone:
+            undone.enter_context(self.alone)
+            entered = super().__enter__()
+            undone.pop_all()  # the lock is kept until the mode is left
+            return entered
 
     def __exit__(self, *error: Any) -> None:
         try:
