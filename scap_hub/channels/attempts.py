@@ -13,7 +13,28 @@ from scap_hub.channels.proof import Number, Outcome, expected_numbers
 from scap_hub.surgery import CHANGEABLE, SCALES
 
 
-def attempts(
+def better(
+    tried: Callable[[Choice], Outcome], forward: Forward, stays: np.ndarray, chosen: Choice, outcome: Outcome
+) -> Choice | None:
+    """A larger choice with which a pruned model comes further, if there is one.
+
+    Args:
+        tried: How far it comes with a choice.
+        forward: Where the numbers are.
+        stays: Of every channel, whether it stays.
+        chosen: What changes already.
+        outcome: How it fails with that.
+    """
+
+    def matters(more: Choice) -> bool:
+        result = tried(chosen | more)
+        return (result.finished, result.message) != (outcome.finished, outcome.message)
+
+    larger = (chosen | more for more in _attempts(forward, stays, outcome, chosen, matters))
+    return next((own for own in larger if tried(own).finished > outcome.finished), None)
+
+
+def _attempts(
     forward: Forward, stays: np.ndarray, outcome: Outcome, chosen: Choice, matters: Callable[[Choice], bool]
 ) -> Iterator[Choice]:
     """What may have to change after a failure, the likely first.

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from scap_hub.channels.attempts import attempts, use_of
+from scap_hub.channels.attempts import better, use_of
 from scap_hub.channels.forward import ENTERS, AttributeUse, CallUse, Choice, Forward, Integer
 from scap_hub.channels.mending import guessed
 from scap_hub.channels.operators import Call
@@ -88,22 +88,11 @@ def completed(
         if trial(guess).finished > outcome.finished:
             chosen, outcome = guess, trial(guess)
     while outcome.failed is not None:
-        better = _better(trial, chosen, outcome)
-        if better is None:
+        larger = better(trial, forward, stays, chosen, outcome)
+        if larger is None:
             raise StuckError(outcome.failed, outcome.message, chosen, outcome.wrong)
-        chosen, outcome = better, trial(better)
+        chosen, outcome = larger, trial(larger)
     return trial.completed(chosen), chosen
-
-
-def _better(trial: _Trial, chosen: Choice, outcome: Outcome) -> Choice | None:
-    """A larger choice with which the pruned model comes further, if there is one."""
-
-    def matters(more: Choice) -> bool:
-        result = trial(chosen | more)
-        return (result.finished, result.message) != (outcome.finished, outcome.message)
-
-    larger = (chosen | more for more in attempts(trial.forward, trial.stays, outcome, chosen, matters))
-    return next((own for own in larger if trial(own).finished > outcome.finished), None)
 
 
 def described(forward: Forward, plan: PruningPlan, left: Sequence[Left]) -> PruningPlan:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from scap_hub.channels.attempts import attempts
+from scap_hub.channels.attempts import better
 from scap_hub.channels.forward import Choice, Forward
 from scap_hub.channels.proof import Left, Outcome, Proof
 from scap_hub.graph.modes import emptied_caches, untouched
@@ -49,7 +49,7 @@ class _Mending(Proof):
     def __init__(self, small: nn.Module, left: Left, forward: Forward, stays: np.ndarray, change: Change) -> None:
         super().__init__(small, left)
         self.chosen: Choice = frozenset()
-        self._forward, self._of, self._change = forward, stays, change
+        self._forward, self._stays, self._change = forward, stays, change
         self._trying = self._given_up = False
         counting = {path for path, _ in forward.counted if path}
         self._modules = {path: small.get_submodule(path) for path in sorted(counting)}
@@ -99,22 +99,11 @@ class _Mending(Proof):
     def _mends(self, tried: Callable[[Choice], Outcome], outcome: Outcome) -> bool:
         """Whether a module runs after all, with what is chosen then."""
         while outcome.failed is not None:
-            better = self._better(tried, outcome)
-            if better is None:
+            larger = better(tried, self._forward, self._stays, self.chosen, outcome)
+            if larger is None:
                 return False
-            self.chosen, outcome = better, tried(better)
+            self.chosen, outcome = larger, tried(larger)
         return True
-
-    def _better(self, tried: Callable[[Choice], Outcome], outcome: Outcome) -> Choice | None:
-        """A larger choice with which a module comes further, if there is one."""
-        chosen = self.chosen
-
-        def matters(more: Choice) -> bool:
-            result = tried(chosen | more)
-            return (result.finished, result.message) != (outcome.finished, outcome.message)
-
-        larger = (chosen | more for more in attempts(self._forward, self._of, outcome, chosen, matters))
-        return next((own for own in larger if tried(own).finished > outcome.finished), None)
 
     def _state(self) -> dict[str, Any]:
         """What is known at this place of the forward pass."""

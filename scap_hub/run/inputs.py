@@ -94,9 +94,11 @@ def _loaded(model: Any, dataset: Any, recipe: Recipe, task: str | Task | None) -
         source = copy.deepcopy(source)  # the caller's stays as it is, on its own device
     if recipe.task is not None:
         task_named(recipe.task)  # likewise
-    images = image_size(wanted, recipe.seed) if settings.input_size is None else None
+    splits = wanted if isinstance(wanted, Mapping) else {"the data set": wanted}
+    sizes = {split: image_size(source, recipe.seed) for split, source in splits.items()}
+    images = next(iter(sizes.values()), None) if settings.input_size is None else None
     loaded, settings = _of_the_images(source, images, settings, recipe.task)
-    _warn_of_sizes(wanted, loaded.preprocessing.input_size, recipe.seed)
+    _warn_of_sizes(sizes, loaded.preprocessing.input_size)
     wanted_task = _task_for(loaded, recipe, task)
     data = data_for(loaded, dataset, recipe, wanted_task)
     new_head = False
@@ -109,10 +111,9 @@ def _loaded(model: Any, dataset: Any, recipe: Recipe, task: str | Task | None) -
     return loaded, data, Tuning.of(recipe.finetune, new_head)
 
 
-def _warn_of_sizes(dataset: Any, size: tuple[int, int, int], seed: int) -> None:
+def _warn_of_sizes(sizes: Mapping[str, tuple[int, int, int] | None], size: tuple[int, int, int]) -> None:
     """Warns of tensors that the model is measured with, and that are of another size than its MACs are of."""
-    for split, source in dataset.items() if isinstance(dataset, Mapping) else [("the data set", dataset)]:
-        images = image_size(source, seed)
+    for split, images in sizes.items():
         if images is not None and images[1:] != size[1:]:
             theirs, ours = (f"{height}x{width}" for _, height, width in (images, size))
             warnings.warn(

@@ -78,7 +78,6 @@ class History:
     Attributes:
         rows: One an epoch; row 0 is the model as it came.
         best: The weights of the best epoch, on the CPU.
-        best_epoch: Which one that is.
         steps: Optimiser steps so far.
     """
 
@@ -87,13 +86,17 @@ class History:
         self.metric, self.lower_is_better = metric, lower_is_better
         self.rows: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
-        self.best_epoch = 0
         self.steps = 0
 
     @property
     def epoch(self) -> int:
         """The last epoch that is done."""
         return int(self.rows[-1]["epoch"])
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch whose weights are the best."""
+        return kept_epoch(self.rows, self.metric, self.lower_is_better)
 
     def is_stale(self, patience: int | None) -> bool:
         """Whether so many epochs went by without a better one."""
@@ -102,8 +105,7 @@ class History:
     def record(self, model: nn.Module, row: dict[str, float]) -> None:
         """Adds an epoch, and keeps its weights if they are the best so far; the last ones if nothing was measured."""
         self.rows.append(row)
-        if kept_epoch(self.rows, self.metric, self.lower_is_better) == self.epoch:
-            self.best_epoch = self.epoch
+        if self.best_epoch == self.epoch:
             self.best = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
